@@ -1,0 +1,8 @@
+"""In-run data attribution for Adam and AdamW: what each training sample did to a validation target, while training."""
+
+from pathlib import Path
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
+    # in a checkout `adam_ghost.kernels` is the repository's top-level kernels/; a wheel holds it inside the package
+    __path__.append(str(_root))

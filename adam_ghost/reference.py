@@ -1,0 +1,175 @@
+"""The definitions: what every fused implementation must compute, in plain PyTorch, exact in float64, on any device.
+
+Adam's step as functions of the gradient (arXiv 1412.6980, 1711.05101), its linearizations (arXiv 2602.00329, and the
+secant of this project), and the bilinear forms between recorded layer calls and a direction ``P``. Symbols: ``m, v`` are
+Adam's moments before the step, ``g`` the gradient, ``w`` the weights, ``a, b`` a layer call's input and output gradient.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RULES = ("secant", "tangent", "frozen", "sgd")
+
+Scalar = float | Tensor
+
+
+class StepScalars(NamedTuple):
+    """Scalars of one parameter's step number ``t`` (1-based). Each number is a float or a 0-D tensor (no host sync)."""
+
+    t: Scalar
+    lr: Scalar
+    beta1: Scalar
+    beta2: Scalar
+    eps: float
+    weight_decay: float = 0.0
+    decoupled: bool = False  # AdamW's decay of the weights instead of Adam's L2 term in the gradient
+    amsgrad: bool = False
+    maximize: bool = False
+
+    @property
+    def bc1(self) -> Scalar:
+        return 1 - self.beta1**self.t
+
+    @property
+    def bc2(self) -> Scalar:
+        return 1 - self.beta2**self.t
+
+
+def _sqrt(x: Scalar) -> Scalar:
+    return x.sqrt() if isinstance(x, Tensor) else x**0.5
+
+
+def _wide(x: Tensor | None, like: Tensor) -> Tensor:
+    """``x`` in at least float32, zeros where the optimizer holds no such state yet."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros_like(like, dtype=dtype) if x is None else x.to(dtype)
+
+
+class _Path(NamedTuple):
+    """The straight path of the effective gradient, ``start -> end = start + g``, and the state that Adam meets it with."""
+
+    start: Tensor  # L2 decay's share of the gradient, 0 without it
+    g: Tensor  # the samples' share, negated under maximize
+    m: Tensor
+    v: Tensor
+    v_max: Tensor | None
+    s: StepScalars
+
+    def second_moment(self, x: Tensor) -> Tensor:
+        """Adam's second moment after a step with gradient ``x``, before bias correction."""
+        v = self.s.beta2 * self.v + (1 - self.s.beta2) * x * x
+        return v if self.v_max is None else torch.maximum(self.v_max, v)
+
+    def root(self, x: Tensor) -> Tensor:
+        return self.second_moment(x).sqrt() / _sqrt(self.s.bc2)
+
+    def update(self, x: Tensor) -> Tensor:
+        first = (self.s.beta1 * self.m + (1 - self.s.beta1) * x) / self.s.bc1
+        return first / (self.root(x) + self.s.eps)
+
+
+def _path(s: StepScalars, w: Tensor, g: Tensor | None, m: Tensor | None, v: Tensor | None, v_max: Tensor | None) -> _Path:
+    start = _wide(w, w) * s.weight_decay if s.weight_decay and not s.decoupled else _wide(None, w)
+    g = _wide(g, w)
+    return _Path(start, -g if s.maximize else g, _wide(m, w), _wide(v, w), _wide(v_max, w) if s.amsgrad else None, s)
+
+
+def adam_update(s: StepScalars, w, g, m, v, v_max=None) -> Tensor:
+    """``update(g)`` of one parameter: what the step subtracts, over lr, decoupled decay aside. ``g=None`` is ``update(0)``."""
+    path = _path(s, w, g, m, v, v_max)
+    return path.update(path.start + path.g)
+
+
+def empty_weights(s: StepScalars, w, m, v, v_max=None) -> Tensor:
+    """``w(empty)``: the weights after the step that history (momentum and weight decay) would take alone."""
+    kept = _wide(w, w) * (1 - s.lr * s.weight_decay) if s.decoupled else _wide(w, w)
+    return kept - s.lr * adam_update(s, w, None, m, v, v_max)
+
+
+def mid_weights(s: StepScalars, w, g, m, v, v_max=None) -> Tensor:
+    """``w_mid``: halfway from ``w(empty)`` to the weights after the whole batch's step."""
+    half = (adam_update(s, w, g, m, v, v_max) - adam_update(s, w, None, m, v, v_max)) * 0.5
+    return empty_weights(s, w, m, v, v_max) - s.lr * half
+
+
+def scaling(rule: str, s: StepScalars, w, g, m, v, v_max=None) -> Tensor:
+    """``S``: the elementwise slope of Adam's update along the gradient, by ``rule``; at least float32.
+
+    ``secant``: ``(update(g) - update(0)) / g``, without dividing by ``g``; ``tangent``: the derivative at ``g``;
+    ``frozen``: arXiv 2602.00329, the state before the step; ``sgd``: 1. Small denominators are divided by one after
+    another: in float32 their product underflows where ``v`` was never touched.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    path = _path(s, w, g, m, v, v_max)
+    if rule == "sgd":
+        return torch.ones_like(path.g)
+    if rule == "frozen":
+        before = 1 - s.beta2 ** (s.t - 1)
+        # at t = 1 both v and its correction are zero: any correction but zero gives A = eps
+        before = torch.where(before > 0, before, 1.0) if isinstance(before, Tensor) else before or 1.0
+        root = (path.v if path.v_max is None else path.v_max).sqrt() / _sqrt(before)
+        return (1 - s.beta1) / s.bc1 / (root + s.eps)
+    a, g = path.start, path.g
+    e = a + g
+    root_e = path.root(e)
+    c2 = (1 - s.beta2) / s.bc2
+    if rule == "tangent":
+        first, grown = (s.beta1 * path.m + (1 - s.beta1) * e) / s.bc1, 2 * root_e
+        slope = 2 * c2 * e
+        if path.v_max is not None:
+            slope = torch.where(s.beta2 * path.v + (1 - s.beta2) * e * e >= path.v_max, slope, 0.0)
+        near = root_e
+    else:
+        first = (s.beta1 * path.m + (1 - s.beta1) * a) / s.bc1
+        near = path.root(a)
+        grown = root_e + near
+        slope = c2 * (2 * a + g)  # of the second moment between the path's ends, bias-corrected
+        if path.v_max is not None:
+            # the second moment stands still below v_max: only the part of the path above it counts
+            low, high = (s.beta2 * path.v + (1 - s.beta2) * x * x for x in (a, e))
+            part = (torch.maximum(high, path.v_max) - torch.maximum(low, path.v_max)) / s.bc2
+            crosses = (low < path.v_max) != (high < path.v_max)
+            slope = torch.where(crosses, part / torch.where(g == 0, 1.0, g), torch.where(low < path.v_max, 0.0, slope))
+    bracket = torch.where(grown == 0, 0.0, slope / torch.where(grown == 0, 1.0, grown))  # of the root
+    return ((1 - s.beta1) / s.bc1 - first / (near + s.eps) * bracket) / (root_e + s.eps)
+
+
+def direction(rule: str, s: StepScalars, val_grad: Tensor, w, g, m, v, v_max=None) -> Tensor:
+    """``P = lr * val_grad * S``, signed so that ``< P , g_i >`` is sample ``i``'s score (positive = it lowers the loss).
+
+    ``val_grad`` is ``[*w.shape]``, or ``[K, *w.shape]`` for ``K`` targets, and so is the result.
+    """
+    S = scaling(rule, s, w, g, m, v, v_max)
+    return val_grad.to(S.dtype) * (S * (-s.lr if s.maximize else s.lr))
+
+
+def history(s: StepScalars, val_grad: Tensor, w, m, v, v_max=None) -> Tensor:
+    """``< val_grad , w - w(empty) >``: to first order, what momentum and decay alone take off the validation loss. ``[]`` or ``[K]``."""
+    moved = _wide(w, w) - empty_weights(s, w, m, v, v_max)
+    return (val_grad.to(moved.dtype) * moved).flatten(val_grad.ndim - w.ndim).sum(-1)
+
+
+def contract(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
+    """``sum over outputs of (a @ P.T) * b``, per token. a ``[..., d_in]``, b ``[..., d_out]``, P ``[K, d_out, d_in]`` -> ``[..., K]``."""
+    return torch.einsum("...i,koi,...o->...k", a, P, b)
+
+
+def wgrad_score(a: Tensor, b: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight gradient ``b.T @ a`` over all tokens and ``< P , b_i.T @ a_i >`` of every sample.
+
+    a ``[n, T, d_in]``, b ``[n, T, d_out]``, P ``[K, d_out, d_in]`` -> ``[d_out, d_in]``, ``[n, K]``.
+    """
+    return torch.einsum("nto,nti->oi", b, a), contract(a, b, P).sum(1)
+
+
+def ghost_gram(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, row: Tensor | None = None, col: Tensor | None = None) -> Tensor:
+    """``< D * g_i , g_j >`` of a linear layer for ``D = outer(row, col)``, as activation Gram times output-gradient Gram.
+
+    a ``[n, T, d_in]``, b ``[n, T, d_out]``, a2 ``[m, U, d_in]``, b2 ``[m, U, d_out]``, row ``[d_out]``, col ``[d_in]`` -> ``[n, m]``.
+    """
+    a = a if col is None else a * col
+    b = b if row is None else b * row
+    return (torch.einsum("nti,mui->nmtu", a, a2) * torch.einsum("nto,muo->nmtu", b, b2)).sum((2, 3))
