@@ -6,3 +6,11 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     # in a checkout `adam_ghost.kernels` is the repository's top-level kernels/; a wheel holds it inside the package
     __path__.append(str(_root))
+
+from adam_ghost.attribute import attribute
+from adam_ghost.capture import LayerCache
+from adam_ghost.gram import gram
+from adam_ghost.shapley import ShapleyValues, exact_shapley
+from adam_ghost.state import AdamState
+
+__all__ = ["AdamState", "LayerCache", "ShapleyValues", "attribute", "exact_shapley", "gram"]

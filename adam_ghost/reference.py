@@ -154,7 +154,8 @@ def history(s: StepScalars, val_grad: Tensor, w, m, v, v_max=None) -> Tensor:
 
 def contract(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
     """``sum over outputs of (a @ P.T) * b``, per token. a ``[..., d_in]``, b ``[..., d_out]``, P ``[K, d_out, d_in]`` -> ``[..., K]``."""
-    return torch.einsum("...i,koi,...o->...k", a, P, b)
+    out = (a @ P.flatten(0, 1).mT).unflatten(-1, P.shape[:2])  # [..., K, d_out]
+    return (out * b.unsqueeze(-2)).sum(-1)
 
 
 def wgrad_score(a: Tensor, b: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:

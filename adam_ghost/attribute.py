@@ -1,0 +1,54 @@
+"""The thin layer for hot loops: one step's scores from a LayerCache and an optimizer."""
+
+import torch
+from torch import Tensor
+
+from adam_ghost.capture import LayerCache
+from adam_ghost.contract import contract_all
+from adam_ghost.direction import PLACES, find_direction
+from adam_ghost.reference import RULES
+from adam_ghost.state import AdamState
+from adam_ghost.step import open_step
+
+
+def attribute(
+    layer_cache: LayerCache,
+    opt_state: "torch.optim.Optimizer | AdamState",
+    *,
+    rule: str = "secant",
+    at: str = "midpoint",
+    per_token: bool = False,
+) -> Tensor:
+    """How much each sample of the recorded batch lowers the validation loss in the step about to be taken.
+
+    Call it after the backward pass, with the final ``.grad`` in place, before ``optimizer.step()``. The scores are shares of
+    the step: they add up to ``< P , g(B) >``, which is the step's change of the validation loss beyond what momentum and
+    weight decay do alone, up to ``O(lr^3)``. Weights, gradients, optimizer state, module modes and random state are as
+    before afterwards, to the bit. The recording stays for further calls until the cache is entered again.
+
+    Args:
+        layer_cache: what ``with layer_cache:`` recorded of the forward and backward pass of ``n`` samples.
+        opt_state: the ``torch.optim.Adam`` or ``AdamW`` about to step, or an ``AdamState``.
+        rule: how Adam's nonlinearity is linearized: ``secant`` (exact along the step), ``tangent``, ``frozen`` (the state
+            before the step, arXiv 2602.00329) or ``sgd`` (none, arXiv 2406.11011).
+        at: where the validation gradient is taken: ``midpoint`` of the step (second order), ``lookahead`` (after the
+            history's part of the step) or ``current`` weights.
+        per_token: also resolve the tokens (dimension 1 of every layer's output).
+
+    Returns:
+        ``[n]``, ``[n, K]`` for ``K`` targets, ``[n, T]`` or ``[n, T, K]`` with ``per_token``; in the unit of the validation
+        loss, positive = lowers it; at least float32, summed in that dtype, deterministic where the model is.
+
+    Raises:
+        TypeError: ``opt_state`` is no Adam, ``val_loss`` returns no tensor.
+        ValueError: nothing was recorded, ``val_loss`` is missing, without a graph or not finite, a gradient is sparse or
+            not finite, a parameter with a gradient is not the optimizer's, unknown ``rule`` or ``at``, no token dimension.
+        RuntimeError: under ``strict``, if a parameter's gradient cannot be attributed.
+    """
+    for name, value, allowed in (("rule", rule, RULES), ("at", at, PLACES)):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    step = open_step(layer_cache, opt_state)
+    direction = find_direction(step, layer_cache.validation, rule, at)
+    scores = contract_all(step, direction.P, per_token)
+    return scores if direction.val_loss.ndim else scores.squeeze(-1)

@@ -1,0 +1,139 @@
+"""A recorded call of a layer or function: replayed with other parameter values, it yields everything attribution needs.
+
+The call's samples meet its parameters in ``outputs``; ``grad_output`` of each arrives in the backward pass. Parameters may
+come through other calls that no sample entered (a position embedding, a generated weight): those are replayed along.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from adam_ghost.batching import Tag
+
+
+class Ref:
+    """Stands in a recorded argument for output ``index`` of a call that no sample entered."""
+
+    def __init__(self, call: "Call", index: int):
+        self.call, self.index = call, index
+
+
+class _Bare(nn.Module):
+    """Runs a module's forward alone: a replay must not fire the hooks that users or other tools hung on it."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module.forward(*args, **kwargs)
+
+
+def _wide(x: Any) -> Any:
+    """Replays run in at least float32: half precision is a matter of the training pass, not of the definition."""
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+RngState = tuple[Tensor, Tensor | None, torch.device | None]
+
+
+def rng_state(device: torch.device) -> RngState:
+    """The random state that a call on ``device`` starts from, so that its replay draws the same dropout mask."""
+    if device.type == "cuda":
+        return torch.get_rng_state(), torch.cuda.get_rng_state(device), device
+    return torch.get_rng_state(), None, None
+
+
+class Call:
+    """One call of ``fn`` (a module or a torch function), with the tensors it was given.
+
+    ``own`` maps a module's local parameter names to parameters; functions have their parameters among the arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fn: Callable,
+        args: tuple,
+        kwargs: dict,
+        own: dict[str, nn.Parameter],
+        rng: RngState | None = None,
+        inplace: bool = False,
+    ):
+        self.name, self.fn, self.own, self.rng, self.inplace = name, fn, own, rng, inplace
+        self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        self._leaves = [x if isinstance(x, nn.Parameter) or not isinstance(x, Tensor) else x.detach() for x in self._leaves]
+        self._versions = [x._version if isinstance(x, Tensor) else None for x in self._leaves]
+        self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
+        self.grad_output: dict[int, Tensor] = {}
+
+    def watch(self, index: int, out: Tensor, tag: Tag, calls: list["Call"]) -> None:
+        """Expects ``out``'s gradient, and joins ``calls`` when it comes; several backward passes add up, as in ``.grad``."""
+        self.outputs[index] = tag
+
+        def receive(grad: Tensor) -> None:
+            if not self.grad_output:
+                calls.append(self)
+            grad = grad.detach()
+            self.grad_output[index] = self.grad_output[index] + grad if index in self.grad_output else grad
+
+        out.register_hook(receive)
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor the call was given: a layer's activations, or an embedding's indices."""
+        return next(x for x in self.arguments() if isinstance(x, Tensor))
+
+    def arguments(self) -> list[Any]:
+        """The recorded argument leaves; raises RuntimeError if one was changed in place since."""
+        for x, version in zip(self._leaves, self._versions, strict=True):
+            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x._version != version:
+                raise RuntimeError(f"an input of '{self.name}' was modified in place after the call: its scores cannot be computed")
+        return self._leaves
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter the outputs depend on through this call, each once."""
+        seen: dict[int, nn.Parameter] = {id(p): p for p in self.own.values()}
+        for x in self._leaves:
+            if isinstance(x, nn.Parameter):
+                seen[id(x)] = x
+            elif isinstance(x, Ref):
+                seen.update((id(p), p) for p in x.call.parameters())
+        return iter(seen.values())
+
+    def replay(self, values: dict[int, Tensor]) -> list[Any]:
+        """The call's output leaves with parameter ``p`` replaced by ``values[id(p)]`` where given, without side effects."""
+        leaves = []
+        for x in self.arguments():
+            if isinstance(x, Ref):
+                x = x.call.replay(values)[x.index]
+            elif isinstance(x, nn.Parameter):
+                x = values.get(id(x), x.detach())
+            leaves.append(_wide(x))
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one attention with forward-mode derivatives
+            for device in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            if self.rng is not None:
+                state, device_state, device = self.rng
+                stack.enter_context(torch.random.fork_rng([] if device is None else [device]))
+                torch.set_rng_state(state)
+                if device is not None:
+                    torch.cuda.set_rng_state(device_state, device)
+            if isinstance(self.fn, nn.Module):
+                held = {f"module.{k}": _wide(values.get(id(p), p.detach())) for k, p in self.fn.named_parameters()}
+                held |= {f"module.{k}": _wide(x.clone()) for k, x in self.fn.named_buffers()}
+                out = torch.func.functional_call(_Bare(self.fn), held, args, kwargs)
+            elif self.inplace:
+                out = args[0].clone()
+                result = self.fn(out, *args[1:], **kwargs)
+                out = out if result is None else result
+            else:
+                out = self.fn(*args, **kwargs)
+        return pytree.tree_leaves(out)

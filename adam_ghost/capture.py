@@ -1,0 +1,310 @@
+"""Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
+
+from adam_ghost.batching import Batch, Tag
+from adam_ghost.calls import Call, Ref, RngState, rng_state
+from adam_ghost.layers import layer_kind
+from adam_ghost.validation import Validation
+
+
+class LayerCache:
+    """Records each layer call's input and output gradient inside ``with cache:``, for ``attribute``, ``gram`` and the like.
+
+    A layer is a module that owns trainable parameters and has no submodules (``nn.MultiheadAttention`` and parametrized
+    modules count as one); parameters used by torch functions outside such modules are recorded per function. Nothing of it
+    stays on the model after the block, and outputs, gradients and random state are those of the bare model.
+
+    Args:
+        model: the module whose forward pass runs inside the block, called with the batch along dimension 0.
+        val_loss: called without arguments whenever the validation gradient is needed; returns the loss to attribute, a
+            scalar or ``[K]`` for ``K`` targets, with a graph. It runs the model itself, in any mode it likes.
+        strict: raise instead of warning where a parameter's gradient cannot be attributed.
+
+    Raises:
+        ValueError: on entering, if a BatchNorm is in training mode (it mixes the samples), or if a block is nested or
+            repeated before its calls were used or cleared; inside, if the batch is not dimension 0.
+    """
+
+    def __init__(self, model: nn.Module, val_loss: Callable[[], Tensor] | None = None, *, strict: bool = False):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if val_loss is not None and not callable(val_loss):
+            raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
+        self.model, self.strict = model, strict
+        self.validation = Validation(val_loss, model)
+        self._recorder: _Recorder | None = None
+        self._warned = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was recorded."""
+        self.calls: list[Call] = []
+        self.batch_size: int | None = None
+        self.unattributed: dict[int, str] = {}  # parameters used where no sample can be told apart, and where
+        self.used = False
+
+    def __enter__(self) -> "LayerCache":
+        if self._recorder is not None:
+            raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
+        if self.calls and not self.used:
+            raise ValueError("`with cache` was entered again before its recording was used: call attribute, or cache.clear()")
+        self.clear()
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                raise ValueError(
+                    f"'{name}' is a {type(module).__name__} in training mode: it mixes the samples of a batch; put it in eval()"
+                )
+        self._recorder = _Recorder(self)
+        self._recorder.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        recorder, self._recorder = self._recorder, None
+        recorder.stop()
+        if exc[0] is not None:
+            self.clear()
+
+    @property
+    def recording(self) -> bool:
+        return self._recorder is not None
+
+    def parameter_names(self) -> dict[int, str]:
+        """Names of the model's trainable parameters by id; a tied parameter has its first name."""
+        return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def report_uncovered(self, missing: list[str], share: float) -> None:
+        """Names once the parameters whose gradient no recorded call explains; raises under ``strict``."""
+        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        message = f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient"
+        if self.strict:
+            raise RuntimeError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are recorded as one call each, by name."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{layer}.") or layer == "" for layer in layers):
+            continue
+        whole = isinstance(module, nn.MultiheadAttention) or is_parametrized(module)
+        leaf = not any(True for _ in module.children())
+        if (whole or leaf) and any(p.requires_grad for p in module.parameters()):
+            layers[name] = module
+    return layers
+
+
+# functions whose replay must draw the random numbers that the call drew
+_RANDOM = ("dropout", "rand", "bernoulli", "attention", "rrelu")
+_TENSOR_PROPERTIES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__, torch.Tensor.H.__get__}
+
+
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensor arguments of a torch function, inside lists and tuples too."""
+    found = []
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += [y for y in x if isinstance(y, Tensor)]
+    return found
+
+
+class _Recorder(TorchFunctionMode):
+    """The hooks and the function mode of one ``with cache`` block."""
+
+    def __init__(self, cache: LayerCache):
+        super().__init__()
+        self.cache = cache
+        self.batch = Batch()
+        self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
+        self.trainable = cache.parameter_names()
+        self.handles: list[Any] = []
+        self.inside_model = self.inside_layer = 0
+        self.rng: RngState | None = None
+
+    def start(self) -> None:
+        model = self.cache.model
+        layers = _layers(model)
+        for name, module in layers.items():
+            self.handles += [
+                module.register_forward_pre_hook(self._enter_layer, with_kwargs=True),
+                module.register_forward_hook(
+                    partial(self._leave_layer, name or type(module).__name__), with_kwargs=True, prepend=True
+                ),
+                module.register_forward_hook(self._close_layer, always_call=True),
+            ]
+        if "" not in layers:
+            self.handles += [
+                model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+                model.register_forward_hook(self._leave_model, prepend=True),
+                model.register_forward_hook(self._close_model, always_call=True),
+            ]
+        self.__enter__()
+
+    def stop(self) -> None:
+        self.__exit__(None, None, None)
+        for handle in self.handles:
+            handle.remove()
+
+    # the model as a whole: its arguments are the batch
+
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.inside_model += 1
+        if self.inside_model == 1:
+            new = self._untagged(pytree.tree_leaves((args, kwargs)))
+            if new and self.batch.n not in (None, new[0].shape[0]):
+                raise ValueError(
+                    f"the model was called with batches of {self.batch.n} and {new[0].shape[0]} samples within one `with cache`"
+                )
+            self._tag_by_size(new)
+
+    def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.inside_model > 1:
+            return
+        for x in pytree.tree_leaves(output):
+            # made by ways that carry no tags (through numpy, say): exact all the same, as one long replay
+            if isinstance(x, Tensor) and x in self.sources and x.ndim and x.shape[0] == self.batch.n:
+                call = Call("output", Tensor.clone, (self.sources[x],), {}, {})
+                self._watch(call, [x], lambda out: (0, 1))
+
+    def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.inside_model -= 1
+
+    def _untagged(self, leaves: list[Any]) -> list[Tensor]:
+        return [x for x in leaves if isinstance(x, Tensor) and x.ndim and not self.batch[x] and not self._is_source(x)]
+
+    def _tag_by_size(self, tensors: list[Tensor]) -> None:
+        if tensors and self.batch.n is None:
+            self.batch.n = self.cache.batch_size = tensors[0].shape[0]
+        for x in tensors:
+            self.batch.tag(x, (0, 1))
+
+    def _is_source(self, x: Tensor) -> bool:
+        return x.requires_grad and (id(x) in self.trainable or x in self.sources)
+
+    # layers
+
+    def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.inside_layer += 1
+        new = self._untagged(pytree.tree_leaves((args, kwargs)))
+        # inside the model the batch is followed from its arguments; a tensor with a graph but no tag took a way unseen
+        self._tag_by_size([x for x in new if x.requires_grad] if self.inside_model else new)
+        self.rng = None
+        if module.training and layer_kind(module) is None:
+            self.rng = rng_state(next(module.parameters()).device)
+
+    def _close_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.inside_layer -= 1
+
+    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        outs = pytree.tree_leaves(output)
+        if not torch.is_grad_enabled() or self.batch.n is None:
+            return
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tag = next((self.batch[x] for x in tensors if self.batch[x]), None)
+        if tag is not None and tag[0] != _batch_axis(module, tag[0]):
+            raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag[0]}")
+        whole = layer_kind(module) is None
+        own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
+        call = Call(name, module, *self._recorded(args, kwargs), own, rng=self.rng)
+
+        def place(out: Tensor) -> Tag | None:
+            axis, rows = tag
+            axes = [x for x in (axis, 0, 1) if x < out.ndim and out.shape[x] == self.batch.n * rows]
+            return (axes[0], rows) if axes else None
+
+        self._classify(call, tensors, tag is not None, outs, place)
+
+    # torch functions outside of layers
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        prop = getattr(func, "__name__", "") == "__get__" and func not in _TENSOR_PROPERTIES
+        if self.inside_layer or self.batch.n is None or prop:
+            return func(*args, **kwargs)
+        tensors = _tensors(args, kwargs)
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation: its inputs come without tags
+            self._tag_by_size([x for x in self._untagged(tensors) if x.requires_grad])
+        batched = any(self.batch[x] for x in tensors)
+        meets_parameters = torch.is_grad_enabled() and any(self._is_source(x) for x in tensors)
+        if not batched and not meets_parameters:
+            return func(*args, **kwargs)
+
+        name = getattr(func, "__name__", str(func))
+        call = None
+        if meets_parameters:
+            inplace = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+            first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
+            rng = rng_state(tensors[0].device) if any(word in name for word in _RANDOM) else None
+            recorded_args, recorded_kwargs = self._recorded(args, kwargs)
+            if first is not None:
+                recorded_args = (first, *recorded_args[1:])
+            call = Call(name, func, recorded_args, recorded_kwargs, {}, rng=rng, inplace=inplace)
+        out = func(*args, **kwargs)
+        outs = pytree.tree_leaves(args[0] if out is None else out)
+
+        def place(x: Tensor) -> Tag | None:
+            return self.batch.infer(func, args, kwargs, tensors, x)
+
+        if call is not None:
+            self._classify(call, tensors, batched, outs, place)
+        else:
+            for x in outs:
+                if isinstance(x, Tensor):
+                    self.batch.tag(x, place(x))
+        return out
+
+    # what becomes of a call
+
+    def _recorded(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments with every tensor made of parameters alone replaced by the call that made it."""
+        return pytree.tree_map(
+            lambda x: self.sources[x] if isinstance(x, Tensor) and x.requires_grad and x in self.sources else x, (args, kwargs)
+        )
+
+    def _classify(self, call: Call, tensors: list[Tensor], batched: bool, outs: list[Any], place: Callable) -> None:
+        if batched:
+            self._watch(call, outs, place)
+        elif any(x.requires_grad and not self._is_source(x) for x in tensors):
+            self._give_up(call)
+        else:
+            for i, x in enumerate(outs):
+                if isinstance(x, Tensor) and x.requires_grad:
+                    self.sources[x] = Ref(call, i)
+
+    def _watch(self, call: Call, outs: list[Any], place: Callable[[Tensor], Tag | None]) -> None:
+        for i, x in enumerate(outs):
+            if not isinstance(x, Tensor):
+                continue
+            tag = place(x)
+            self.batch.tag(x, tag)
+            self.sources.pop(x, None)
+            if x.requires_grad and tag is None:
+                self._give_up(call)
+            elif x.requires_grad:
+                call.watch(i, x, tag, self.cache.calls)
+
+    def _give_up(self, call: Call) -> None:
+        self.cache.unattributed.update((id(p), call.name) for p in call.parameters())
+
+
+def _batch_axis(module: nn.Module, axis: int) -> int:
+    """Where a layer that mixes positions expects the batch; any axis will do for the others."""
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return 0 if module.batch_first else 1
+    return axis

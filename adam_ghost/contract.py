@@ -1,0 +1,128 @@
+"""From a recorded call and the direction ``P`` to every sample's ``< P , g_i >``, without per-sample gradients."""
+
+import torch
+from torch import Tensor, nn
+
+from adam_ghost import reference
+from adam_ghost.batching import Tag
+from adam_ghost.calls import Call
+from adam_ghost.layers import layer_kind
+from adam_ghost.sample_gradients import call_gradients, samples_first
+from adam_ghost.step import Step
+
+Directions = dict[int, Tensor]  # id(parameter) -> P [K, *shape]
+
+
+def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tensor:
+    """Scores of one call's share of the gradient: ``[n, K]``, or ``[n, T, K]`` per token. Sums in P's dtype.
+
+    Raises ValueError where ``per_token`` is asked of a call whose outputs have no token dimension.
+    """
+    kind = layer_kind(call.fn)
+    if kind in ("linear", "conv1d"):
+        per_output = {0: _linear(call, P, n, transposed=kind == "conv1d")}
+    elif kind == "embedding":
+        per_output = {0: _embedding(call, P, n)}
+    else:
+        per_output = _derivative(call, P, n, affine=kind == "affine")
+        if per_output is None:
+            if per_token:
+                raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
+            return _by_sample(call, P, n)
+    total = sum(per_output.values())
+    if not per_token:
+        return total.sum(1)
+    rows = {tag[1] for tag in call.outputs.values()}
+    shapes = {grad.ndim for grad in call.grad_output.values()}
+    if (isinstance(call.fn, nn.Module) and "conv" in type(call.fn).__module__) or (rows == {1} and min(shapes) < 3):
+        raise ValueError(f"per_token=True needs tokens at dimension 1 of every layer's output; '{call.name}' has none")
+    return total
+
+
+def contract_all(step: Step, P: Directions, per_token: bool = False) -> Tensor:
+    """The sum of ``contract`` over the step's calls."""
+    scores: Tensor | None = None
+    for call in step.calls:
+        if not any(id(p) in P for p in call.parameters()):
+            continue
+        part = contract(call, P, step.n, per_token)
+        if scores is not None and scores.shape != part.shape:
+            raise ValueError(
+                f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"
+            )
+        scores = part if scores is None else scores + part
+    if scores is None:
+        raise ValueError("none of the recorded calls explains a gradient: was it computed inside `with cache`?")
+    return scores
+
+
+def _by_token(x: Tensor, tag: Tag, n: int) -> Tensor:
+    """``[n, T]``: sums a call's output-shaped products over everything but sample and token."""
+    x = samples_first(x, tag, n)
+    return x.flatten(2).sum(-1) if x.ndim > 2 else x
+
+
+def _linear(call: Call, P: Directions, n: int, transposed: bool) -> Tensor:
+    """``[n, T, K]``: one product of forward size."""
+    weight, bias = (P.get(id(p)) if p is not None else None for p in (call.fn.weight, call.fn.bias))
+    dtype = next(p for p in (weight, bias) if p is not None).dtype
+    b = call.grad_output[0].to(dtype)
+    scores = 0  # [..., K]
+    if weight is not None:
+        scores = reference.contract(call.input.to(dtype), b, weight.mT if transposed else weight)
+    if bias is not None:
+        scores = scores + b @ bias.mT
+    return torch.stack([_by_token(s.unsqueeze(-1), call.outputs[0], n) for s in scores.unbind(-1)], -1)
+
+
+def _embedding(call: Call, P: Directions, n: int) -> Tensor:
+    """``[n, T, K]``: rows of P, looked up as the layer looks up its weight."""
+    module, indices = call.fn, call.input
+    weight = P[id(module.weight)]
+    b = call.grad_output[0].to(weight.dtype)
+    kept = 1.0 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1)
+    if module.scale_grad_by_freq:
+        kept = kept / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
+    return torch.stack([_by_token(w[indices] * b * kept, call.outputs[0], n) for w in weight], -1)
+
+
+def _derivative(call: Call, P: Directions, n: int, affine: bool) -> dict[int, Tensor] | None:
+    """The call's derivative along P, times the output gradients, ``[n, T, K]`` per output; None if it has no forward mode.
+
+    A layer linear in its parameters is its own derivative: it is run with P in their place.
+    """
+    params = [p for p in call.parameters() if id(p) in P]
+    tags, grads = call.outputs, call.grad_output
+    targets = len(P[id(params[0])])
+    scores: dict[int, list[Tensor]] = {i: [] for i in grads}
+    for k in range(targets):
+        tangents = tuple(P[id(p)][k] for p in params)
+        if affine:
+            zeros = {id(p): torch.zeros_like(p, dtype=tangents[0].dtype) for p in call.fn.parameters()}
+            outs = call.replay(zeros | {id(p): t for p, t in zip(params, tangents, strict=True)})
+            outs = {i: outs[i] for i in grads}
+        else:
+
+            def outputs(*values: Tensor) -> dict[int, Tensor]:
+                outs = call.replay({id(p): v for p, v in zip(params, values, strict=True)})
+                return {i: outs[i] for i in grads}
+
+            primals = tuple(p.detach().to(t.dtype) for p, t in zip(params, tangents, strict=True))
+            try:
+                _, outs = torch.func.jvp(outputs, primals, tangents)
+            except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
+                return None
+        for i, out in outs.items():
+            scores[i].append(_by_token(out * grads[i].to(out.dtype), tags[i], n))
+    return {i: torch.stack(x, -1) for i, x in scores.items()}
+
+
+def _by_sample(call: Call, P: Directions, n: int) -> Tensor:
+    """``[n, K]`` from one backward pass of the call per sample: slow, and right for any differentiable code."""
+    params = [p for p in call.parameters() if id(p) in P]
+    dtype = P[id(params[0])].dtype
+    rows = [
+        sum((P[id(p)] * g.to(dtype)).flatten(1).sum(1) for p, g in zip(params, grads, strict=True) if g is not None)
+        for grads in call_gradients(call, params, n)
+    ]
+    return torch.stack(rows)

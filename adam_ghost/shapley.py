@@ -1,0 +1,105 @@
+"""The exact game of one step, by sampled permutations: the yardstick that judges every estimate, and the audit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adam_ghost.capture import LayerCache
+from adam_ghost.sample_gradients import sample_gradients
+from adam_ghost.state import AdamState
+from adam_ghost.step import Step, open_step
+from adam_ghost.validation import Validation, weights_at
+
+
+@dataclass(frozen=True)
+class ShapleyValues:
+    """Shapley values of one step's samples, in the unit of the validation loss, float64; ``[n]``, or ``[n, K]`` for K targets."""
+
+    values: Tensor
+    standard_error: Tensor  # of ``values``, over the sampled pairs of permutations
+    leave_one_out: Tensor  # U(B) - U(B without i)
+    total: Tensor  # U(B), what the values add up to exactly: [] or [K]
+    evaluations: int  # of the validation loss
+
+    def compare(self, scores: Tensor) -> tuple[float, float]:
+        """Pearson's R and the relative L2 error of ``scores`` (same shape) against the values."""
+        x, y = scores.double().flatten(), self.values.flatten()
+        r = torch.corrcoef(torch.stack([x, y]))[0, 1] if x.numel() > 1 else torch.tensor(float("nan"))
+        return float(r), float((x - y).norm() / y.norm())
+
+
+def exact_shapley(
+    layer_cache: LayerCache, opt_state: "torch.optim.Optimizer | AdamState", *, permutations: int = 8, seed: int = 0
+) -> ShapleyValues:
+    """Shapley values of the true step: Adam's whole nonlinearity and the true validation loss, nothing linearized.
+
+    A sample's value is its mean marginal contribution over ``permutations`` random orders, each with its reverse (which
+    makes second-order interactions exact). Costs ``2 * permutations * (n-1) + n`` evaluations of the validation loss and
+    holds all per-sample gradients, ``n`` times the model: for audits and small models. Weights and recording stay.
+
+    Args:
+        layer_cache: what ``with layer_cache:`` recorded, with the final ``.grad`` in place.
+        opt_state: the optimizer about to step, or an ``AdamState``.
+        permutations: random orders, at least 2 for a standard error.
+        seed: of the orders.
+
+    Raises:
+        ValueError: ``permutations`` below 1; and as ``attribute``.
+    """
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, got {permutations}")
+    step = open_step(layer_cache, opt_state)
+    with weights_at(step.params, step.params):  # whatever happens in the game, the weights come back
+        game = _Game(step, layer_cache.validation)
+        return _sample(game, step.n, permutations, torch.Generator().manual_seed(seed))
+
+
+def _sample(game: "_Game", n: int, permutations: int, generator: torch.Generator) -> ShapleyValues:
+    everyone = game.utility(range(n))
+    pairs = []
+    for _ in range(permutations):
+        order = torch.randperm(n, generator=generator).tolist()
+        pairs.append((game.marginals(order, everyone) + game.marginals(order[::-1], everyone)) / 2)
+    each = torch.stack(pairs)
+    values = each.mean(0)
+    error = each.std(0) / permutations**0.5 if permutations > 1 else torch.full_like(values, float("nan"))
+    others = [[j for j in range(n) if j != i] for i in range(n)]
+    alone = torch.stack([everyone - game.utility(rest) for rest in others])
+    return ShapleyValues(values, error, alone, everyone, game.evaluations)
+
+
+class _Game:
+    """``U(S)`` of any subset of the samples: the validation loss that their share of the step takes off."""
+
+    def __init__(self, step: Step, validation: Validation):
+        self.step, self.validation, self.evaluations = step, validation, 0
+        self.start = [p.detach().clone() for p in step.params]
+        self.shares = [sample_gradients(step.calls, p, step.n) for p in step.params]
+        self.empty = self._loss([torch.zeros_like(s[0]) for s in self.shares])
+
+    def _loss(self, grads: Sequence[Tensor]) -> Tensor:
+        for p, w, g in zip(self.step.params, self.start, grads, strict=True):
+            p.data.copy_(w)
+            p.data.copy_(self.step.state.weights(p, g))
+        self.evaluations += 1
+        return self.validation.loss().double()
+
+    def utility(self, samples: Sequence[int]) -> Tensor:
+        samples = list(samples)
+        return self.empty - self._loss([s[samples].sum(0) for s in self.shares])
+
+    def marginals(self, order: Sequence[int], everyone: Tensor) -> Tensor:
+        """``[n]`` or ``[n, K]``: what each sample adds to those before it in ``order``."""
+        sums = [torch.zeros_like(s[0]) for s in self.shares]
+        marginals: list[Tensor] = [everyone] * len(order)
+        before = torch.zeros_like(everyone)
+        for i in order[:-1]:
+            for total, share in zip(sums, self.shares, strict=True):
+                total += share[i]
+            after = self.empty - self._loss(sums)
+            marginals[i] = after - before
+            before = after
+        marginals[order[-1]] = everyone - before
+        return torch.stack(marginals)

@@ -1,0 +1,112 @@
+"""Reads a torch.optim.Adam or AdamW as what it is to one step: per parameter, moments and scalars; copies nothing."""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adam_ghost import reference
+from adam_ghost.reference import StepScalars
+
+
+class ParamState(NamedTuple):
+    """One parameter with the optimizer's state before its next step; ``None`` where there is no state yet (zeros)."""
+
+    param: Tensor
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    max_exp_avg_sq: Tensor | None
+    scalars: StepScalars
+
+    @property
+    def moments(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq
+
+
+class AdamState:
+    """The fixed state of one step's game: what Adam will do to any gradient, without doing it.
+
+    Built from an optimizer by ``AdamState.of``, or from ``ParamState`` rows. Every method is a pure function of one
+    parameter ``p`` held by the state and a gradient ``g`` of its shape; results are in at least float32.
+    """
+
+    def __init__(self, params: Iterable[ParamState]):
+        self._params = {id(s.param): s for s in params}
+
+    @classmethod
+    def of(cls, opt_state: "torch.optim.Optimizer | AdamState") -> "AdamState":
+        """From a ``torch.optim.Adam`` / ``AdamW`` about to step, in any of their implementations; an AdamState is returned as is.
+
+        Raises TypeError for any other optimizer, also for subclasses that step differently.
+        """
+        if isinstance(opt_state, cls):
+            return opt_state
+        # step is wrapped anew in each class by the optimizer's profiling hooks: compare what they wrap
+        if inspect.unwrap(getattr(type(opt_state), "step", None) or AdamState.of) is not inspect.unwrap(torch.optim.Adam.step):
+            raise TypeError(
+                f"opt_state must be a torch.optim.Adam, torch.optim.AdamW or adam_ghost.AdamState, got {type(opt_state).__name__}"
+            )
+        return cls(_read(opt_state))
+
+    def __iter__(self) -> Iterator[ParamState]:
+        return iter(self._params.values())
+
+    def __contains__(self, p: Tensor) -> bool:
+        return id(p) in self._params
+
+    def __getitem__(self, p: Tensor) -> ParamState:
+        return self._params[id(p)]
+
+    def update(self, p: Tensor, g: Tensor | None) -> Tensor:
+        """What a step with gradient ``g`` subtracts from ``p``, over lr, decoupled decay aside; ``g=None`` means zeros."""
+        s = self[p]
+        return reference.adam_update(s.scalars, p, g, *s.moments)
+
+    def scaling(self, p: Tensor, g: Tensor | None, rule: str = "secant") -> Tensor:
+        """``S``, the slope of ``update`` along the gradient, by ``rule``: secant, tangent, frozen or sgd."""
+        s = self[p]
+        return reference.scaling(rule, s.scalars, p, g, *s.moments)
+
+    def empty_weights(self, p: Tensor) -> Tensor:
+        """``w(empty)``: the weights after the step that momentum and weight decay would take alone."""
+        s = self[p]
+        return reference.empty_weights(s.scalars, p, *s.moments)
+
+    def mid_weights(self, p: Tensor, g: Tensor) -> Tensor:
+        """``w_mid``: halfway from ``w(empty)`` to the weights after the step with ``g``."""
+        s = self[p]
+        return reference.mid_weights(s.scalars, p, g, *s.moments)
+
+    def weights(self, p: Tensor, g: Tensor) -> Tensor:
+        """``w(S)``: the weights after the step with ``g``."""
+        s = self[p]
+        return self.empty_weights(p) - s.scalars.lr * (self.update(p, g) - self.update(p, None))
+
+
+def _number(x: float | Tensor) -> float | Tensor:
+    """A float where reading costs no device synchronisation, else a float64 0-D tensor."""
+    if not isinstance(x, Tensor):
+        return float(x)
+    return float(x) if x.device.type == "cpu" else x.detach().double().reshape(())
+
+
+def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            scalars = StepScalars(
+                t=_number(state.get("step", 0)) + 1,
+                lr=_number(group["lr"]),
+                beta1=_number(beta1),
+                beta2=_number(beta2),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                decoupled=bool(decoupled),
+                amsgrad=bool(group["amsgrad"]),
+                maximize=bool(group["maximize"]),
+            )
+            yield ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)

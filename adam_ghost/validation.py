@@ -1,0 +1,87 @@
+"""The validation gradient at weights of choice, with everything of the user's put back afterwards, to the bit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def weights_at(params: Sequence[Tensor], values: Sequence[Tensor] | None) -> Iterator[None]:
+    """Inside the block ``params`` hold ``values``; afterwards what they held before, to the bit. ``None`` changes nothing."""
+    if values is None:
+        yield
+        return
+    # through .data: the values come back, so a graph that saved these parameters stays valid
+    held = [p.data for p in params]
+    kept = [x.clone() for x in held]
+    try:
+        torch._foreach_copy_(held, [v.to(x.dtype) for v, x in zip(values, held, strict=True)])
+        yield
+    finally:
+        torch._foreach_copy_(held, kept)
+
+
+class Validation:
+    """Evaluates ``val_loss`` and its gradient without a trace on modes, gradients or the training's random numbers.
+
+    Random numbers that ``val_loss`` draws (a new batch each time, dropout) come from a stream of its own, split off at
+    the first call: it neither advances the training's stream nor draws the same numbers again.
+    """
+
+    def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module):
+        self.val_loss, self.model = val_loss, model
+        self._stream: list[Tensor] | None = None
+
+    @contextmanager
+    def _undisturbed(self, advance: bool = True) -> Iterator[None]:
+        if self.val_loss is None:
+            raise ValueError("a validation loss is needed: LayerCache(model, val_loss=...)")
+        modes = [(m, m.training) for m in self.model.modules()]
+        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices):
+            if self._stream is not None:
+                torch.set_rng_state(self._stream[0])
+                for device, state in zip(devices, self._stream[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            try:
+                yield
+            finally:
+                if advance:
+                    self._stream = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+                for module, mode in modes:
+                    module.training = mode
+
+    def loss(self) -> Tensor:
+        """The loss alone, ``[]`` or ``[K]``, detached, with the random numbers that the next ``gradient`` will draw."""
+        with self._undisturbed(advance=False), torch.no_grad():
+            return self._checked(self.val_loss()).detach()
+
+    def gradient(self, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss ``[]`` or ``[K]``, and its gradient by each of ``params``: ``[*shape]`` or ``[K, *shape]``.
+
+        Raises TypeError or ValueError if ``val_loss`` returns anything but a scalar or ``[K]`` with a graph, and (off the
+        GPU, where looking costs no synchronisation) if it is not finite.
+        """
+        with self._undisturbed(), torch.enable_grad():
+            loss = self._checked(self.val_loss())
+            if not loss.requires_grad:
+                raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
+            if loss.device.type == "cpu" and not bool(loss.detach().isfinite().all()):
+                raise ValueError(f"val_loss is not finite: {loss.detach().tolist()}")
+            rows = [
+                torch.autograd.grad(x, params, retain_graph=k < loss.numel() - 1, allow_unused=True)
+                for k, x in enumerate(loss.reshape(-1))
+            ]
+        filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)] for row in rows]
+        grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
+        return loss.detach(), grads
+
+    @staticmethod
+    def _checked(loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"val_loss must return a tensor, a scalar or [K], got {type(loss).__name__}")
+        if loss.ndim > 1 or loss.numel() == 0:
+            raise ValueError(f"val_loss must return a scalar or a non-empty [K], got shape {list(loss.shape)}")
+        return loss
