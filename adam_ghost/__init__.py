@@ -8,8 +8,8 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
 
 from adam_ghost.attribute import attribute
-from adam_ghost.capture import LayerCache
 from adam_ghost.gram import gram
+from adam_ghost.layer_cache import LayerCache
 from adam_ghost.shapley import ShapleyValues, exact_shapley
 from adam_ghost.state import AdamState
 

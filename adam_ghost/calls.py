@@ -72,17 +72,10 @@ class Call:
         self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
         self.grad_output: dict[int, Tensor] = {}
 
-    def watch(self, index: int, out: Tensor, tag: Tag, calls: list["Call"]) -> None:
-        """Expects ``out``'s gradient, and joins ``calls`` when it comes; several backward passes add up, as in ``.grad``."""
+    def watch(self, index: int, out: Tensor, tag: Tag, receive: Callable[["Call", int, Tensor], None]) -> None:
+        """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
         self.outputs[index] = tag
-
-        def receive(grad: Tensor) -> None:
-            if not self.grad_output:
-                calls.append(self)
-            grad = grad.detach()
-            self.grad_output[index] = self.grad_output[index] + grad if index in self.grad_output else grad
-
-        out.register_hook(receive)
+        out.register_hook(lambda grad: receive(self, index, grad.detach()))
 
     @property
     def input(self) -> Tensor:

@@ -1,13 +1,11 @@
 """Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -16,83 +14,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 from adam_ghost.batching import Batch, Tag
 from adam_ghost.calls import Call, Ref, RngState, rng_state
 from adam_ghost.layers import layer_kind
-from adam_ghost.validation import Validation
 
 
-class LayerCache:
-    """Records each layer call's input and output gradient inside ``with cache:``, for ``attribute``, ``gram`` and the like.
+class Recording:
+    """What was recorded of one forward and backward pass over ``batch_size`` samples."""
 
-    A layer is a module that owns trainable parameters and has no submodules (``nn.MultiheadAttention`` and parametrized
-    modules count as one); parameters used by torch functions outside such modules are recorded per function. Nothing of it
-    stays on the model after the block, and outputs, gradients and random state are those of the bare model.
-
-    Args:
-        model: the module whose forward pass runs inside the block, called with the batch along dimension 0.
-        val_loss: called without arguments whenever the validation gradient is needed; returns the loss to attribute, a
-            scalar or ``[K]`` for ``K`` targets, with a graph. It runs the model itself, in any mode it likes.
-        strict: raise instead of warning where a parameter's gradient cannot be attributed.
-
-    Raises:
-        ValueError: on entering, if a BatchNorm is in training mode (it mixes the samples), or if a block is nested or
-            repeated before its calls were used or cleared; inside, if the batch is not dimension 0.
-    """
-
-    def __init__(self, model: nn.Module, val_loss: Callable[[], Tensor] | None = None, *, strict: bool = False):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if val_loss is not None and not callable(val_loss):
-            raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
-        self.model, self.strict = model, strict
-        self.validation = Validation(val_loss, model)
-        self._recorder: _Recorder | None = None
-        self._warned = False
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets what was recorded."""
+    def __init__(self):
         self.calls: list[Call] = []
         self.batch_size: int | None = None
         self.unattributed: dict[int, str] = {}  # parameters used where no sample can be told apart, and where
-        self.used = False
 
-    def __enter__(self) -> "LayerCache":
-        if self._recorder is not None:
-            raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
-        if self.calls and not self.used:
-            raise ValueError("`with cache` was entered again before its recording was used: call attribute, or cache.clear()")
-        self.clear()
-        for name, module in self.model.named_modules():
-            if isinstance(module, _BatchNorm) and module.training:
-                raise ValueError(
-                    f"'{name}' is a {type(module).__name__} in training mode: it mixes the samples of a batch; put it in eval()"
-                )
-        self._recorder = _Recorder(self)
-        self._recorder.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        recorder, self._recorder = self._recorder, None
-        recorder.stop()
-        if exc[0] is not None:
-            self.clear()
-
-    @property
-    def recording(self) -> bool:
-        return self._recorder is not None
-
-    def parameter_names(self) -> dict[int, str]:
-        """Names of the model's trainable parameters by id; a tied parameter has its first name."""
-        return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def report_uncovered(self, missing: list[str], share: float) -> None:
-        """Names once the parameters whose gradient no recorded call explains; raises under ``strict``."""
-        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        message = f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient"
-        if self.strict:
-            raise RuntimeError(message)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, UserWarning, stacklevel=3)
+    def receive(self, call: Call, index: int, grad: Tensor) -> None:
+        """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
+        if not call.grad_output:
+            self.calls.append(call)
+        call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -113,6 +49,10 @@ _RANDOM = ("dropout", "rand", "bernoulli", "attention", "rrelu")
 _TENSOR_PROPERTIES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__, torch.Tensor.H.__get__}
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensor arguments of a torch function, inside lists and tuples too."""
     found = []
@@ -124,28 +64,28 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     return found
 
 
-class _Recorder(TorchFunctionMode):
-    """The hooks and the function mode of one ``with cache`` block."""
+class Recorder(TorchFunctionMode):
+    """The hooks on a model's layers, and the function mode that follows the batch between them.
 
-    def __init__(self, cache: LayerCache):
+    Hooks fire from ``attach`` to ``detach``, and record between ``begin`` and ``end``. Checkpointed layers run again in
+    the backward pass, after ``end``: these are recorded as long as ``recording`` is set.
+    """
+
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.cache = cache
-        self.batch = Batch()
-        self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
-        self.trainable = cache.parameter_names()
+        self.model = model
+        self.recording: Recording | None = None
+        self.open = False
         self.handles: list[Any] = []
-        self.inside_model = self.inside_layer = 0
-        self.rng: RngState | None = None
 
-    def start(self) -> None:
-        model = self.cache.model
+    def attach(self) -> None:
+        model = self.model
         layers = _layers(model)
         for name, module in layers.items():
+            leave = partial(self._leave_layer, name or type(module).__name__)
             self.handles += [
                 module.register_forward_pre_hook(self._enter_layer, with_kwargs=True),
-                module.register_forward_hook(
-                    partial(self._leave_layer, name or type(module).__name__), with_kwargs=True, prepend=True
-                ),
+                module.register_forward_hook(leave, with_kwargs=True, prepend=True),
                 module.register_forward_hook(self._close_layer, always_call=True),
             ]
         if "" not in layers:
@@ -154,16 +94,35 @@ class _Recorder(TorchFunctionMode):
                 model.register_forward_hook(self._leave_model, prepend=True),
                 model.register_forward_hook(self._close_model, always_call=True),
             ]
-        self.__enter__()
 
-    def stop(self) -> None:
-        self.__exit__(None, None, None)
+    def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.handles = []
+
+    def begin(self, recording: Recording) -> None:
+        self.recording = recording
+        self.batch = Batch()
+        self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
+        self.trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
+        self.inside_model = self.inside_layer = 0
+        self.rng: RngState | None = None
+        self.open = True
+        self.__enter__()
+
+    def end(self) -> None:
+        self.open = False
+        self.__exit__(None, None, None)
+
+    @property
+    def active(self) -> bool:
+        return self.open or (self.recording is not None and _in_backward())
 
     # the model as a whole: its arguments are the batch
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.open:
+            return
         self.inside_model += 1
         if self.inside_model == 1:
             new = self._untagged(pytree.tree_leaves((args, kwargs)))
@@ -174,7 +133,7 @@ class _Recorder(TorchFunctionMode):
             self._tag_by_size(new)
 
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self.inside_model > 1:
+        if not self.open or self.inside_model > 1:
             return
         for x in pytree.tree_leaves(output):
             # made by ways that carry no tags (through numpy, say): exact all the same, as one long replay
@@ -183,14 +142,14 @@ class _Recorder(TorchFunctionMode):
                 self._watch(call, [x], lambda out: (0, 1))
 
     def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.inside_model -= 1
+        self.inside_model -= self.open
 
     def _untagged(self, leaves: list[Any]) -> list[Tensor]:
         return [x for x in leaves if isinstance(x, Tensor) and x.ndim and not self.batch[x] and not self._is_source(x)]
 
     def _tag_by_size(self, tensors: list[Tensor]) -> None:
         if tensors and self.batch.n is None:
-            self.batch.n = self.cache.batch_size = tensors[0].shape[0]
+            self.batch.n = self.recording.batch_size = tensors[0].shape[0]
         for x in tensors:
             self.batch.tag(x, (0, 1))
 
@@ -200,6 +159,8 @@ class _Recorder(TorchFunctionMode):
     # layers
 
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.active:
+            return
         self.inside_layer += 1
         new = self._untagged(pytree.tree_leaves((args, kwargs)))
         # inside the model the batch is followed from its arguments; a tensor with a graph but no tag took a way unseen
@@ -209,12 +170,12 @@ class _Recorder(TorchFunctionMode):
             self.rng = rng_state(next(module.parameters()).device)
 
     def _close_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.inside_layer -= 1
+        self.inside_layer -= self.active
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        outs = pytree.tree_leaves(output)
-        if not torch.is_grad_enabled() or self.batch.n is None:
+        if not self.active or not torch.is_grad_enabled() or self.batch.n is None:
             return
+        outs = pytree.tree_leaves(output)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         tag = next((self.batch[x] for x in tensors if self.batch[x]), None)
         if tag is not None and tag[0] != _batch_axis(module, tag[0]):
@@ -238,7 +199,7 @@ class _Recorder(TorchFunctionMode):
         if self.inside_layer or self.batch.n is None or prop:
             return func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation: its inputs come without tags
+        if _in_backward():  # a checkpoint's recomputation: its inputs come without tags
             self._tag_by_size([x for x in self._untagged(tensors) if x.requires_grad])
         batched = any(self.batch[x] for x in tensors)
         meets_parameters = torch.is_grad_enabled() and any(self._is_source(x) for x in tensors)
@@ -297,10 +258,10 @@ class _Recorder(TorchFunctionMode):
             if x.requires_grad and tag is None:
                 self._give_up(call)
             elif x.requires_grad:
-                call.watch(i, x, tag, self.cache.calls)
+                call.watch(i, x, tag, self.recording.receive)
 
     def _give_up(self, call: Call) -> None:
-        self.cache.unattributed.update((id(p), call.name) for p in call.parameters())
+        self.recording.unattributed.update((id(p), call.name) for p in call.parameters())
 
 
 def _batch_axis(module: nn.Module, axis: int) -> int:

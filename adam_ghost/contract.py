@@ -1,14 +1,16 @@
 """From a recorded call and the direction ``P`` to every sample's ``< P , g_i >``, without per-sample gradients."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from adam_ghost import reference
 from adam_ghost.batching import Tag
 from adam_ghost.calls import Call
+from adam_ghost.capture import Recording
 from adam_ghost.layers import layer_kind
 from adam_ghost.sample_gradients import call_gradients, samples_first
-from adam_ghost.step import Step
 
 Directions = dict[int, Tensor]  # id(parameter) -> P [K, *shape]
 
@@ -39,13 +41,17 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
     return total
 
 
-def contract_all(step: Step, P: Directions, per_token: bool = False) -> Tensor:
-    """The sum of ``contract`` over the step's calls."""
+def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False) -> Tensor:
+    """``contract`` summed over each recording's calls; the recordings' samples one after another."""
+    return torch.cat([_contract_recording(r, P, per_token) for r in recordings])
+
+
+def _contract_recording(recording: Recording, P: Directions, per_token: bool) -> Tensor:
     scores: Tensor | None = None
-    for call in step.calls:
+    for call in recording.calls:
         if not any(id(p) in P for p in call.parameters()):
             continue
-        part = contract(call, P, step.n, per_token)
+        part = contract(call, P, recording.batch_size, per_token)
         if scores is not None and scores.shape != part.shape:
             raise ValueError(
                 f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"

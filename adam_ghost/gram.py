@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from adam_ghost import reference
 from adam_ghost.calls import Call
-from adam_ghost.capture import LayerCache
+from adam_ghost.layer_cache import LayerCache
 from adam_ghost.layers import layer_kind
-from adam_ghost.sample_gradients import sample_gradients, samples_first
+from adam_ghost.sample_gradients import samples_first
 from adam_ghost.state import AdamState
-from adam_ghost.step import open_step
+from adam_ghost.step import Step, open_step
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
 
@@ -37,24 +37,24 @@ def gram(
     step = open_step(layer_cache, opt_state)
     total: Tensor | int = 0
     for p, g in zip(step.params, step.grads, strict=True):
-        calls = [call for call in step.calls if any(q is p for q in call.parameters())]
         D = None
         if preconditioner is not None:
             D = step.state.scaling(p, g) * step.state[p].scalars.lr
+        calls = [call for call in layer_cache.recorded.calls if any(q is p for q in call.parameters())]
         if preconditioner == "factored" and p.ndim == 2 and all(layer_kind(c.fn) in ("linear", "conv1d") for c in calls):
-            total = total + _factored(calls, D, step.n)
+            total = total + _factored(calls, D, layer_cache.recorded.batch_size)
         else:
-            total = total + _exact(calls, p, D, step.n)
+            total = total + _exact(step, p, D, layer_cache.recorded.batch_size)
     return total
 
 
-def _exact(calls: list[Call], p: nn.Parameter, D: Tensor | None, n: int) -> Tensor:
+def _exact(step: Step, p: nn.Parameter, D: Tensor | None, n: int) -> Tensor:
     per_row = max(1, n * p[:1].numel() * 4) if p.ndim else 1
     rows = max(1, _BLOCK_BYTES // per_row)
     total: Tensor | int = 0
     for start in range(0, p.shape[0] if p.ndim else 1, rows):
         block = slice(start, start + rows)
-        G = sample_gradients(calls, p, n, block).reshape(n, -1)
+        G = step.sample_gradients(p, block).reshape(n, -1)
         scaled = G if D is None else G * (D[block] if p.ndim else D).reshape(-1)
         total = total + scaled @ G.mT
     return total

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adam_ghost.capture import LayerCache
-from adam_ghost.sample_gradients import sample_gradients
+from adam_ghost.layer_cache import LayerCache
 from adam_ghost.state import AdamState
 from adam_ghost.step import Step, open_step
 from adam_ghost.validation import Validation, weights_at
@@ -53,10 +52,11 @@ def exact_shapley(
     step = open_step(layer_cache, opt_state)
     with weights_at(step.params, step.params):  # whatever happens in the game, the weights come back
         game = _Game(step, layer_cache.validation)
-        return _sample(game, step.n, permutations, torch.Generator().manual_seed(seed))
+        return _sample(game, permutations, torch.Generator().manual_seed(seed))
 
 
-def _sample(game: "_Game", n: int, permutations: int, generator: torch.Generator) -> ShapleyValues:
+def _sample(game: "_Game", permutations: int, generator: torch.Generator) -> ShapleyValues:
+    n = game.n
     everyone = game.utility(range(n))
     pairs = []
     for _ in range(permutations):
@@ -76,7 +76,8 @@ class _Game:
     def __init__(self, step: Step, validation: Validation):
         self.step, self.validation, self.evaluations = step, validation, 0
         self.start = [p.detach().clone() for p in step.params]
-        self.shares = [sample_gradients(step.calls, p, step.n) for p in step.params]
+        self.shares = [step.sample_gradients(p) for p in step.params]
+        self.n = len(self.shares[0])
         self.empty = self._loss([torch.zeros_like(s[0]) for s in self.shares])
 
     def _loss(self, grads: Sequence[Tensor]) -> Tensor:
