@@ -9,8 +9,9 @@ if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
 
 from adam_ghost.attribute import attribute
 from adam_ghost.gram import gram
+from adam_ghost.inrun import InRun
 from adam_ghost.layer_cache import LayerCache
 from adam_ghost.shapley import ShapleyValues, exact_shapley
 from adam_ghost.state import AdamState
 
-__all__ = ["AdamState", "LayerCache", "ShapleyValues", "attribute", "exact_shapley", "gram"]
+__all__ = ["AdamState", "InRun", "LayerCache", "ShapleyValues", "attribute", "exact_shapley", "gram"]

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from adam_ghost.contract import contract_all
 from adam_ghost.direction import PLACES, find_direction
 from adam_ghost.layer_cache import LayerCache
 from adam_ghost.reference import RULES
@@ -50,5 +49,5 @@ def attribute(
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     step = open_step(layer_cache, opt_state)
     direction = find_direction(step, layer_cache.validation, rule, at)
-    scores = contract_all(step.recordings, direction.P, per_token)
+    scores = step.scores(direction.P, per_token)
     return scores if direction.val_loss.ndim else scores.squeeze(-1)

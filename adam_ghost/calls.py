@@ -4,6 +4,7 @@ The call's samples meet its parameters in ``outputs``; ``grad_output`` of each a
 come through other calls that no sample entered (a position embedding, a generated weight): those are replayed along.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -76,6 +77,12 @@ class Call:
         """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
         self.outputs[index] = tag
         out.register_hook(lambda grad: receive(self, index, grad.detach()))
+
+    def with_gradient(self, index: int, grad: Tensor) -> "Call":
+        """The same call, with ``grad`` at output ``index`` as its only output gradient."""
+        call = copy.copy(self)
+        call.grad_output = {index: grad}
+        return call
 
     @property
     def input(self) -> Tensor:

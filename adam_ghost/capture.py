@@ -17,18 +17,29 @@ from adam_ghost.layers import layer_kind
 
 
 class Recording:
-    """What was recorded of one forward and backward pass over ``batch_size`` samples."""
+    """What was recorded of one forward and backward pass over ``batch_size`` rows.
 
-    def __init__(self):
+    A row is a sample; with ``offsets [n + 1]`` sample ``i`` is the tokens ``offsets[i]:offsets[i + 1]`` of all rows in a line.
+    """
+
+    def __init__(self, offsets: Tensor | None = None):
+        self.offsets = offsets
         self.calls: list[Call] = []
         self.batch_size: int | None = None
-        self.unattributed: dict[int, str] = {}  # parameters used where no sample can be told apart, and where
+        self.unattributed: set[int] = set()  # parameters used where no sample can be told apart
+        self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
+        if self.on_arrival is not None:
+            self.on_arrival()
         if not call.grad_output:
             self.calls.append(call)
         call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
+
+    def covered(self) -> set[int]:
+        """The parameters, by id, whose gradient the recorded calls explain."""
+        return {id(p) for call in self.calls for p in call.parameters()} - self.unattributed
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self.recording: Recording | None = None
         self.open = False
         self.handles: list[Any] = []
+        self._reset()
 
     def attach(self) -> None:
         model = self.model
@@ -100,13 +112,17 @@ class Recorder(TorchFunctionMode):
             handle.remove()
         self.handles = []
 
-    def begin(self, recording: Recording) -> None:
-        self.recording = recording
+    def _reset(self) -> None:
         self.batch = Batch()
         self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
-        self.trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
         self.inside_model = self.inside_layer = 0
         self.rng: RngState | None = None
+        self.scored = False  # whether the layer now running takes care of its own scores
+
+    def begin(self, recording: Recording) -> None:
+        self._reset()
+        self.recording = recording
+        self.trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
         self.open = True
         self.__enter__()
 
@@ -171,6 +187,7 @@ class Recorder(TorchFunctionMode):
 
     def _close_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_layer -= self.active
+        self.scored = False
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not self.active or not torch.is_grad_enabled() or self.batch.n is None:
@@ -181,6 +198,9 @@ class Recorder(TorchFunctionMode):
         if tag is not None and tag[0] != _batch_axis(module, tag[0]):
             raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag[0]}")
         whole = layer_kind(module) is None
+        if self.scored:
+            self.batch.tag(output, tag)
+            return
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
         call = Call(name, module, *self._recorded(args, kwargs), own, rng=self.rng)
 
@@ -261,7 +281,7 @@ class Recorder(TorchFunctionMode):
                 call.watch(i, x, tag, self.recording.receive)
 
     def _give_up(self, call: Call) -> None:
-        self.recording.unattributed.update((id(p), call.name) for p in call.parameters())
+        self.recording.unattributed.update(id(p) for p in call.parameters())
 
 
 def _batch_axis(module: nn.Module, axis: int) -> int:

@@ -48,10 +48,11 @@ def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool
 
 def _contract_recording(recording: Recording, P: Directions, per_token: bool) -> Tensor:
     scores: Tensor | None = None
+    packed = recording.offsets is not None
     for call in recording.calls:
         if not any(id(p) in P for p in call.parameters()):
             continue
-        part = contract(call, P, recording.batch_size, per_token)
+        part = contract(call, P, recording.batch_size, per_token or packed)
         if scores is not None and scores.shape != part.shape:
             raise ValueError(
                 f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"
@@ -59,7 +60,17 @@ def _contract_recording(recording: Recording, P: Directions, per_token: bool) ->
         scores = part if scores is None else scores + part
     if scores is None:
         raise ValueError("none of the recorded calls explains a gradient: was it computed inside `with cache`?")
-    return scores
+    return scores if per_token else sum_samples(scores, recording.offsets)
+
+
+def sum_samples(scores: Tensor, offsets: Tensor | None) -> Tensor:
+    """Per-token scores ``[rows, T, K]`` of packed rows summed to ``[n, K]``; without ``offsets``, the scores as they are."""
+    if offsets is None:
+        return scores
+    tokens = scores.flatten(0, 1)
+    if int(offsets[-1]) != len(tokens):
+        raise ValueError(f"offsets end at {int(offsets[-1])}, but the batch has {len(tokens)} tokens")
+    return torch.segment_reduce(tokens, "sum", offsets=offsets.to(tokens.device))
 
 
 def _by_token(x: Tensor, tag: Tag, n: int) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from adam_ghost import reference
@@ -14,35 +15,55 @@ PLACES = ("midpoint", "lookahead", "current")
 
 
 @dataclass
+class ValidationGradient:
+    """``loss`` is ``[]`` or ``[K]``; ``grads`` by parameter id, each ``[K, *shape]`` (``K = 1`` for a scalar loss)."""
+
+    loss: Tensor
+    grads: dict[int, Tensor]
+
+
+@dataclass
 class Direction:
-    """``P`` by parameter id, each ``[K, *shape]`` in at least float32, and what the step's books need."""
+    """``P`` by parameter id, each ``[K, *shape]`` in at least float32, and the validation loss where it was taken."""
 
     P: dict[int, Tensor]
-    val_loss: Tensor  # [] or [K], where the gradient was taken
-    total: Tensor  # [K]: < P , g(B) >, what the scores add up to
+    val_loss: Tensor  # [] or [K]
     history: Tensor  # [K]: what momentum and weight decay alone took off the validation loss, to first order
 
+    def total(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+        """``< P , g >`` for the given gradients, ``[K]``: what the scores of all samples add up to."""
+        P = [self.P[id(p)].flatten(1) for p in params]
+        return torch.stack([x @ g.flatten().to(x.dtype) for x, g in zip(P, grads, strict=True)]).sum(0)
 
-def points(state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor], at: str) -> list[Tensor] | None:
-    """The weights where the validation gradient is taken: ``w_mid``, ``w(empty)``, or None for where they are."""
+
+def validation_gradient(
+    state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], validation: Validation, at: str
+) -> ValidationGradient:
+    """The validation gradient by ``params`` at the ``midpoint`` of the step with ``grads``, after history alone, or here."""
+    points = None
     if at == "midpoint":
-        return [state.mid_weights(p, g) for p, g in zip(params, grads, strict=True)]
-    if at == "lookahead":
-        return [state.empty_weights(p) for p in params]
-    return None
+        # a parameter without a gradient does not move
+        points = [p.detach() if g is None else state.mid_weights(p, g) for p, g in zip(params, grads, strict=True)]
+    elif at == "lookahead":
+        points = [state.empty_weights(p) for p in params]
+    with weights_at(params, points):
+        loss, val_grads = validation.gradient(params)
+    return ValidationGradient(loss, {id(p): g if loss.ndim else g.unsqueeze(0) for p, g in zip(params, val_grads, strict=True)})
+
+
+def form_direction(
+    state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], val: ValidationGradient, rule: str
+) -> Direction:
+    """``P`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``."""
+    directions, history = {}, 0
+    for p, g in zip(params, grads, strict=True):
+        s, vg = state[p], val.grads[id(p)]
+        directions[id(p)] = reference.direction(rule, s.scalars, vg, p.detach(), g, *s.moments)
+        history = history + reference.history(s.scalars, vg, p.detach(), *s.moments)
+    return Direction(directions, val.loss, history)
 
 
 def find_direction(step: Step, validation: Validation, rule: str, at: str) -> Direction:
     """``P`` for the step, by ``rule``, with the validation gradient taken ``at`` the named weights."""
-    state = step.state
-    with weights_at(step.params, points(state, step.params, step.grads, at)):
-        loss, val_grads = validation.gradient(step.params)
-    directions, total, history = {}, 0, 0
-    for p, g, vg in zip(step.params, step.grads, val_grads, strict=True):
-        s = state[p]
-        vg = vg if loss.ndim else vg.unsqueeze(0)
-        P = reference.direction(rule, s.scalars, vg, p.detach(), g, *s.moments)
-        directions[id(p)] = P
-        total = total + (P * g.to(P.dtype)).flatten(1).sum(1)
-        history = history + reference.history(s.scalars, vg, p.detach(), *s.moments)
-    return Direction(directions, loss, total, history)
+    val = validation_gradient(step.state, step.params, step.grads, validation, at)
+    return form_direction(step.state, step.params, step.grads, val, rule)

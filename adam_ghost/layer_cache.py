@@ -33,10 +33,10 @@ class LayerCache:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if val_loss is not None and not callable(val_loss):
             raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
-        self.model, self.strict = model, strict
+        self.model = model
+        self.coverage = Coverage(strict)
         self.validation = Validation(val_loss, model)
         self._recorder: Recorder | None = None
-        self._warned = False
         self.clear()
 
     def clear(self) -> None:
@@ -67,15 +67,26 @@ class LayerCache:
     def recording(self) -> bool:
         return self._recorder is not None
 
-    def report_uncovered(self, missing: list[str], share: float) -> None:
-        """Names once the parameters whose gradient no recorded call explains; raises under ``strict``."""
+
+class Coverage:
+    """What share of the gradient the scores explain; names the parameters left out, once."""
+
+    def __init__(self, strict: bool):
+        self.strict, self.share = strict, 1.0
+        self._warned = False
+
+    def report(self, missing: list[str], share: float) -> None:
+        """Takes the names of parameters whose gradient no recorded call explains; raises RuntimeError under ``strict``."""
+        self.share = share
+        if not missing:
+            return
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
         message = f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient"
         if self.strict:
             raise RuntimeError(message)
         if not self._warned:
             self._warned = True
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(message, UserWarning, stacklevel=5)
 
 
 def refuse_mixed_samples(model: nn.Module) -> None:

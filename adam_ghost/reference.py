@@ -147,13 +147,16 @@ def direction(rule: str, s: StepScalars, val_grad: Tensor, w, g, m, v, v_max=Non
 
 
 def history(s: StepScalars, val_grad: Tensor, w, m, v, v_max=None) -> Tensor:
-    """``< val_grad , w - w(empty) >``: to first order, what momentum and decay alone take off the validation loss. ``[]`` or ``[K]``."""
+    """``< val_grad , w - w(empty) >``, ``[]`` or ``[K]``: what momentum and decay alone take off the loss, to first order."""
     moved = _wide(w, w) - empty_weights(s, w, m, v, v_max)
     return (val_grad.to(moved.dtype) * moved).flatten(val_grad.ndim - w.ndim).sum(-1)
 
 
 def contract(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
-    """``sum over outputs of (a @ P.T) * b``, per token. a ``[..., d_in]``, b ``[..., d_out]``, P ``[K, d_out, d_in]`` -> ``[..., K]``."""
+    """``sum over outputs of (a @ P.T) * b``, per token.
+
+    a ``[..., d_in]``, b ``[..., d_out]``, P ``[K, d_out, d_in]`` -> ``[..., K]``.
+    """
     out = (a @ P.flatten(0, 1).mT).unflatten(-1, P.shape[:2])  # [..., K, d_out]
     return (out * b.unsqueeze(-2)).sum(-1)
 
@@ -169,7 +172,8 @@ def wgrad_score(a: Tensor, b: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
 def ghost_gram(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, row: Tensor | None = None, col: Tensor | None = None) -> Tensor:
     """``< D * g_i , g_j >`` of a linear layer for ``D = outer(row, col)``, as activation Gram times output-gradient Gram.
 
-    a ``[n, T, d_in]``, b ``[n, T, d_out]``, a2 ``[m, U, d_in]``, b2 ``[m, U, d_out]``, row ``[d_out]``, col ``[d_in]`` -> ``[n, m]``.
+    a ``[n, T, d_in]``, b ``[n, T, d_out]``, a2 ``[m, U, d_in]``, b2 ``[m, U, d_out]``, row ``[d_out]``, col ``[d_in]``
+    -> ``[n, m]``.
     """
     a = a if col is None else a * col
     b = b if row is None else b * row

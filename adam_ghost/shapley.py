@@ -49,10 +49,13 @@ def exact_shapley(
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
-    step = open_step(layer_cache, opt_state)
+    return play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
+
+
+def play(step: Step, validation: Validation, permutations: int, seed: int) -> ShapleyValues:
+    """The sampled values of ``step``'s game, with the random numbers that the next validation gradient will draw."""
     with weights_at(step.params, step.params):  # whatever happens in the game, the weights come back
-        game = _Game(step, layer_cache.validation)
-        return _sample(game, permutations, torch.Generator().manual_seed(seed))
+        return _sample(_Game(step, validation), permutations, torch.Generator().manual_seed(seed))
 
 
 def _sample(game: "_Game", permutations: int, generator: torch.Generator) -> ShapleyValues:

@@ -84,6 +84,14 @@ class AdamState:
         s = self[p]
         return self.empty_weights(p) - s.scalars.lr * (self.update(p, g) - self.update(p, None))
 
+    def expected_gradient(self, p: Tensor) -> Tensor | None:
+        """The gradient that history lets expect, before the backward pass: the bias-corrected first moment; None at first."""
+        s = self[p]
+        if s.exp_avg is None:
+            return None
+        before = 1 - s.scalars.beta1 ** (s.scalars.t - 1)
+        return s.exp_avg / before
+
 
 def _number(x: float | Tensor) -> float | Tensor:
     """A float where reading costs no device synchronisation, else a float64 0-D tensor."""

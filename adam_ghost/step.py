@@ -1,13 +1,13 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, Adam's state."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture import Recording
-from adam_ghost.layer_cache import LayerCache
+from adam_ghost.contract import Directions, contract_all
+from adam_ghost.layer_cache import Coverage, LayerCache
 from adam_ghost.sample_gradients import sample_gradients
 from adam_ghost.state import AdamState
 
@@ -23,16 +23,22 @@ class Step:
     params: list[nn.Parameter]
     grads: list[Tensor]
     recordings: list[Recording]
+    scale: dict[int, Tensor] | None = None  # by parameter id: what the gradient was multiplied by since it was recorded
 
     def sample_gradients(self, p: nn.Parameter, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of ``p.grad``, for a block of p's first dimension."""
-        return torch.cat([sample_gradients(r.calls, p, r.batch_size, block) for r in self.recordings])
+        shares = torch.cat([sample_gradients(r.calls, p, r.batch_size, block) for r in self.recordings])
+        return shares if self.scale is None else shares * self.scale[id(p)]
+
+    def scores(self, P: Directions, per_token: bool = False) -> Tensor:
+        """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``."""
+        if self.scale is not None:
+            P = {k: x * self.scale[k] for k, x in P.items()}
+        return contract_all(self.recordings, P, per_token)
 
 
-def gather_step(
-    model: nn.Module, state: AdamState, recordings: list[Recording], report: Callable[[list[str], float], None]
-) -> Step:
-    """The step of ``model``'s parameters that have a gradient, checked; ``report`` is told of gradients that no call explains."""
+def gather_step(model: nn.Module, state: AdamState, recordings: list[Recording], coverage: Coverage) -> Step:
+    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.grad is not None]
     if not named:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
@@ -41,18 +47,13 @@ def gather_step(
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
         if p.grad.layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
-        # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
-        if p.grad.device.type == "cpu" and not bool(p.grad.isfinite().all()):
-            raise ValueError(f"the gradient of '{name}' is not finite")
-    seen = {id(p) for r in recordings for call in r.calls for p in call.parameters()}
-    seen -= {p for r in recordings for p in r.unattributed}
-    missing = [(name, p) for name, p in named if id(p) not in seen]
+    covered = {p for r in recordings for p in r.covered()}
+    missing = [(name, p) for name, p in named if id(p) not in covered]
     inside = {id(p) for p in model.parameters()}
     outside = [s.param for s in state if s.param.grad is not None and id(s.param) not in inside]
-    if missing or outside:
-        total = sum(p.numel() for _, p in named) + sum(p.numel() for p in outside)
-        lost = sum(p.numel() for _, p in missing) + sum(p.numel() for p in outside)
-        report([name for name, _ in missing] + ["parameters outside the model"] * bool(outside), 1 - lost / total)
+    total = sum(p.numel() for _, p in named) + sum(p.numel() for p in outside)
+    lost = sum(p.numel() for _, p in missing) + sum(p.numel() for p in outside)
+    coverage.report([name for name, _ in missing] + ["parameters outside the model"] * bool(outside), 1 - lost / total)
     return Step(state, [p for _, p in named], [p.grad for _, p in named], recordings)
 
 
@@ -65,6 +66,10 @@ def open_step(cache: LayerCache, opt_state: "torch.optim.Optimizer | AdamState")
         raise ValueError("the scores are computed after the `with cache` block, not inside it")
     if not cache.recorded.calls:
         raise ValueError("nothing was recorded: run the model's forward and backward pass inside `with cache`")
-    step = gather_step(cache.model, state, [cache.recorded], cache.report_uncovered)
+    for name, p in cache.model.named_parameters():
+        # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
+        if p.grad is not None and p.grad.device.type == "cpu" and not bool(p.grad.isfinite().all()):
+            raise ValueError(f"the gradient of '{name}' is not finite")
+    step = gather_step(cache.model, state, [cache.recorded], cache.coverage)
     cache.used = True
     return step

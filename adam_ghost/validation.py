@@ -85,3 +85,10 @@ class Validation:
         if loss.ndim > 1 or loss.numel() == 0:
             raise ValueError(f"val_loss must return a scalar or a non-empty [K], got shape {list(loss.shape)}")
         return loss
+
+    def state_dict(self) -> list[Tensor] | None:
+        """The state of the random stream."""
+        return self._stream
+
+    def load_state_dict(self, state: list[Tensor] | None) -> None:
+        self._stream = state

@@ -1,0 +1,80 @@
+"""Scores added up per sample id while a run goes on, and read back from the device without making it wait."""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SampleScores(NamedTuple):
+    """Per sample id, in the order of first appearance; arrays have a trailing ``[K]`` for K targets."""
+
+    ids: list[Hashable]
+    total: np.ndarray  # sum over steps, unit: validation loss, positive = helped
+    standardized: np.ndarray  # mean over steps of (score - step's mean) / step's standard deviation: for finding bad samples
+    steps: np.ndarray  # how many attributed steps the sample was part of
+
+
+class Totals:
+    """Running sums per sample id for ``K`` targets, float64."""
+
+    def __init__(self):
+        self._rows: dict[Hashable, int] = {}
+        self._sums = np.zeros((0, 2, 0))  # [ids, (score, standardized), K]
+        self._steps = np.zeros(0, dtype=np.int64)
+
+    def add(self, ids: Sequence[Hashable], scores: np.ndarray) -> None:
+        """Adds one step's ``scores [n, K]``. A sample that occurs twice in a step gets both shares, and counts twice."""
+        rows = np.array([self._rows.setdefault(i, len(self._rows)) for i in ids])
+        if len(self._rows) > len(self._steps):
+            capacity = max(64, 2 * len(self._rows))
+            grown = np.zeros((capacity, 2, scores.shape[1]))
+            if len(self._steps):
+                grown[: len(self._sums)] = self._sums
+            self._sums = grown
+            self._steps = np.concatenate([self._steps, np.zeros(capacity - len(self._steps), dtype=np.int64)])
+        spread = scores.std(0)
+        z = np.divide(scores - scores.mean(0), spread, out=np.zeros_like(scores), where=spread > 0)
+        np.add.at(self._sums, rows, np.stack([scores, z], 1))
+        np.add.at(self._steps, rows, 1)
+
+    def read(self, squeeze: bool) -> SampleScores:
+        n = len(self._rows)
+        steps = self._steps[:n].copy()
+        sums = self._sums[:n].copy()
+        sums = sums[..., 0] if squeeze and n else sums
+        return SampleScores(list(self._rows), sums[:, 0], (sums[:, 1].T / np.maximum(steps, 1)).T, steps)
+
+    def state_dict(self) -> dict:
+        n = len(self._rows)
+        return {"ids": list(self._rows), "sums": self._sums[:n].copy(), "steps": self._steps[:n].copy()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._rows = {i: k for k, i in enumerate(state["ids"])}
+        self._sums, self._steps = state["sums"].copy(), state["steps"].copy()
+
+
+class Readback:
+    """A tensor on its way to the host: copied without blocking, asked for when it has arrived."""
+
+    def __init__(self, x: Tensor):
+        self._event = None
+        if x.device.type == "cuda":
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = x.detach().cpu()
+
+    @property
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def get(self) -> np.ndarray:
+        """The values; waits for the copy if need be."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
