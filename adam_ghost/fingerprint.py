@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Fingerprint:
-    """Norms of gradients at one moment; ``versions`` tell cheaply whether anything was written since."""
+    """Norms of gradients at one moment."""
 
     tensors: list[Tensor]
     versions: list[int]
@@ -26,6 +26,7 @@ class Fingerprint:
         return cls(list(grads), [g._version for g in grads], l1, l2)
 
     def untouched(self, grads: Sequence[Tensor]) -> bool:
+        """Whether autograd knows of no change since, at no cost: a gradient scaler's unscaling, for one, escapes it."""
         return len(grads) == len(self.tensors) and all(
             g is h and g._version == v for g, h, v in zip(grads, self.tensors, self.versions, strict=True)
         )

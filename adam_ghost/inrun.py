@@ -291,12 +291,11 @@ class InRun:
         if self.schedule == "lookahead":
             direction = self._direction
             scores = torch.cat([m.recording.scores for m in micro])
-            if step.scale is not None:
-                scale = torch.stack(list(step.scale.values()))
-                edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
-                if on_host and bool(edited.any()):
-                    raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
-                scores = scores * scale.mean()
+            scale = torch.stack(list(step.scale.values()))
+            edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
+            if on_host and bool(edited.any()):
+                raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
+            scores = scores * scale.mean()
         else:
             if refreshed or self._val is None:
                 grads = dict(zip(map(id, step.params), step.grads, strict=True))
@@ -319,28 +318,24 @@ class InRun:
 
         Returns whether they are void (not finite, or a scaler's fused step found them so), and which were edited otherwise.
         """
-        before = self._fingerprint
-        now = before if before is not None and before.untouched(step.grads) else Fingerprint.of(step.grads)
-        edited = torch.zeros(len(step.grads), dtype=torch.bool, device=now.l2.device)
+        before, now = self._fingerprint, Fingerprint.of(step.grads)
         if before is None or len(before.l2) != len(now.l2):
             raise ValueError("gradients were added or removed between the backward pass and the step")
-        scale = None
-        if now is not before:
-            scale, edited = before.scale_to(now)
+        scale, edited = before.scale_to(now)
         void = ~now.l1.isfinite().all()
         # a fused optimizer unscales inside its step, on what the scaler leaves with it
         if (factor := getattr(self.optimizer, "grad_scale", None)) is not None:
             inverse = factor.to(now.l2.device).reciprocal()
-            scale = inverse.expand(len(step.grads)) if scale is None else scale * inverse
+            scale = scale * inverse
             step.grads = [g * inverse.to(g.dtype) for g in step.grads]
         if (found := getattr(self.optimizer, "found_inf", None)) is not None:
             void = void | (found.to(void.device) > 0).any()
-        if scale is not None:
-            step.scale = dict(zip(map(id, step.params), scale.unbind(), strict=True))
+        step.scale = dict(zip(map(id, step.params), scale.unbind(), strict=True))
         return void, edited & ~void
 
     def _look_ahead(self) -> Direction:
         """``P`` before the backward pass, from the gradient that history lets expect."""
+        self._recorder.recording = None  # a step that was skipped left it; the validation pass is not to be recorded
         state = AdamState.of(self.optimizer)
         expected = [state.expected_gradient(p) for p in self._params]
         if self._attributed % self.refresh == 0 or self._val is None:

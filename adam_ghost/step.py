@@ -48,7 +48,8 @@ def gather_step(model: nn.Module, state: AdamState, recordings: list[Recording],
         if p.grad.layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
     covered = {p for r in recordings for p in r.covered()}
-    missing = [(name, p) for name, p in named if id(p) not in covered]
+    # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
+    missing = [(name, p) for name, p in named if id(p) not in covered and bool(p.grad.any())]
     inside = {id(p) for p in model.parameters()}
     outside = [s.param for s in state if s.param.grad is not None and id(s.param) not in inside]
     total = sum(p.numel() for _, p in named) + sum(p.numel() for p in outside)

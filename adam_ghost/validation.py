@@ -33,6 +33,7 @@ class Validation:
     def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module):
         self.val_loss, self.model = val_loss, model
         self._stream: list[Tensor] | None = None
+        self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
     @contextmanager
     def _undisturbed(self, advance: bool = True) -> Iterator[None]:
@@ -47,9 +48,9 @@ class Validation:
                     torch.cuda.set_rng_state(state, device)
             try:
                 yield
-            finally:
                 if advance:
                     self._stream = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+            finally:
                 for module, mode in modes:
                     module.training = mode
 
@@ -70,10 +71,19 @@ class Validation:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
             if loss.device.type == "cpu" and not bool(loss.detach().isfinite().all()):
                 raise ValueError(f"val_loss is not finite: {loss.detach().tolist()}")
-            rows = [
-                torch.autograd.grad(x, params, retain_graph=k < loss.numel() - 1, allow_unused=True)
-                for k, x in enumerate(loss.reshape(-1))
-            ]
+            losses = loss.reshape(-1)
+            if self._reentrant:
+                rows = _by_backward(losses, params, list(self.model.parameters()))
+            else:
+                try:
+                    rows = _by_grad(losses, params)
+                except RuntimeError as error:
+                    self._reentrant = "use_reentrant" in str(error)
+                    if not self._reentrant:
+                        raise
+                    rows = None
+        if rows is None:
+            return self.gradient(params)
         filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)] for row in rows]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         return loss.detach(), grads
@@ -92,3 +102,24 @@ class Validation:
 
     def load_state_dict(self, state: list[Tensor] | None) -> None:
         self._stream = state
+
+
+def _by_grad(losses: Tensor, params: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
+    last = len(losses) - 1
+    return [torch.autograd.grad(x, params, retain_graph=k < last, allow_unused=True) for k, x in enumerate(losses)]
+
+
+def _by_backward(losses: Tensor, params: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
+    """By ``.backward()``; the ``.grad`` of all ``leaves`` are put back."""
+    held = [p.grad for p in leaves]
+    rows = []
+    try:
+        for k, x in enumerate(losses):
+            for p in leaves:
+                p.grad = None
+            x.backward(retain_graph=k < len(losses) - 1)
+            rows.append([p.grad for p in params])
+    finally:
+        for p, g in zip(leaves, held, strict=True):
+            p.grad = g
+    return rows
