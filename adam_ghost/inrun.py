@@ -339,7 +339,7 @@ class InRun:
         state = AdamState.of(self.optimizer)
         expected = [state.expected_gradient(p) for p in self._params]
         if self._attributed % self.refresh == 0 or self._val is None:
-            self._val = validation_gradient(state, self._params, expected, self.validation, "midpoint")
+            self._val = validation_gradient(state, self._params, expected, self.validation, "lookahead")
         return form_direction(state, self._params, expected, self._val, self.rule)
 
     # the books

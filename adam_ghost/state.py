@@ -85,12 +85,13 @@ class AdamState:
         return self.empty_weights(p) - s.scalars.lr * (self.update(p, g) - self.update(p, None))
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
-        """The gradient that history lets expect, before the backward pass: the bias-corrected first moment; None at first."""
+        """The gradient that history lets expect, before the backward pass: of the second moment's size, with the first
+        moment's sign. The secant depends on the size, which the first moment alone puts too low. None without history."""
         s = self[p]
-        if s.exp_avg is None:
+        if s.exp_avg is None or s.exp_avg_sq is None:
             return None
-        before = 1 - s.scalars.beta1 ** (s.scalars.t - 1)
-        return s.exp_avg / before
+        before = 1 - s.scalars.beta2 ** (s.scalars.t - 1)
+        return torch.copysign((s.exp_avg_sq / before).sqrt(), s.exp_avg)
 
 
 def _number(x: float | Tensor) -> float | Tensor:

@@ -1,0 +1,111 @@
+"""Training throughput with attribution, as a share of plain training and of the bound (plain plus the bare validation pass).
+
+All variants take their steps in turn within one run, and the medians of their times are compared.
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+import adam_ghost as ag
+from adam_ghost.demo.model import GPT
+
+VARIANTS = ("plain", "bound", "lookahead", "midpoint")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained; the defaults are the published CPU setting."""
+
+    layers: int = 6
+    width: int = 384
+    heads: int = 6
+    context: int = 256
+    vocabulary: int = 8192
+    batch: int = 16
+    val_batch: int = 1
+    device: str = "cpu"
+    autocast: bool = False
+    fused: bool = False
+
+
+def stepper(variant: str, s: Setting) -> Callable[[], None]:
+    """A function that takes one training step of its own model, in the way of ``variant``."""
+    torch.manual_seed(0)
+    model = GPT(s.vocabulary, s.context, s.layers, s.width, s.heads).to(s.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=s.fused)
+    tokens = torch.randint(0, s.vocabulary, (s.batch + s.val_batch, s.context + 1), device=s.device)
+    x_val = tokens[s.batch :]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(s.device, torch.bfloat16, enabled=s.autocast):
+            return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    attributed = variant in ("lookahead", "midpoint")
+    run = ag.InRun(model, optimizer, lambda: loss(x_val), variant) if attributed else None
+    params = list(model.parameters())
+
+    def step() -> None:
+        if run:
+            run.batch(range(s.batch))
+        loss(tokens[: s.batch]).backward()
+        if variant == "bound":
+            torch.autograd.grad(loss(x_val), params)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(s: Setting, rounds: int, progress: Callable[[int], None] = lambda k: None) -> dict[str, list[float]]:
+    """Seconds of every step of every variant, the variants in turn."""
+    steps = {v: stepper(v, s) for v in VARIANTS}
+    times: dict[str, list[float]] = {v: [] for v in VARIANTS}
+    for k in range(-1, rounds):  # a first round warms up
+        progress(k)
+        # the order alternates: whoever goes first finds other caches
+        for v in VARIANTS if k % 2 else VARIANTS[::-1]:
+            started = time.perf_counter()
+            steps[v]()
+            if s.device != "cpu":
+                torch.cuda.synchronize()
+            if k >= 0:
+                times[v].append(time.perf_counter() - started)
+    return times
+
+
+def peak_memory(variant: str, s: Setting) -> int:
+    """Bytes at the peak of two steps: of the process, in a process of its own, or of the GPU's allocator."""
+    if s.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        step = stepper(variant, s)
+        step()
+        step()
+        return torch.cuda.max_memory_allocated()
+    code = f"from bench import throughput as t; s = t.stepper({variant!r}, t.{s!r}); s(); s(); print(t.resident())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Shares of plain and of the bound, medians over the rounds' own ratios, with the quartiles of the latter."""
+    found = {}
+    for v in VARIANTS[1:]:
+        row = {}
+        for base in ("plain", "bound"):
+            ratios = [b / t for b, t in zip(times[base], times[v], strict=True)]
+            row[f"of_{base}"] = statistics.median(ratios)
+            if len(ratios) > 3:
+                row[f"of_{base}_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+        found[v] = row
+    return found
