@@ -14,7 +14,7 @@ from adam_ghost.capture import Recorder, Recording
 from adam_ghost.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.fingerprint import Fingerprint
 from adam_ghost.layer_cache import Coverage, refuse_mixed_samples
-from adam_ghost.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.lookahead import ContractingRecording, ScoredLayers
 from adam_ghost.reference import RULES
 from adam_ghost.shapley import play
 from adam_ghost.state import AdamState
@@ -148,9 +148,9 @@ class InRun:
         self._recorder.attach()
         self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._linears = ScoredLinears(model, self._recorder)
+        self._layers = ScoredLayers(model, self._recorder)
         if schedule == "lookahead":
-            self._linears.attach()
+            self._layers.attach()
 
     def __enter__(self) -> "InRun":
         return self
@@ -167,7 +167,7 @@ class InRun:
             self._recorder.end()
         self._recorder.detach()
         if self.schedule == "lookahead":
-            self._linears.detach()
+            self._layers.detach()
         for handle in self._handles:
             handle.remove()
         self._micro, self._armed, self._direction, self._val, self._fingerprint = [], None, None, None, None
@@ -202,7 +202,7 @@ class InRun:
         if self.schedule == "lookahead":
             if not self._micro:
                 self._direction = self._look_ahead()
-            recording: Recording = ContractingRecording(self._direction.P, offsets, keep=audit)
+            recording: Recording = ContractingRecording(self._direction.P, len(ids), offsets, keep=audit)
         else:
             recording = Recording(offsets)
         recording.on_arrival = self._gradient_arrived
@@ -273,7 +273,7 @@ class InRun:
     def _attribute(self, micro: list[_MicroBatch], started: float) -> None:
         if not micro:
             raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
-        if not any(m.recording.covered() for m in micro):
+        if self._fingerprint is None:
             raise RuntimeError("optimizer.step() without a backward pass through the recorded forward pass")
         step = gather_step(self.model, AdamState.of(self.optimizer), [m.recording for m in micro], self.coverage)
         void, edited = self._follow_scaling(step)

@@ -1,8 +1,11 @@
 """Scores while gradients are formed: with ``P`` known before the backward pass, no layer call outlives its own backward.
 
 Linear layers yield weight gradient and scores in one product; every other call is contracted when its gradient arrives.
+The scores come as the gradient of ``slot``, a tensor of zeros that each linear layer takes along: autograd itself adds them
+up, over layers, checkpoints and compiled graphs.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,90 +22,102 @@ from adam_ghost.layers import layer_kind
 class ContractingRecording(Recording):
     """Contracts each call with ``P`` on arrival and keeps only the sum, ``[n, K]``; with ``keep`` the calls as well."""
 
-    def __init__(self, P: Directions, offsets: Tensor | None = None, keep: bool = False):
+    def __init__(self, P: Directions, n: int, offsets: Tensor | None = None, keep: bool = False):
         super().__init__(offsets)
         self.P, self.keep = P, keep
-        self.scores: Tensor | None = None
-        self._scored: set[int] = set()
+        some = next(iter(P.values()))
+        self.slot = some.new_zeros(n, len(some)).requires_grad_()
+        self.slot.register_hook(lambda grad: self._tell())
+        self._arrived: Tensor | None = None
+        self.scored: set[int] = set()  # parameters, by id, that the scores cover
+
+    def _tell(self) -> None:
+        if self.on_arrival is not None:
+            self.on_arrival()
+
+    @property
+    def scores(self) -> Tensor:
+        """``[n, K]``, of all backward passes so far."""
+        parts = [x for x in (self._arrived, self.slot.grad) if x is not None]
+        return sum(parts) if parts else torch.zeros_like(self.slot)
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
+        self._tell()
         if self.keep:
             super().receive(call, index, grad)
         params = [p for p in call.parameters() if id(p) in self.P]
-        if params:
-            scores = contract(call.with_gradient(index, grad), self.P, self.batch_size, self.offsets is not None)
-            self.add(sum_samples(scores, self.offsets), params)
-
-    def add(self, scores: Tensor, params: list[nn.Parameter]) -> None:
-        if self.on_arrival is not None:
-            self.on_arrival()
-        self._scored.update(id(p) for p in params)
-        self.scores = scores if self.scores is None else self.scores + scores
+        if not params:
+            return
+        scores = contract(call.with_gradient(index, grad), self.P, self.batch_size, self.offsets is not None)
+        scores = sum_samples(scores, self.offsets)
+        self._arrived = scores if self._arrived is None else self._arrived + scores
+        self.scored.update(id(p) for p in params)
 
     def covered(self) -> set[int]:
-        return self._scored - self.unattributed
+        return self.scored - self.unattributed
 
 
 class _ScoredLinear(torch.autograd.Function):
-    """``x @ weight.T + bias``, whose backward pass also scores the samples: leading dimension of ``x``, or ``offsets``."""
+    """``x @ weight.T + bias``; the gradient of ``slot [n, K]`` is the samples' scores.
+
+    Samples are the leading dimension of ``x``, in equal shares, or ``offsets`` into its tokens. ``P``: ``[K, *shape]``.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recording: ContractingRecording, layer: nn.Module
-    ) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            # the backward pass runs without autocast: save what the product really saw
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
-        ctx.recording, ctx.layer = recording, layer
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, P: tuple, offsets: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, *P, offsets)
+        ctx.n = len(slot)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        recording, layer = ctx.recording, ctx.layer
+        x, weight, P_weight, P_bias, offsets = ctx.saved_tensors
         d_input = grad @ weight if ctx.needs_input_grad[0] else None
-        n, offsets = recording.batch_size, recording.offsets
-        shape = (n, -1) if offsets is None else (-1,)
+        shape = (ctx.n, -1) if offsets is None else (-1,)
         a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
         d_weight = d_bias = None
+        scores: Tensor | int = 0
         if ctx.needs_input_grad[1]:
-            P = recording.P[id(layer.weight)]
-            d_weight, scores = ops.wgrad_score(a, b, P.mT if layer_kind(layer) == "conv1d" else P, offsets=offsets)
-            recording.add(scores, [layer.weight])
+            d_weight, scores = ops.wgrad_score(a, b, P_weight, offsets=offsets)
         if ctx.needs_input_grad[2]:
-            P = recording.P[id(layer.bias)]
-            sums = b.sum(1, dtype=P.dtype) if offsets is None else torch.segment_reduce(b.to(P.dtype), "sum", offsets=offsets)
-            recording.add(sums @ P.mT, [layer.bias])
-            d_bias = sums.sum(0)
-        return d_input, d_weight, d_bias, None, None
+            b = b.to(P_bias.dtype)
+            sums = b.sum(1) if offsets is None else torch.segment_reduce(b, "sum", offsets=offsets)  # [n, d_out]
+            scores, d_bias = scores + sums @ P_bias.mT, sums.sum(0)
+        return d_input, d_weight, d_bias, scores, None, None
 
 
-class ScoredLinears:
-    """While attached, the model's linear layers score their samples in the weight gradient's product."""
+def _scored_linear(layer: nn.Module, x: Tensor, recording: ContractingRecording, P: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    if layer_kind(layer) == "conv1d":
+        weight, P = weight.t(), (None if P[0] is None else P[0].mT, P[1])
+    if torch.is_autocast_enabled(x.device.type):
+        # casts that autograd sees: the backward pass runs without autocast, on what the product really saw
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    return _ScoredLinear.apply(x, weight, bias, recording.slot, P, recording.offsets)
 
-    def __init__(self, model: nn.Module, recorder: Recorder):
+
+class ScoredLayers:
+    """While attached, the model's linear layers score their samples in the weight gradient's product.
+
+    In a compiled model there is no recorder, and the layers that are linear in their parameters score as well.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder | None):
         self.recorder = recorder
+        self.recording: ContractingRecording | None = None  # in a compiled model, what the next forward pass belongs to
         self.layers = [m for m in model.modules() if layer_kind(m) in ("linear", "conv1d") and "forward" not in vars(m)]
 
     def attach(self) -> None:
         for layer in self.layers:
-            layer.forward = _Forward(layer, self.recorder)
+            layer.forward = partial(self._forward, layer)
 
     def detach(self) -> None:
         for layer in self.layers:
             del layer.forward
 
-
-class _Forward:
-    """Stands in for one linear layer's forward."""
-
-    def __init__(self, layer: nn.Module, recorder: Recorder):
-        self.layer, self.recorder = layer, recorder
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer, recorder = self.layer, self.recorder
+    def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        recorder = self.recorder
         recording = recorder.recording
         own = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
         ours = isinstance(recording, ContractingRecording) and not recording.keep and recorder.active and torch.is_grad_enabled()
@@ -110,5 +125,6 @@ class _Forward:
         if tag is None or tag[0] != 0 or any(id(p) not in recording.P for p in own):
             return type(layer).forward(layer, x)
         recorder.scored = True
-        weight = layer.weight.t() if layer_kind(layer) == "conv1d" else layer.weight
-        return _ScoredLinear.apply(x, weight, layer.bias, recording, layer)
+        recording.scored.update(id(p) for p in own)
+        P = tuple(None if p is None else recording.P.get(id(p)) for p in (layer.weight, layer.bias))
+        return _scored_linear(layer, x, recording, P)

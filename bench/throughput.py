@@ -22,13 +22,13 @@ VARIANTS = ("plain", "bound", "lookahead", "midpoint")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained; the defaults are the published CPU setting."""
+    """What is trained; the defaults are the published CPU setting, the size of nanoGPT's character model."""
 
     layers: int = 6
     width: int = 384
     heads: int = 6
     context: int = 256
-    vocabulary: int = 8192
+    vocabulary: int = 65
     batch: int = 16
     val_batch: int = 1
     device: str = "cpu"
