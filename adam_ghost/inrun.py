@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture import Recorder, Recording
+from adam_ghost.compiled import CompiledLayers, is_compiled
 from adam_ghost.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.fingerprint import Fingerprint
 from adam_ghost.layer_cache import Coverage, refuse_mixed_samples
-from adam_ghost.lookahead import ContractingRecording, ScoredLayers
+from adam_ghost.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.reference import RULES
 from adam_ghost.shapley import play
 from adam_ghost.state import AdamState
@@ -84,7 +85,9 @@ class InRun:
     Scores are those of the gradient that the optimizer uses: accumulated over micro-batches (call ``batch`` before each),
     unscaled and clipped. Training does not change: parameters, optimizer state and random numbers are those of the same
     loop without it, to the bit (``lookahead``: to rounding, where linear layers' gradients come from another product).
-    Forward passes that ``batch`` did not announce are left alone: evaluation, generation.
+    Forward passes that ``batch`` did not announce are left alone: evaluation, generation. Models under ``torch.compile``
+    take ``lookahead`` (without graph breaks); there, calls without a batch dimension and layers of kinds that PyTorch does
+    not know are named and left out.
 
     Args:
         model: called with the batch along dimension 0.
@@ -117,7 +120,7 @@ class InRun:
         audit_permutations: int = 8,
         strict: bool = False,
     ):
-        _check_arguments(model, optimizer, val_loss, schedule, rule)
+        _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -144,11 +147,14 @@ class InRun:
         self._params = [p for p in model.parameters() if p.requires_grad]
 
         self._recorder = Recorder(model)
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
-        self._recorder.attach()
-        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._layers = ScoredLayers(model, self._recorder)
+        self._compiled = CompiledLayers(model) if is_compiled(model) else None
+        self._layers = self._compiled or ScoredLinears(model, self._recorder)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        if self._compiled is None:
+            # ours see the forward pass first and last
+            self._handles.append(model.register_forward_pre_hook(self._before_forward))
+            self._recorder.attach()
+            self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
         if schedule == "lookahead":
             self._layers.attach()
 
@@ -197,8 +203,9 @@ class InRun:
         refuse_mixed_samples(self.model)
         self._settle()
         audit = self._audit_due()
-        if audit and offsets is not None:
-            raise ValueError("audit_every cannot be used with samples packed in rows")
+        if offsets is not None and (audit or self._compiled):
+            what = "audit_every" if audit else "a compiled model"
+            raise ValueError(f"{what} cannot be used with samples packed in rows")
         if self.schedule == "lookahead":
             if not self._micro:
                 self._direction = self._look_ahead()
@@ -206,8 +213,19 @@ class InRun:
         else:
             recording = Recording(offsets)
         recording.on_arrival = self._gradient_arrived
-        self._armed = _MicroBatch(ids, offsets, recording)
+        micro = _MicroBatch(ids, offsets, recording)
+        if self._compiled:
+            self._end_compiled()
+            recording.batch_size = len(ids)
+            self._compiled.begin(recording)
+            self._micro.append(micro)
+        else:
+            self._armed = micro
         self._seconds += time.perf_counter() - started
+
+    def _end_compiled(self) -> None:
+        if self._compiled and self._micro:
+            self._compiled.end(self._micro[-1].recording)
 
     def _audit_due(self) -> bool:
         return self.audit_every is not None and self._attributed % self.audit_every == self.audit_every - 1
@@ -223,7 +241,7 @@ class InRun:
             self._micro = []
             raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
         self.steps.append(self._record(sum(len(m.ids) for m in self._micro), skipped=True))
-        self._micro = []
+        self._micro, self._fingerprint = [], None
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         if self._armed is not None and torch.is_grad_enabled() and not self._recorder.open:
@@ -259,6 +277,7 @@ class InRun:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
         self._recorder.recording, self._armed = None, None
+        self._end_compiled()
         micro, self._micro = self._micro, []
         due, self.step = self.step % self.every == 0, self.step + 1
         if not due:
@@ -335,6 +354,7 @@ class InRun:
 
     def _look_ahead(self) -> Direction:
         """``P`` before the backward pass, from the gradient that history lets expect."""
+        self._end_compiled()
         self._recorder.recording = None  # a step that was skipped left it; the validation pass is not to be recorded
         state = AdamState.of(self.optimizer)
         expected = [state.expected_gradient(p) for p in self._params]
@@ -416,7 +436,7 @@ _EDITED = (
 )
 
 
-def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str) -> None:
+def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(optimizer, (list, tuple, dict)):
@@ -434,6 +454,11 @@ def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, r
         raise ValueError(
             f"the optimizer does not hold {', '.join(foreign[:6])}: one optimizer must train all trainable parameters;"
             " freeze the others with requires_grad_(False)"
+        )
+    if is_compiled(model) and (schedule != "lookahead" or audit_every):
+        raise ValueError(
+            "the model is compiled: its layer calls cannot be recorded, which schedule='midpoint' and audit_every need;"
+            " use schedule='lookahead' without audits, or compile nothing"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")

@@ -64,8 +64,17 @@ class _ScoredLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, P: tuple, offsets: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, *P, offsets)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        slot: Tensor,
+        P_weight: Tensor | None,
+        P_bias: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, P_weight, P_bias, offsets)
         ctx.n = len(slot)
         return F.linear(x, weight, bias)
 
@@ -83,29 +92,30 @@ class _ScoredLinear(torch.autograd.Function):
             b = b.to(P_bias.dtype)
             sums = b.sum(1) if offsets is None else torch.segment_reduce(b, "sum", offsets=offsets)  # [n, d_out]
             scores, d_bias = scores + sums @ P_bias.mT, sums.sum(0)
-        return d_input, d_weight, d_bias, scores, None, None
+        return d_input, d_weight, d_bias, scores, None, None, None
 
 
-def _scored_linear(layer: nn.Module, x: Tensor, recording: ContractingRecording, P: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    weight, bias = layer.weight, layer.bias
+def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | None, ...], offsets: Tensor | None) -> Tensor:
+    weight, bias, P_weight = layer.weight, layer.bias, P[0]
     if layer_kind(layer) == "conv1d":
-        weight, P = weight.t(), (None if P[0] is None else P[0].mT, P[1])
+        weight, P_weight = weight.t(), None if P_weight is None else P_weight.mT
     if torch.is_autocast_enabled(x.device.type):
         # casts that autograd sees: the backward pass runs without autocast, on what the product really saw
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    return _ScoredLinear.apply(x, weight, bias, recording.slot, P, recording.offsets)
+    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets)
 
 
-class ScoredLayers:
-    """While attached, the model's linear layers score their samples in the weight gradient's product.
+def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """The layer's weight and bias, None where it has none or it is frozen."""
+    return tuple(p if p is not None and p.requires_grad else None for p in (layer.weight, getattr(layer, "bias", None)))
 
-    In a compiled model there is no recorder, and the layers that are linear in their parameters score as well.
-    """
 
-    def __init__(self, model: nn.Module, recorder: Recorder | None):
+class ScoredLinears:
+    """While attached, the model's linear layers score their samples in the weight gradient's product."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder):
         self.recorder = recorder
-        self.recording: ContractingRecording | None = None  # in a compiled model, what the next forward pass belongs to
         self.layers = [m for m in model.modules() if layer_kind(m) in ("linear", "conv1d") and "forward" not in vars(m)]
 
     def attach(self) -> None:
@@ -119,12 +129,12 @@ class ScoredLayers:
     def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         recorder = self.recorder
         recording = recorder.recording
-        own = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+        own = [p for p in own_parameters(layer) if p is not None]
         ours = isinstance(recording, ContractingRecording) and not recording.keep and recorder.active and torch.is_grad_enabled()
         tag = recorder.batch[x] if ours and own else None
         if tag is None or tag[0] != 0 or any(id(p) not in recording.P for p in own):
             return type(layer).forward(layer, x)
         recorder.scored = True
         recording.scored.update(id(p) for p in own)
-        P = tuple(None if p is None else recording.P.get(id(p)) for p in (layer.weight, layer.bias))
-        return _scored_linear(layer, x, recording, P)
+        P = tuple(None if p is None else recording.P[id(p)] for p in own_parameters(layer))
+        return scored_linear(layer, x, recording.slot, P, recording.offsets)

@@ -308,6 +308,26 @@ def test_activation_checkpointing(schedule, reentrant, dropout):
     loop.check()
 
 
+def test_compiled_model_in_lookahead():
+    model = GPT(VOCABULARY, CONTEXT, 1, 16, 2).double()
+    compiled = torch.compile(model, fullgraph=True)  # a graph break is an error
+    loop = Loop(compiled, "lookahead")
+    loop.oracle_model = copy.deepcopy(model)  # compiled graphs cannot be differentiated twice
+    names = {id(p): name for name, p in model.named_parameters()}
+    with pytest.warns(UserWarning, match=r"not attributed: _orig_mod.positions.weight; the scores cover"):
+        for step in range(2):
+            for k in range(2):
+                loop.backward(lambda m, s=2 * step + k: mean_shares(m, tokens(seed=s)) / 2, range(N))
+            # the oracle leaves out what the run names as not covered
+            for key in (k for k, name in names.items() if name == "positions.weight"):
+                loop.run._direction.P[key].zero_()
+            loop.oracle_model.load_state_dict(model.state_dict())
+            loop.step()
+    loop.check()
+    with pytest.raises(ValueError, match="the model is compiled"):
+        ag.InRun(compiled, loop.optimizer, loop.val)
+
+
 @SCHEDULES
 def test_dropout(schedule):
     loop = Loop(gpt(dropout=0.3), schedule)
