@@ -24,6 +24,8 @@ from adam_ghost.totals import Readback, SampleScores, Totals
 from adam_ghost.validation import Validation
 
 SCHEDULES = ("midpoint", "lookahead")
+# optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
+_HISTORY = 10
 # of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
 _SELF_CHECK = 0.02
 
@@ -94,7 +96,8 @@ class InRun:
         optimizer: the one ``torch.optim.Adam`` or ``AdamW`` that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time.
         schedule: ``midpoint`` (most faithful: the validation gradient at the midpoint of each step, layer calls kept until
-            then) or ``lookahead`` (fastest: ``P`` predicted before the backward pass, nothing kept).
+            then) or ``lookahead`` (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept;
+            the first ten steps, which have no such history, go the midpoint's way).
         rule: how Adam's nonlinearity is linearized, as in ``attribute``.
         every: attribute every that many optimizer steps; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
@@ -208,7 +211,10 @@ class InRun:
             raise ValueError(f"{what} cannot be used with samples packed in rows")
         if self.schedule == "lookahead":
             if not self._micro:
-                self._direction = self._look_ahead()
+                self._direction = self._look_ahead() if self._foreseeable() else None
+            if self._direction is None and self._compiled:
+                return
+        if self._direction is not None:
             recording: Recording = ContractingRecording(self._direction.P, len(ids), offsets, keep=audit)
         else:
             recording = Recording(offsets)
@@ -222,6 +228,15 @@ class InRun:
         else:
             self._armed = micro
         self._seconds += time.perf_counter() - started
+
+    def _foreseeable(self) -> bool:
+        """Whether Adam's history is long enough to predict ``P`` from; before, lookahead goes the midpoint's way."""
+        states = [s for s in AdamState.of(self.optimizer) if s.exp_avg is not None]
+        if not states:
+            return False
+        # a step count on the device is not read; ours is never the larger
+        done = [self.step if torch.is_tensor(s.scalars.t) else s.scalars.t - 1 for s in states]
+        return max(done) >= _HISTORY or self._compiled is not None
 
     def _end_compiled(self) -> None:
         if self._compiled and self._micro:
@@ -290,6 +305,8 @@ class InRun:
         self._drain()
 
     def _attribute(self, micro: list[_MicroBatch], started: float) -> None:
+        if not micro and self._compiled and not self._foreseeable():
+            return
         if not micro:
             raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
         if self._fingerprint is None:
@@ -307,8 +324,8 @@ class InRun:
         audit = play(step, self.validation, self.audit_permutations, self.step) if audited else None
         refreshed = self._attributed % self.refresh == 0
         self._attributed += 1
-        if self.schedule == "lookahead":
-            direction = self._direction
+        direction = self._direction
+        if direction is not None:
             scores = torch.cat([m.recording.scores for m in micro])
             scale = torch.stack(list(step.scale.values()))
             edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())

@@ -61,6 +61,9 @@ def stepper(variant: str, s: Setting) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
 
+    step()
+    for state in optimizer.state.values():
+        state["step"] += 100  # as in the midst of a run: lookahead needs a past
     return step
 
 

@@ -41,6 +41,18 @@ def val_loss(model):
     return mean_shares(model.eval(), tokens(4, seed=9)).sum()
 
 
+def with_history(model, optimizer):
+    """The optimizer as after a hundred steps, so that lookahead has a past to look at."""
+    torch.manual_seed(3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-2 if p.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"] += 100
+    return optimizer
+
+
 class Loop:
     """A training loop with InRun, and beside it, per step, the oracle's scores."""
 
@@ -50,6 +62,8 @@ class Loop:
         self.optimizer = optimizer or torch.optim.AdamW(params, lr=3e-3)
         self.val = partial(val, model)
         self.oracle_model = model
+        if schedule == "lookahead":
+            with_history(model, self.optimizer)
         self.expected, self.shares, self.factor = [], [], 1.0
         self.optimizer.register_step_pre_hook(self.oracle)
         self.run = ag.InRun(model, self.optimizer, self.val, schedule, **options)
@@ -340,7 +354,7 @@ def test_dropout(schedule):
 def train(schedule=None, dropout=0.3, val=val_loss, steps=5, optimizer=None, **options):
     """Trains with clipping and accumulation; returns everything that training leaves behind, and the run."""
     model = gpt(dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = with_history(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
     run = ag.InRun(model, optimizer, partial(val, model), schedule, **options) if schedule else None
     torch.manual_seed(5)
     for step in range(steps):
@@ -396,6 +410,19 @@ def test_validation_draws_a_new_batch_each_time():
     assert len({tuple(x.flatten().tolist()) for x in drawn}) == 4
 
 
+def test_lookahead_without_history_is_midpoint():
+    def scores(schedule, steps):
+        model = gpt()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        with ag.InRun(model, optimizer, partial(val_loss, model), schedule) as run:
+            for step in range(steps):
+                plain_step(run, model, optimizer, x=tokens(seed=step))
+        return run.scores().total
+
+    np.testing.assert_allclose(scores("lookahead", 10), scores("midpoint", 10), rtol=1e-9)
+    assert np.abs(scores("lookahead", 12) - scores("midpoint", 12)).max() > 1e-6
+
+
 @SCHEDULES
 def test_cadence(schedule):
     calls = []
@@ -414,7 +441,7 @@ def test_cadence(schedule):
 @SCHEDULES
 def test_audit_is_the_exact_game_of_that_step(schedule):
     model = gpt()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = with_history(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     val = partial(val_loss, model)
     cache = ag.LayerCache(model, val)
     with ag.InRun(model, optimizer, val, schedule, audit_every=2, audit_permutations=3) as run:
@@ -444,7 +471,7 @@ def test_resumed_run_ends_with_the_same_totals(schedule):
 
     def build():
         model = gpt()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = with_history(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
         return model, optimizer, ag.InRun(model, optimizer, partial(drawing_val_loss, model), schedule, refresh=2)
 
     model, optimizer, run = build()
@@ -483,7 +510,7 @@ def plain_step(run, model, optimizer, ids=range(N), x=None):
 @pytest.fixture(params=["midpoint", "lookahead"])
 def running(request):
     model = gpt()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = with_history(model, torch.optim.AdamW(model.parameters(), lr=3e-3))
     with ag.InRun(model, optimizer, partial(val_loss, model), request.param) as run:
         plain_step(run, model, optimizer)
         yield run, model, optimizer
