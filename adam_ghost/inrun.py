@@ -341,7 +341,7 @@ class InRun:
             direction = form_direction(step.state, step.params, step.grads, self._val, self.rule)
             scores = step.scores(direction.P)
         self._squeeze = direction.val_loss.ndim == 0
-        total = direction.total(step.params, step.grads)
+        total = direction.total if self._direction is None else direction.reach(step.params, step.grads)
         books = torch.stack([x.to(total).expand_as(total) for x in (direction.val_loss, total, direction.history, void)])
         record = self._record(len(ids), refreshed=refreshed, seconds=time.perf_counter() - started)
         if audit is not None:

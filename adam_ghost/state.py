@@ -1,7 +1,7 @@
 """Reads a torch.optim.Adam or AdamW as what it is to one step: per parameter, moments and scalars; copies nothing."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,11 @@ class AdamState:
 
     def __getitem__(self, p: Tensor) -> ParamState:
         return self._params[id(p)]
+
+    def lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list]:
+        """``exp_avgs``, ``exp_avg_sqs``, ``max_exp_avg_sqs`` and scalars of ``params``, as the ops take them."""
+        states = [self[p] for p in params]
+        return tuple(list(column) for column in zip(*((*s.moments, s.scalars) for s in states), strict=True))
 
     def update(self, p: Tensor, g: Tensor | None) -> Tensor:
         """What a step with gradient ``g`` subtracts from ``p``, over lr, decoupled decay aside; ``g=None`` means zeros."""

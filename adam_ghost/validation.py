@@ -8,19 +8,14 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def weights_at(params: Sequence[Tensor], values: Sequence[Tensor] | None) -> Iterator[None]:
-    """Inside the block ``params`` hold ``values``; afterwards what they held before, to the bit. ``None`` changes nothing."""
-    if values is None:
-        yield
-        return
-    # through .data: the values come back, so a graph that saved these parameters stays valid
+def kept(params: Sequence[Tensor]) -> Iterator[None]:
+    """The weights may be changed inside the block, in place; afterwards they are as before, to the bit."""
     held = [p.data for p in params]
-    kept = [x.clone() for x in held]
+    before = [x.clone() for x in held]
     try:
-        torch._foreach_copy_(held, [v.to(x.dtype) for v, x in zip(values, held, strict=True)])
         yield
     finally:
-        torch._foreach_copy_(held, kept)
+        torch._foreach_copy_(held, before)
 
 
 class Validation:
