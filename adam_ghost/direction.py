@@ -1,7 +1,6 @@
 """The direction ``P``: what a unit of each parameter's gradient does to the validation loss, through Adam's step."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from adam_ghost import ops
 from adam_ghost.state import AdamState
 from adam_ghost.step import Step
-from adam_ghost.validation import Validation, kept
+from adam_ghost.validation import Validation
 
 PLACES = ("midpoint", "lookahead", "current")
 
@@ -42,39 +41,44 @@ def validation_gradient(
     state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], validation: Validation, at: str
 ) -> ValidationGradient:
     """The validation gradient by ``params`` at the ``midpoint`` of the step with ``grads``, after history alone, or here."""
-    with moved(state, params, grads, at):
+    with validation.weights_kept(params):
+        _move(state, params, grads, at)
         loss, val_grads = validation.gradient(params)
     return ValidationGradient(loss, {id(p): g if loss.ndim else g.unsqueeze(0) for p, g in zip(params, val_grads, strict=True)})
 
 
-@contextmanager
-def moved(state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], at: str) -> Iterator[None]:
-    """Inside the block the weights are where ``at`` says; a parameter without a gradient does not move to a midpoint."""
-    lists = state.lists(params)
+def _move(state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], at: str) -> None:
+    """Puts the weights where ``at`` says, in place; a parameter without a gradient does not move to a midpoint."""
+    *moments, steps = state.lists(params)
     # through .data: the weights come back, so a graph that saved these parameters stays valid
-    held = [p.data for p in params]
-    with kept(params):
-        if at == "midpoint":
-            going = [i for i, g in enumerate(grads) if g is not None]
-            some = [[x[i] for i in going] for x in (held, grads, *lists)]
-            ops.weight_points(*some, mid=some[0])
-        elif at == "lookahead":
-            ops.weight_points(held, [None] * len(held), *lists, empty=held)
-        yield
+    data = [p.data for p in params]
+    if at == "lookahead":
+        ops.weight_points(data, [None] * len(data), *moments, steps, empty=data)
+    elif at == "midpoint":
+        going = [i for i, g in enumerate(grads) if g is not None]
+        data, grads, *moments, steps = ([x[i] for i in going] for x in (data, grads, *moments, steps))
+        ops.weight_points(data, grads, *moments, steps, mid=data)
 
 
 def form_direction(
-    state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], val: ValidationGradient, rule: str
+    state: AdamState,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    val: ValidationGradient,
+    rule: str,
+    keep: bool = False,
 ) -> Direction:
-    """``P`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``."""
+    """``P`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``; takes the place of ``val``'s gradients,
+    unless these are to ``keep``."""
     val_grads = [val.grads[id(p)] for p in params]
-    out = [torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in val_grads]
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in val_grads]
+    out = [torch.empty_like(x, dtype=t) if keep or t != x.dtype else x for x, t in zip(val_grads, wide, strict=True)]
     *moments, steps = state.lists(params)
     data = [p.data for p in params]
     P, sums = ops.variance_correction(data, list(grads), *moments, val_grads, steps, rule=rule, out=out)
     sums = sums.total()
-    wide = out[0].dtype
-    return Direction({id(p): x for p, x in zip(params, P, strict=True)}, val.loss, sums.history.to(wide), sums.reached.to(wide))
+    history, total = sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype)
+    return Direction({id(p): x for p, x in zip(params, P, strict=True)}, val.loss, history, total)
 
 
 def find_direction(step: Step, validation: Validation, rule: str, at: str) -> Direction:

@@ -323,7 +323,6 @@ class InRun:
         audited = self._audit_due()
         audit = play(step, self.validation, self.audit_permutations, self.step) if audited else None
         refreshed = self._attributed % self.refresh == 0
-        self._attributed += 1
         direction = self._direction
         if direction is not None:
             scores = torch.cat([m.recording.scores for m in micro])
@@ -333,12 +332,8 @@ class InRun:
                 raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
             scores = scores * scale.mean()
         else:
-            if refreshed or self._val is None:
-                grads = dict(zip(map(id, step.params), step.grads, strict=True))
-                self._val = validation_gradient(
-                    step.state, self._params, [grads.get(id(p)) for p in self._params], self.validation, "midpoint"
-                )
-            direction = form_direction(step.state, step.params, step.grads, self._val, self.rule)
+            grads = dict(zip(map(id, step.params), step.grads, strict=True))
+            direction = self._form(step.state, step.params, [grads.get(id(p)) for p in self._params], "midpoint")
             scores = step.scores(direction.P)
         self._squeeze = direction.val_loss.ndim == 0
         total = direction.total if self._direction is None else direction.reach(step.params, step.grads)
@@ -347,6 +342,7 @@ class InRun:
         if audit is not None:
             r, error = audit.compare(scores.squeeze(-1) if self._squeeze else scores)
             record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
+        self._attributed += 1
         self._pending.append(_Pending(ids, record, Readback(scores.detach()), Readback(books), Readback(edited)))
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -375,9 +371,17 @@ class InRun:
         self._recorder.recording = None  # a step that was skipped left it; the validation pass is not to be recorded
         state = AdamState.of(self.optimizer)
         expected = [state.expected_gradient(p) for p in self._params]
-        if self._attributed % self.refresh == 0 or self._val is None:
-            self._val = validation_gradient(state, self._params, expected, self.validation, "lookahead")
-        return form_direction(state, self._params, expected, self._val, self.rule)
+        return self._form(state, self._params, expected, "lookahead")
+
+    def _form(self, state: AdamState, params: list[Tensor], grads: list[Tensor | None], at: str) -> Direction:
+        """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
+        val = self._val
+        if val is None or self._attributed % self.refresh == 0:
+            val = validation_gradient(state, self._params, grads, self.validation, at)
+        keep = self.refresh > 1
+        self._val = val if keep else None
+        by_id = dict(zip(map(id, self._params), grads, strict=True))
+        return form_direction(state, params, [by_id[id(p)] for p in params], val, self.rule, keep)
 
     # the books
 

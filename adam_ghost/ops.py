@@ -4,7 +4,7 @@
 built, ``reference`` is always there. The choice is by device and shape; ``impl=`` overrides it for tests and benchmarks.
 """
 
-from itertools import chain
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -266,5 +266,5 @@ def wgrad_score(a: Tensor, b: Tensor, P: Tensor, *, offsets: Tensor | None = Non
         G = b.mT @ a
     else:
         bounds = offsets.tolist()
-        G = torch.stack([b[i:j].mT @ a[i:j] for i, j in zip(bounds, bounds[1:], strict=False)])
+        G = torch.stack([b[i:j].mT @ a[i:j] for i, j in pairwise(bounds)])
     return G.sum(0), G.flatten(1) @ P.flatten(1).mT

@@ -7,17 +7,6 @@ import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def kept(params: Sequence[Tensor]) -> Iterator[None]:
-    """The weights may be changed inside the block, in place; afterwards they are as before, to the bit."""
-    held = [p.data for p in params]
-    before = [x.clone() for x in held]
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(held, before)
-
-
 class Validation:
     """Evaluates ``val_loss`` and its gradient without a trace on modes, gradients or the training's random numbers.
 
@@ -28,7 +17,21 @@ class Validation:
     def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module):
         self.val_loss, self.model = val_loss, model
         self._stream: list[Tensor] | None = None
+        self._copies: list[Tensor] = []
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
+
+    @contextmanager
+    def weights_kept(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """The weights may be changed inside the block, in place; afterwards they are as before, to the bit."""
+        held = [p.data for p in params]
+        # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
+        if [(x.shape, x.dtype, x.device) for x in self._copies] != [(x.shape, x.dtype, x.device) for x in held]:
+            self._copies = [torch.empty_like(x) for x in held]
+        torch._foreach_copy_(self._copies, held)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(held, self._copies)
 
     @contextmanager
     def _undisturbed(self, advance: bool = True) -> Iterator[None]:
