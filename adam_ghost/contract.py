@@ -31,14 +31,15 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
             if per_token:
                 raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
             return _by_sample(call, P, n)
-    total = sum(per_output.values())
     if not per_token:
-        return total.sum(1)
+        return sum(x.sum(1) for x in per_output.values())
     rows = {tag[1] for tag in call.outputs.values()}
     shapes = {grad.ndim for grad in call.grad_output.values()}
     if (isinstance(call.fn, nn.Module) and "conv" in type(call.fn).__module__) or (rows == {1} and min(shapes) < 3):
         raise ValueError(f"per_token=True needs tokens at dimension 1 of every layer's output; '{call.name}' has none")
-    return total
+    if len({x.shape for x in per_output.values()}) > 1:
+        raise ValueError(f"per_token=True: the outputs of '{call.name}' have different numbers of tokens")
+    return sum(per_output.values())
 
 
 def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False) -> Tensor:
@@ -104,7 +105,8 @@ def _embedding(call: Call, P: Directions, n: int) -> Tensor:
     b = call.grad_output[0].to(weight.dtype)
     kept = 1.0 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1)
     if module.scale_grad_by_freq:
-        kept = kept / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
+        counts = torch.bincount(indices.flatten(), minlength=module.num_embeddings)
+        kept = kept / counts[indices].unsqueeze(-1).to(weight.dtype)
     return torch.stack([_by_token(w[indices] * b * kept, call.outputs[0], n) for w in weight], -1)
 
 
