@@ -120,7 +120,8 @@ struct Job {
   std::vector<Param> params;
   std::vector<Model> models;
   std::vector<StepRow> steps;        // the step table where the host holds it
-  const StepRow* on_device = nullptr;  // or where it lies on the device
+  const StepRow* on_device = nullptr;  // or where it lies on the device, and how long it is
+  int64_t rows_on_device = 0;
   int64_t K = 1;
 
   DLDevice device() const { return models.empty() ? DLDevice{kDLCPU, 0} : models[0].x.device; }
@@ -162,6 +163,7 @@ void read_table(Job& job, PyObject* table, PyObject* rows) {
   } else {
     require(t.device.device_type == job.device().device_type && t.device.device_id == job.device().device_id, DEVICE);
     job.on_device = data;
+    job.rows_on_device = t.shape[0];
   }
 }
 
@@ -217,12 +219,14 @@ struct WithoutInterpreterLock {
 };
 
 #ifdef ADAM_GHOST_WITH_CUDA
-// Device memory from the framework's own allocator, given back when the launches that use it are queued on the same stream.
+// Device memory from the framework's own allocator, given back once the launches that use it are queued: memory is reused in
+// the order of the stream that it was taken on.
 struct Workspace {
   DLManagedTensorVersioned* held = nullptr;
 
-  Workspace(DLDevice device, int64_t doubles) {
-    DLTensor want{nullptr, device, 1, {kDLFloat, 64, 1}, &doubles, nullptr, 0};
+  Workspace(DLDevice device, int64_t bytes) {
+    if (bytes == 0) return;
+    DLTensor want{nullptr, device, 1, {kDLUInt, 8, 1}, &bytes, nullptr, 0};
     const auto fail = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
     require(exchange->managed_tensor_allocator(&want, &held, nullptr, fail) == 0, PYTHON_ERROR);
   }
@@ -230,12 +234,13 @@ struct Workspace {
   ~Workspace() {
     if (held) held->deleter(held);
   }
-  double* data() const { return static_cast<double*>(held->dl_tensor.data); }
+  void* data() const { return held ? held->dl_tensor.data : nullptr; }
 };
 
 Launch launch_on(const Job& job) {
-  Launch l{job.device().device_id, nullptr, job.steps.data(), job.on_device};
-  require(exchange->current_work_stream(job.device().device_type, job.device().device_id, &l.stream) == 0, PYTHON_ERROR);
+  const DLDevice device = job.device();
+  Launch l{device.device_id, nullptr, job.steps.data(), job.on_device, job.rows_on_device};
+  require(exchange->current_work_stream(device.device_type, device.device_id, &l.stream) == 0, PYTHON_ERROR);
   return l;
 }
 
@@ -279,8 +284,9 @@ PyObject* variance_correction(PyObject*, PyObject* args) {
     }
 #ifdef ADAM_GHOST_WITH_CUDA
     require(job.device().device_type == kDLCUDA, DEVICE);
-    const Workspace partial(job.device(), partial_count_cuda(job.params, job.K));
-    report(variance_correction_cuda(launch_on(job), job.params, rule, job.K, partial.data(), static_cast<double*>(s.data)));
+    const Launch l = launch_on(job);
+    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, job.K));
+    report(variance_correction_cuda(l, job.params, rule, job.K, held.data(), static_cast<double*>(s.data)));
 #else
     throw Refused{DEVICE};
 #endif
@@ -306,7 +312,9 @@ PyObject* weight_points(PyObject*, PyObject* args) {
     }
 #ifdef ADAM_GHOST_WITH_CUDA
     require(job.device().device_type == kDLCUDA, DEVICE);
-    report(weight_points_cuda(launch_on(job), job.params));
+    const Launch l = launch_on(job);
+    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, 0));
+    report(weight_points_cuda(l, job.params, held.data()));
 #else
     throw Refused{DEVICE};
 #endif
