@@ -63,7 +63,7 @@ def extension():
             if nvcc:
                 made = Path(self.build_temp, "cuda.o")
                 made.parent.mkdir(parents=True, exist_ok=True)
-                flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", f'-DADAM_GHOST_TARGETS="{" ".join(ARCHES)}"']
+                flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{CSRC}", f'-DADAM_GHOST_TARGETS="{" ".join(ARCHES)}"']
                 subprocess.check_call([nvcc, *flags, *gencode(), "-c", str(CSRC / "cuda.cu"), "-o", str(made)])
                 ext.extra_objects.append(str(made))
                 ext.define_macros.append(("ADAM_GHOST_WITH_CUDA", None))

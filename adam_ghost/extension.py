@@ -3,6 +3,8 @@
 import functools
 import warnings
 
+import torch  # noqa: F401  the extension finds libtorch in the process
+
 from adam_ghost import _checkout
 
 try:

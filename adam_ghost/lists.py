@@ -9,21 +9,18 @@ Tensors = list[Tensor | None]
 
 
 def step_table(steps: list[StepScalars], device: torch.device) -> tuple[Tensor, list[int]]:
-    """``steps`` as float64 ``[rows, 9]``, and the row of each parameter (empty: all share row 0).
+    """``steps`` as float64 ``[rows, 9]`` on ``device``, or on CPU where none is held there, and each parameter's row."""
+    index: dict[StepScalars, int] = {}
+    rows = [index.setdefault(s, len(index)) for s in steps]
+    held = on_device(steps, device)
+    if held or torch.compiler.is_compiling():
+        return torch.stack([torch.stack([_on(device, x) for x in s]) for s in index]), rows
+    return torch.tensor([tuple(map(float, s)) for s in index], dtype=torch.float64), rows
 
-    Scalars held in CPU tensors are read; those on an accelerator stay there and make the table one of that device.
-    """
-    rows = []
-    if len(set(map(id, steps))) > 1:
-        index: dict[StepScalars, int] = {}
-        rows = [index.setdefault(s, len(index)) for s in steps]
-        steps = list(index)
-    else:
-        steps = steps[:1]
-    held = [x for s in steps for x in s if isinstance(x, Tensor)]
-    if held and (torch.compiler.is_compiling() or (device.type != "cpu" and any(x.device == device for x in held))):
-        return torch.stack([torch.stack([_on(device, x) for x in s]) for s in steps]), rows
-    return torch.tensor([tuple(map(float, s)) for s in steps] if held else steps, dtype=torch.float64), rows
+
+def on_device(steps: list[StepScalars], device: torch.device) -> bool:
+    """Whether an accelerator holds scalars of these steps: then the host does not read them."""
+    return device.type != "cpu" and any(isinstance(x, Tensor) and x.device == device for s in set(steps) for x in s)
 
 
 def _on(device: torch.device, x: Tensor | float) -> Tensor:
@@ -33,10 +30,10 @@ def _on(device: torch.device, x: Tensor | float) -> Tensor:
     return torch.full((), x, dtype=torch.float64, device=device)
 
 
-def table_steps(table: Tensor, rows: list[int], n: int) -> list[StepScalars]:
+def table_steps(table: Tensor, rows: list[int]) -> list[StepScalars]:
     """``step_table`` undone: one ``StepScalars`` per parameter."""
     steps = [StepScalars(*row[:6], *map(bool, row[6:])) for row in table.tolist()]
-    return [steps[i] for i in rows] if rows else steps * n
+    return [steps[i] for i in rows]
 
 
 def targets(params: list[Tensor], val_grads: list[Tensor]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost import extension, reference
-from adam_ghost.lists import Tensors, check, check_steps, row_major, step_table, table_steps, targets
+from adam_ghost.lists import Tensors, check, check_steps, on_device, row_major, step_table, table_steps, targets
 from adam_ghost.reference import RULES, StepScalars
 
 _lib = torch.library.Library("adam_ghost", "DEF")
@@ -105,6 +105,11 @@ def _call(kernel, inputs: list[Tensors], outputs: list[list[Tensor]], *rest) -> 
     return status
 
 
+def _steps(steps: list[StepScalars], device: torch.device) -> tuple:
+    """The extension reads the list itself; only numbers that an accelerator holds are handed over as a table."""
+    return step_table(steps, device) if on_device(steps, device) else (steps, [])
+
+
 def _refused(status: int, impl: str | None) -> None:
     """Reference code takes what the extension does not, unless the extension was asked for by name."""
     if impl == "cpp":
@@ -123,7 +128,7 @@ def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grad
         sums = _new_sums(params, val_grads)
         if _call(extension.C.variance_correction, inputs, [out], table, rows, RULES.index(rule), sums) == _DONE:
             return sums
-    return reference.variance_correction(rule, table_steps(table, rows, len(params)), *inputs, out)
+    return reference.variance_correction(rule, table_steps(table, rows), *inputs, out)
 
 
 @torch.library.register_fake("adam_ghost::variance_correction", lib=_lib)
@@ -135,7 +140,7 @@ def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grad
 def _(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, empty, mid, table, rows):
     inputs = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     if extension.reason(params[0].device.type) or _call(extension.C.weight_points, inputs, [empty, mid], table, rows) != _DONE:
-        reference.weight_points(table_steps(table, rows, len(params)), *inputs, empty, mid)
+        reference.weight_points(table_steps(table, rows), *inputs, empty, mid)
 
 
 @torch.library.register_fake("adam_ghost::weight_points", lib=_lib)
@@ -200,18 +205,18 @@ def variance_correction(
     inputs = [*state, val_grads, grads if dot_grads is None else dot_grads]
     device, status = params[0].device, None
     if _compiled(impl, device.type):
-        table, rows = step_table(steps, device)
         status = _NOT_PLAIN
         if not _watched():
-            sums = _new_sums(params, val_grads)
-            status = _call(extension.C.variance_correction, inputs, [out], table, rows, RULES.index(rule), sums)
+            sums, rule_id = _new_sums(params, val_grads), RULES.index(rule)
+            status = _call(extension.C.variance_correction, inputs, [out], *_steps(steps, device), rule_id, sums)
             if status == _DONE:
                 return Direction(out, Sums(sums))
     _check_state(*state)
     _check_directions(params, *inputs[5:], out)
     with torch.no_grad():
         if status == _NOT_PLAIN:
-            return Direction(out, Sums(torch.ops.adam_ghost.variance_correction(*inputs, out, table, rows, rule)))
+            sums = torch.ops.adam_ghost.variance_correction(*inputs, out, *step_table(steps, device), rule)
+            return Direction(out, Sums(sums))
         _refused(status, impl)
         return Direction(out, Sums(reference.variance_correction(rule, steps, *inputs, out)))
 
@@ -239,15 +244,14 @@ def weight_points(
     inputs, outputs = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs], [empty or [], mid or []]
     device, status = params[0].device, None
     if _compiled(impl, device.type):
-        table, rows = step_table(steps, device)
-        status = _NOT_PLAIN if _watched() else _call(extension.C.weight_points, inputs, outputs, table, rows)
+        status = _NOT_PLAIN if _watched() else _call(extension.C.weight_points, inputs, outputs, *_steps(steps, device))
         if status == _DONE:
             return
     _check_state(*inputs)
     check(params, empty=empty, mid=mid)
     with torch.no_grad():
         if status == _NOT_PLAIN:
-            return torch.ops.adam_ghost.weight_points(*inputs, *outputs, table, rows)
+            return torch.ops.adam_ghost.weight_points(*inputs, *outputs, *step_table(steps, device))
         _refused(status, impl)
         reference.weight_points(steps, *inputs, *outputs)
 

@@ -118,25 +118,65 @@ struct List {
 
 struct Job {
   std::vector<Param> params;
+  std::vector<Model> models;
+  std::vector<StepRow> steps;        // the step table where the host holds it
+  const StepRow* on_device = nullptr;  // or where it lies on the device, and how long it is
+  int64_t rows_on_device = 0;
   int64_t K = 1;
-  DLDevice device{kDLCPU, 0};
-  const StepRow* rows = nullptr;
-  bool rows_on_device = false;
+
+  DLDevice device() const { return models.empty() ? DLDevice{kDLCPU, 0} : models[0].x.device; }
 };
 
-// State shared by both ops: parameters, moments, the step table and each parameter's row in it (empty: row 0).
-Job read_state(PyObject* const* args, PyObject* table, PyObject* rows) {
+constexpr int FIELDS = sizeof(StepRow) / sizeof(double);
+
+// Every parameter's scalars as a list of tuples, in which one tuple usually serves all.
+void read_steps(Job& job, PyObject* steps) {
+  require(PyList_Size(steps) == Py_ssize_t(job.params.size()), SHAPE);
+  PyObject* last = nullptr;
+  for (size_t i = 0; i < job.params.size(); ++i) {
+    PyObject* step = PyList_GetItem(steps, i);
+    if (step != last) {
+      require(PyTuple_Check(step) && PyTuple_Size(step) == FIELDS, SHAPE);
+      double row[FIELDS];
+      for (int f = 0; f < FIELDS; ++f) row[f] = PyFloat_AsDouble(PyTuple_GetItem(step, f));
+      require(!PyErr_Occurred(), PYTHON_ERROR);
+      job.steps.push_back({row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8]});
+      last = step;
+    }
+    job.params[i].row = job.steps.size() - 1;
+  }
+}
+
+// The same as a tensor [rows, FIELDS] and each parameter's row (an empty list: row 0).
+void read_table(Job& job, PyObject* table, PyObject* rows) {
+  const DLTensor t = view(table);
+  require(t.ndim == 2 && t.shape[1] == FIELDS && t.dtype.code == kDLFloat && t.dtype.bits == 64, SHAPE);
+  require(row_major(t.shape, t.strides, 2), LAYOUT);
+  const List row(rows, job.params.size());
+  for (size_t i = 0; i < job.params.size(); ++i) {
+    job.params[i].row = row.list ? PyLong_AsLongLong(row[i]) : 0;
+    require(job.params[i].row >= 0 && job.params[i].row < t.shape[0], SHAPE);
+  }
+  const StepRow* data = static_cast<const StepRow*>(t.data);
+  if (t.device.device_type == kDLCPU) {
+    job.steps.assign(data, data + t.shape[0]);
+  } else {
+    require(t.device.device_type == job.device().device_type && t.device.device_id == job.device().device_id, DEVICE);
+    job.on_device = data;
+    job.rows_on_device = t.shape[0];
+  }
+}
+
+// What both ops share: parameters, Adam's state, steps.
+Job read_state(PyObject* const* args, PyObject* steps, PyObject* rows) {
   require(PyList_Check(args[0]), SHAPE);
   const Py_ssize_t n = PyList_Size(args[0]);
-  const List w(args[0], n), g(args[1], n), m(args[2], n), v(args[3], n), v_max(args[4], n), row(rows, n);
+  const List g(args[1], n), m(args[2], n), v(args[3], n), v_max(args[4], n);
   Job job;
-  const DLTensor t = view(table);
-  require(t.ndim == 2 && t.shape[1] == int64_t(sizeof(StepRow) / sizeof(double)) && t.dtype.bits == 64, SHAPE);
-  require(row_major(t.shape, t.strides, 2), LAYOUT);
-  job.rows = static_cast<const StepRow*>(t.data);
   job.params.resize(n);
+  job.models.reserve(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    const Model model(w[i]);
+    const Model& model = job.models.emplace_back(PyList_GetItem(args[0], i));
     Param& p = job.params[i];
     p.numel = model.numel;
     p.w = {model.x.data, dtype_of(model.x)};
@@ -144,35 +184,32 @@ Job read_state(PyObject* const* args, PyObject* table, PyObject* rows) {
     p.m = model.array(m[i]);
     p.v = model.array(v[i]);
     p.v_max = model.array(v_max[i]);
-    if (row[i] != Py_None) p.row = PyLong_AsLongLong(row[i]);
-    require(p.row >= 0 && p.row < t.shape[0], SHAPE);
-    if (i == 0) job.device = model.x.device;
-    require(model.x.device.device_type == job.device.device_type && model.x.device.device_id == job.device.device_id, DEVICE);
+    require(model.x.device.device_type == job.device().device_type && model.x.device.device_id == job.device().device_id, DEVICE);
   }
-  job.rows_on_device = t.device.device_type != kDLCPU;
-  require(!job.rows_on_device || (t.device.device_type == job.device.device_type && t.device.device_id == job.device.device_id),
-          DEVICE);
+  PyList_Check(steps) ? read_steps(job, steps) : read_table(job, steps, rows);
   return job;
 }
 
-void read_direction(Job& job, PyObject* params, PyObject* const* args) {
+// A tensor is read once, also where it stands in two lists: reading costs more than all the rest for a small one.
+void read_direction(Job& job, PyObject* grads, PyObject* const* args) {
   const Py_ssize_t n = job.params.size();
-  const List w(params, n), val(args[0], n), dot(args[1], n), out(args[2], n);
+  const List g(grads, n), val(args[0], n), dot(args[1], n), out(args[2], n);
   for (Py_ssize_t i = 0; i < n; ++i) {
-    const Model model(w[i]);
+    const Model& model = job.models[i];
     Param& p = job.params[i];
-    const DLTensor x = view(val[i]), y = view(out[i]);
+    const DLTensor x = view(val[i]), y = out[i] == val[i] ? x : view(out[i]);
     const int lead = x.ndim - model.x.ndim;
+    require(lead == 0 || lead == 1, SHAPE);
     const int64_t K = lead == 1 ? x.shape[0] : 1;
     if (i == 0) job.K = K;
-    require((lead == 0 || lead == 1) && K == job.K && (lead == 0 || y.ndim < 1 || y.shape[0] == K), SHAPE);
     model.check(x, lead);
     model.check(y, lead);
+    require(K == job.K && (lead == 0 || y.shape[0] == K), SHAPE);
     p.val = {x.data, dtype_of(x)};
     p.out = {y.data, dtype_of(y)};
     p.val_stride = lead ? x.strides[0] : 0;
     p.out_stride = lead ? y.strides[0] : 0;
-    p.dot = model.array(dot[i]);
+    p.dot = dot[i] == g[i] ? p.g : model.array(dot[i]);
   }
 }
 
@@ -182,12 +219,14 @@ struct WithoutInterpreterLock {
 };
 
 #ifdef ADAM_GHOST_WITH_CUDA
-// Device memory from the framework's own allocator, given back when the launches that use it are queued on the same stream.
+// Device memory from the framework's own allocator, given back once the launches that use it are queued: memory is reused in
+// the order of the stream that it was taken on.
 struct Workspace {
   DLManagedTensorVersioned* held = nullptr;
 
-  Workspace(DLDevice device, int64_t doubles) {
-    DLTensor want{nullptr, device, 1, {kDLFloat, 64, 1}, &doubles, nullptr, 0};
+  Workspace(DLDevice device, int64_t bytes) {
+    if (bytes == 0) return;
+    DLTensor want{nullptr, device, 1, {kDLUInt, 8, 1}, &bytes, nullptr, 0};
     const auto fail = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
     require(exchange->managed_tensor_allocator(&want, &held, nullptr, fail) == 0, PYTHON_ERROR);
   }
@@ -195,12 +234,13 @@ struct Workspace {
   ~Workspace() {
     if (held) held->deleter(held);
   }
-  double* data() const { return static_cast<double*>(held->dl_tensor.data); }
+  void* data() const { return held ? held->dl_tensor.data : nullptr; }
 };
 
 Launch launch_on(const Job& job) {
-  Launch l{job.device.device_id, nullptr, job.rows, job.rows_on_device};
-  require(exchange->current_work_stream(job.device.device_type, job.device.device_id, &l.stream) == 0, PYTHON_ERROR);
+  const DLDevice device = job.device();
+  Launch l{device.device_id, nullptr, job.steps.data(), job.on_device, job.rows_on_device};
+  require(exchange->current_work_stream(device.device_type, device.device_id, &l.stream) == 0, PYTHON_ERROR);
   return l;
 }
 
@@ -227,25 +267,26 @@ PyObject* answer(const Body& body) {
 }
 
 PyObject* variance_correction(PyObject*, PyObject* args) {
-  PyObject *state[5], *direction[3], *table, *rows, *sums;
+  PyObject *state[5], *direction[3], *steps, *rows, *sums;
   int rule;
   if (!PyArg_ParseTuple(args, "OOOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &direction[0], &direction[1],
-                        &direction[2], &table, &rows, &rule, &sums))
+                        &direction[2], &steps, &rows, &rule, &sums))
     return nullptr;
   return answer([&] {
-    Job job = read_state(state, table, rows);
-    read_direction(job, state[0], direction);
+    Job job = read_state(state, steps, rows);
+    read_direction(job, state[1], direction);
     const DLTensor s = view(sums);
     require(s.ndim == 2 && s.shape[0] == int64_t(job.params.size()) && s.shape[1] == sum_count(job.K) && s.dtype.bits == 64 &&
                 row_major(s.shape, s.strides, 2) && rule >= SECANT && rule <= SGD, SHAPE);
-    if (job.device.device_type == kDLCPU) {
+    if (job.device().device_type == kDLCPU) {
       const WithoutInterpreterLock unlocked;
-      return variance_correction_cpu(job.params, job.rows, rule, job.K, static_cast<double*>(s.data));
+      return variance_correction_cpu(job.params, job.steps.data(), rule, job.K, static_cast<double*>(s.data));
     }
 #ifdef ADAM_GHOST_WITH_CUDA
-    require(job.device.device_type == kDLCUDA, DEVICE);
-    const Workspace partial(job.device, partial_count_cuda(job.params, job.K));
-    report(variance_correction_cuda(launch_on(job), job.params, rule, job.K, partial.data(), static_cast<double*>(s.data)));
+    require(job.device().device_type == kDLCUDA, DEVICE);
+    const Launch l = launch_on(job);
+    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, job.K));
+    report(variance_correction_cuda(l, job.params, rule, job.K, held.data(), static_cast<double*>(s.data)));
 #else
     throw Refused{DEVICE};
 #endif
@@ -253,25 +294,27 @@ PyObject* variance_correction(PyObject*, PyObject* args) {
 }
 
 PyObject* weight_points(PyObject*, PyObject* args) {
-  PyObject *state[5], *table, *rows, *empties, *mids;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empties, &mids, &table, &rows))
+  PyObject *state[5], *steps, *rows, *empties, *mids;
+  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empties, &mids, &steps, &rows))
     return nullptr;
   return answer([&] {
-    Job job = read_state(state, table, rows);
+    Job job = read_state(state, steps, rows);
     const Py_ssize_t n = job.params.size();
-    const List w(state[0], n), empty(empties, n), mid(mids, n);
+    const List empty(empties, n), mid(mids, n);
     for (Py_ssize_t i = 0; i < n; ++i) {
-      const Model model(w[i]);
+      const Model& model = job.models[i];
       job.params[i].empty = model.array(empty[i]);
       job.params[i].mid = model.array(mid[i]);
     }
-    if (job.device.device_type == kDLCPU) {
+    if (job.device().device_type == kDLCPU) {
       const WithoutInterpreterLock unlocked;
-      return weight_points_cpu(job.params, job.rows);
+      return weight_points_cpu(job.params, job.steps.data());
     }
 #ifdef ADAM_GHOST_WITH_CUDA
-    require(job.device.device_type == kDLCUDA, DEVICE);
-    report(weight_points_cuda(launch_on(job), job.params));
+    require(job.device().device_type == kDLCUDA, DEVICE);
+    const Launch l = launch_on(job);
+    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, 0));
+    report(weight_points_cuda(l, job.params, held.data()));
 #else
     throw Refused{DEVICE};
 #endif

@@ -311,7 +311,7 @@ def op_arguments(dtype=torch.float32):
     lists = draw([(3, 4), (5,)], dtype, K=2)
     table = torch.tensor([STEPS["amsgrad"]], dtype=torch.float64)
     out = [torch.zeros_like(x) for x in lists["val_grads"]]
-    return [*(lists[k] for k in STATE), lists["val_grads"], lists["grads"], out, table, [], "secant"]
+    return [*(lists[k] for k in STATE), lists["val_grads"], lists["grads"], out, table, [0, 0], "secant"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -319,7 +319,7 @@ def test_opcheck(dtype):
     arguments = op_arguments(dtype)
     torch.library.opcheck(torch.ops.adam_ghost.variance_correction.default, arguments)
     buffers = [[torch.zeros_like(w) for w in arguments[0]], []]
-    torch.library.opcheck(torch.ops.adam_ghost.weight_points.default, [*arguments[:5], *buffers, arguments[8], []])
+    torch.library.opcheck(torch.ops.adam_ghost.weight_points.default, [*arguments[:5], *buffers, arguments[8], [0, 0]])
 
 
 def test_op_takes_absent_entries():

@@ -1,0 +1,79 @@
+"""``wgrad_score`` on CPU: a linear layer's weight gradient and every sample's score, from blocks of per-sample gradients.
+
+A block of per-sample gradients is one batched product, read twice while the cache still holds it: once for its sum, once
+against ``P``. Only where samples are so short that writing their gradients costs more than a second product does the
+contraction ``(a @ P.T * b)`` serve instead.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 4 << 20  # of per-sample gradients held at once: larger blocks leave the cache and measured slower
+SHORT = 16  # tokens per sample up to which the contraction measured faster
+
+
+def wgrad_score(
+    a: Tensor,
+    b: Tensor,
+    P: Tensor,
+    *,
+    offsets: Tensor | list[int] | None = None,
+    grad: Tensor | None = None,
+    block_bytes: int = BLOCK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Weight gradient ``[d_out, d_in]`` and scores ``[n, K]``; definition: ``reference.wgrad_score``.
+
+    Args:
+        a, b: the layer's input ``[n, T, d_in]`` and output gradient ``[n, T, d_out]``; or ``[rows, d_in]``, ``[rows, d_out]``
+            with ``offsets``.
+        P: direction ``[K, d_out, d_in]``.
+        offsets: ``[n + 1]`` integers; rows ``offsets[i] : offsets[i + 1]`` are sample ``i``'s.
+        grad: where given, the weight gradient is added to it in place, and it is returned.
+        block_bytes: bound of the per-sample gradients held at once; one sample's at least.
+
+    Computed in float32 (float64 for float64 inputs), which is the scores' dtype; the gradient has ``a``'s. Deterministic.
+    """
+    made_in = torch.promote_types(a.dtype, torch.float32)
+    full, bounds = a.dtype, None if offsets is None else torch.as_tensor(offsets).tolist()
+    a, b, P = a.to(made_in), b.to(made_in), P.to(made_in)
+    if bounds is not None:
+        n = len(bounds) - 1
+        lengths = {end - begin for begin, end in pairwise(bounds)}
+        if len(lengths) == 1 and bounds[0] == 0 and bounds[-1] == len(a):  # not ragged after all
+            a, b, bounds = a.unflatten(0, (n, *lengths)), b.unflatten(0, (n, *lengths)), None
+    else:
+        n = len(a)
+    if a[..., 0].numel() <= SHORT * n:
+        made, scores = _contracted(a, b, P, bounds)
+    else:
+        made, scores = _in_blocks(a, b, P, bounds, block_bytes)
+    return (made.to(full) if grad is None else grad.add_(made)), scores
+
+
+def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tuple[Tensor, Tensor]:
+    per_row = torch.stack([((a @ p.T) * b).sum(-1) for p in P], -1)  # [..., K]
+    if bounds is None:
+        return b.flatten(0, 1).T @ a.flatten(0, 1), per_row.sum(1)
+    lengths = torch.tensor(bounds).diff()
+    a, b, per_row = (x[bounds[0] : bounds[-1]] for x in (a, b, per_row))
+    samples = torch.arange(len(lengths)).repeat_interleave(lengths)  # [rows]
+    return b.T @ a, per_row.new_zeros(len(lengths), len(P)).index_add_(0, samples, per_row)
+
+
+def _in_blocks(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None, block_bytes: int) -> tuple[Tensor, Tensor]:
+    d_out, d_in = P.shape[1:]
+    n = len(a) if bounds is None else len(bounds) - 1
+    per_block = min(n, max(1, block_bytes // (d_out * d_in * a.element_size()))) if bounds is None else 1
+    block = a.new_empty(per_block, d_out, d_in)
+    total, scores, ones = a.new_zeros(d_out * d_in), a.new_empty(n, len(P)), a.new_ones(per_block)
+    for i in range(0, n, per_block):
+        k = min(per_block, n - i)
+        rows = slice(i, i + k) if bounds is None else slice(bounds[i], bounds[i + 1])
+        x, y = (a[rows], b[rows]) if bounds is None else (a[None, rows], b[None, rows])
+        torch.bmm(y.mT, x, out=block[:k])
+        flat = block[:k].view(k, -1)
+        total.addmv_(flat.T, ones[:k])
+        torch.mm(flat, P.flatten(1).T, out=scores[i : i + k])
+    return total.view(d_out, d_in), scores

@@ -1,0 +1,340 @@
+// The CUDA kernels: up to SLOTS tensors a launch, one block per chunk of one tensor, tensors and scalars passed by value.
+// Every block writes its own sums; a second launch adds them up in a fixed order, so results are the same to the bit every time.
+// Nothing is read back and nothing is allocated: a call can be captured into a graph.
+#include <cuda_launch.h>  // csrc/, or a test's
+
+#include <algorithm>
+
+#include "cuda.h"
+
+#ifndef ADAM_GHOST_TARGETS
+#define ADAM_GHOST_TARGETS "unknown"
+#endif
+
+namespace adam_ghost {
+namespace {
+
+constexpr int VECTOR = 8;                     // elements: one 16-byte access in bfloat16, two in float32
+constexpr int64_t CHUNK = 16384;              // elements of a block
+constexpr int SLOTS = 112;
+constexpr int TARGETS = 4;                    // targets of a block; more are spread over the grid
+
+struct Slot {
+  Param p;
+  Step step;              // unused where the steps lie on the device
+  int64_t first_chunk;    // of this tensor among all chunks of the call
+  int64_t index;          // of this tensor in the call
+  bool aligned;           // all its arrays allow 16-byte accesses
+};
+
+struct Batch {
+  Slot slot[SLOTS];
+  uint32_t first_block[SLOTS + 1];
+  int count;
+  const Step* on_device;
+};
+static_assert(sizeof(Batch) + 64 <= 32764, "a kernel's arguments end here");
+
+struct alignas(16) Bytes16 {
+  uint32_t x[4];
+};
+
+__device__ __forceinline__ float from_bits(uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ uint32_t round_bf16(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  return (x == x ? rounded : bits | 0x400000u) >> 16;
+}
+
+// VECTOR elements from `i` on; those at or past `n` are zero. An absent array is zero everywhere.
+__device__ __forceinline__ void load(const Array& a, int64_t i, int64_t n, bool whole, float (&x)[VECTOR]) {
+#pragma unroll
+  for (int j = 0; j < VECTOR; ++j) x[j] = 0.f;
+  if (!a.data) return;
+  if (a.dtype == F32) {
+    const float* from = static_cast<const float*>(a.data) + i;
+    if (whole) {
+      const Bytes16 low = reinterpret_cast<const Bytes16*>(from)[0], high = reinterpret_cast<const Bytes16*>(from)[1];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] = from_bits(low.x[j]), x[j + 4] = from_bits(high.x[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j)
+        if (i + j < n) x[j] = from[j];
+    }
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(a.data) + i;
+    if (whole) {
+      const Bytes16 all = *reinterpret_cast<const Bytes16*>(from);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[2 * j] = from_bits(all.x[j] << 16), x[2 * j + 1] = from_bits(all.x[j] & 0xffff0000u);
+    } else {
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j)
+        if (i + j < n) x[j] = from_bits(uint32_t(from[j]) << 16);
+    }
+  }
+}
+
+// Writes `x`, and leaves in it what was written: rounded where the array is bfloat16.
+__device__ __forceinline__ void store(const Array& a, int64_t i, int64_t n, bool whole, float (&x)[VECTOR]) {
+  if (a.dtype == F32) {
+    float* to = static_cast<float*>(a.data) + i;
+    if (whole) {
+      Bytes16 low, high;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) low.x[j] = __float_as_uint(x[j]), high.x[j] = __float_as_uint(x[j + 4]);
+      reinterpret_cast<Bytes16*>(to)[0] = low;
+      reinterpret_cast<Bytes16*>(to)[1] = high;
+    } else {
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j)
+        if (i + j < n) to[j] = x[j];
+    }
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(a.data) + i;
+    uint32_t rounded[VECTOR];
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) rounded[j] = round_bf16(x[j]), x[j] = from_bits(rounded[j] << 16);
+    if (whole) {
+      Bytes16 all;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) all.x[j] = rounded[2 * j] | rounded[2 * j + 1] << 16;
+      *reinterpret_cast<Bytes16*>(to) = all;
+    } else {
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j)
+        if (i + j < n) to[j] = uint16_t(rounded[j]);
+    }
+  }
+}
+
+__device__ __forceinline__ int slot_of(const Batch& b, uint32_t block) {
+  int low = 0, high = b.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (b.first_block[middle] <= block ? low : high) = middle;
+  }
+  return low;
+}
+
+// The sum of every thread's `x`, in the first thread, always in the same order.
+__device__ __forceinline__ double block_sum(double x) {
+  __shared__ double shared[THREADS];
+  __syncthreads();  // of the sum before
+  shared[threadIdx.x] = x;
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  return shared[0];
+}
+
+__device__ __forceinline__ Array plane(const Array& a, int64_t elements) {
+  return {static_cast<char*>(a.data) + elements * (a.dtype == F32 ? 4 : 2), a.dtype};
+}
+
+// One chunk against targets first_k .. first_k + KB - 1.
+template <int RULE, bool AMSGRAD, int KB>
+__device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K, double* sums) {
+  const Param& p = slot.p;
+  double reached[KB] = {}, history[KB] = {}, squares[KB] = {}, g_squares = 0, bad = 0;
+  const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
+  const bool weights = reads_weights(s), own_dot = p.dot.data != p.g.data;
+  for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
+    const bool whole = slot.aligned && i + VECTOR <= p.numel;
+    float w[VECTOR] = {}, g[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {}, scale[VECTOR], moved[VECTOR], x[VECTOR];
+    if (weights) load(p.w, i, p.numel, whole, w);
+    load(p.g, i, p.numel, whole, g);
+    load(p.m, i, p.numel, whole, m);
+    load(p.v, i, p.numel, whole, v);
+    if (AMSGRAD) load(p.v_max, i, p.numel, whole, v_max);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+      const Linearized y = linearize<RULE, AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
+      scale[j] = y.scale;
+      moved[j] = y.moved;
+      g_squares += double(g[j]) * double(g[j]);
+      bad += finite_bits(__float_as_uint(g[j])) ? 0. : 1.;
+    }
+    if (own_dot) load(p.dot, i, p.numel, whole, g);
+#pragma unroll
+    for (int k = 0; k < KB; ++k) {
+      if (first_k + k >= K) break;
+      load(plane(p.val, (first_k + k) * p.val_stride), i, p.numel, whole, x);
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) {
+        history[k] += double(x[j]) * double(moved[j]);
+        x[j] *= i + j < p.numel ? scale[j] : 0.f;  // past the end the state is zero, and its scale need not be finite
+      }
+      store(plane(p.out, (first_k + k) * p.out_stride), i, p.numel, whole, x);
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) {
+        reached[k] += double(x[j]) * double(g[j]);
+        squares[k] += double(x[j]) * double(x[j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < KB; ++k) {
+    if (first_k + k >= K) break;
+    const double total[] = {block_sum(reached[k]), block_sum(history[k]), block_sum(squares[k])};
+    if (threadIdx.x == 0)
+      for (int j = 0; j < 3; ++j) sums[j * K + first_k + k] = total[j];
+  }
+  if (first_k == 0) {
+    const double squares_of_g = block_sum(g_squares);
+    const double not_finite = block_sum(bad);
+    if (threadIdx.x == 0) sums[3 * K] = squares_of_g, sums[3 * K + 1] = not_finite;
+  }
+}
+
+template <int RULE, int KB>
+__global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1) correct(const __grid_constant__ Batch batch, int64_t K, double* partial) {
+  const int at = slot_of(batch, blockIdx.x);
+  const Slot& slot = batch.slot[at];
+  const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
+  const int64_t chunk = blockIdx.x - batch.first_block[at];
+  double* sums = partial + (slot.first_chunk + chunk) * (3 * K + 2);
+  if (s.amsgrad)
+    correct_chunk<RULE, true, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, sums);
+  else
+    correct_chunk<RULE, false, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, sums);
+}
+
+// One block per tensor and kind of sum adds up the chunks'.
+__global__ void __launch_bounds__(THREADS) add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
+  const Slot& slot = batch.slot[blockIdx.x];
+  const int64_t width = 3 * K + 2, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum += partial[(slot.first_chunk + i) * width + blockIdx.y];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[slot.index * width + blockIdx.y] = sum;
+}
+
+template <bool AMSGRAD>
+__device__ __forceinline__ void move_chunk(const Slot& slot, const Step& s, int64_t begin) {
+  const Param& p = slot.p;
+  const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
+  for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
+    const bool whole = slot.aligned && i + VECTOR <= p.numel;
+    float w[VECTOR], g[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {}, empty[VECTOR], mid[VECTOR];
+    load(p.w, i, p.numel, whole, w);
+    load(p.g, i, p.numel, whole, g);
+    load(p.m, i, p.numel, whole, m);
+    load(p.v, i, p.numel, whole, v);
+    if (AMSGRAD) load(p.v_max, i, p.numel, whole, v_max);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) {
+      const Points y = points<AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
+      empty[j] = y.empty;
+      mid[j] = y.mid;
+    }
+    if (p.empty.data) store(p.empty, i, p.numel, whole, empty);
+    if (p.mid.data) store(p.mid, i, p.numel, whole, mid);
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) move_weights(const __grid_constant__ Batch batch) {
+  const int at = slot_of(batch, blockIdx.x);
+  const Slot& slot = batch.slot[at];
+  const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
+  const int64_t begin = int64_t(blockIdx.x - batch.first_block[at]) * CHUNK;
+  s.amsgrad ? move_chunk<true>(slot, s, begin) : move_chunk<false>(slot, s, begin);
+}
+
+__global__ void __launch_bounds__(THREADS) derive_on_device(const StepRow* rows, int64_t count, Step* steps) {
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) steps[i] = derive(rows[i]);
+}
+
+int64_t chunks_of(const Param& p) { return (p.numel + CHUNK - 1) / CHUNK; }
+
+bool aligned(const Param& p) {
+  uintptr_t bits = 0;
+  for (const Array* a : {&p.w, &p.g, &p.m, &p.v, &p.v_max, &p.val, &p.dot, &p.out, &p.empty, &p.mid})
+    bits |= reinterpret_cast<uintptr_t>(a->data);
+  bits |= uintptr_t(p.val_stride) * (p.val.dtype == F32 ? 4 : 2) | uintptr_t(p.out_stride) * (p.out.dtype == F32 ? 4 : 2);
+  return bits % 16 == 0;
+}
+
+// The tensors' device is current while this lives.
+struct OnDevice {
+  int before = 0;
+  cudaError_t error;
+
+  explicit OnDevice(int device) : error(cudaGetDevice(&before)) {
+    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+  }
+  ~OnDevice() { cudaSetDevice(before); }
+};
+
+// Calls run(batch, blocks) for as many tensors as fit a launch, until all are done.
+template <class Run>
+const char* in_batches(const Launch& l, const std::vector<Param>& params, void* workspace, const Run& run) {
+  const OnDevice here(l.device);
+  if (here.error != cudaSuccess) return cudaGetErrorString(here.error);
+  Step* steps = l.on_device ? static_cast<Step*>(workspace) : nullptr;
+  if (steps) launch(derive_on_device, dim3(1), l.stream, l.on_device, l.rows, steps);
+  int64_t chunk = 0;
+  Batch batch;
+  batch.on_device = steps;
+  for (size_t i = 0; i < params.size();) {
+    int64_t blocks = 0;
+    for (batch.count = 0; i < params.size() && batch.count < SLOTS && blocks + chunks_of(params[i]) < (int64_t(1) << 31); ++i) {
+      const Param& p = params[i];
+      batch.first_block[batch.count] = uint32_t(blocks);
+      batch.slot[batch.count++] = {p, steps ? Step{} : derive(l.steps[p.row]), chunk, int64_t(i), aligned(p)};
+      blocks += chunks_of(p);
+      chunk += chunks_of(p);
+    }
+    if (batch.count == 0) return "a tensor too large for one launch";
+    run(batch, blocks);
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <int RULE>
+void launch_correct(const Batch& batch, int64_t blocks, int64_t K, double* partial, void* stream) {
+  if (K == 1)
+    launch(correct<RULE, 1>, dim3(unsigned(blocks)), stream, batch, K, partial);
+  else
+    launch(correct<RULE, TARGETS>, dim3(unsigned(blocks), unsigned((K + TARGETS - 1) / TARGETS)), stream, batch, K, partial);
+}
+
+int64_t steps_bytes(const Launch& l) { return l.on_device ? (l.rows * int64_t(sizeof(Step)) + 255) / 256 * 256 : 0; }
+
+}  // namespace
+
+const char* cuda_targets() { return ADAM_GHOST_TARGETS; }
+
+int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch& l, int64_t K) {
+  int64_t chunks = 0;
+  if (K)
+    for (const Param& p : params) chunks += chunks_of(p);
+  return steps_bytes(l) + chunks * sum_count(K) * int64_t(sizeof(double));
+}
+
+const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace, double* sums) {
+  double* partial = reinterpret_cast<double*>(static_cast<char*>(workspace) + steps_bytes(l));
+  return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
+    if (blocks) {
+      switch (rule) {
+        case SECANT: launch_correct<SECANT>(batch, blocks, K, partial, l.stream); break;
+        case TANGENT: launch_correct<TANGENT>(batch, blocks, K, partial, l.stream); break;
+        case FROZEN: launch_correct<FROZEN>(batch, blocks, K, partial, l.stream); break;
+        default: launch_correct<SGD>(batch, blocks, K, partial, l.stream);
+      }
+    }
+    launch(add_up, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, static_cast<const double*>(partial), sums);
+  });
+}
+
+const char* weight_points_cuda(const Launch& l, const std::vector<Param>& params, void* workspace) {
+  return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
+    if (blocks) launch(move_weights, dim3(unsigned(blocks)), l.stream, batch);
+  });
+}
+
+}  // namespace adam_ghost

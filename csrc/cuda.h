@@ -1,0 +1,21 @@
+// The CUDA side as the binding sees it: no CUDA header, no tensor. Errors come back as text, null for success.
+#pragma once
+#include "job.h"
+
+namespace adam_ghost {
+
+struct Launch {
+  int device;
+  void* stream;               // the caller's current stream
+  const StepRow* steps;       // the step table on the host, or null
+  const StepRow* on_device;   // the same on the device, read there
+  int64_t rows;
+};
+
+// Bytes of device memory that a call needs on its stream; K = 0 for weight_points.
+int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch&, int64_t K);
+const char* variance_correction_cuda(const Launch&, const std::vector<Param>&, int rule, int64_t K, void* workspace, double* sums);
+const char* weight_points_cuda(const Launch&, const std::vector<Param>&, void* workspace);
+const char* cuda_targets();
+
+}  // namespace adam_ghost
