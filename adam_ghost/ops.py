@@ -4,13 +4,13 @@
 built, ``reference`` is always there. The choice is by device and shape; ``impl=`` overrides it for tests and benchmarks.
 """
 
-from itertools import chain, pairwise
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adam_ghost import extension, reference
+from adam_ghost import extension, reference, wgrad_cpu
 from adam_ghost.lists import Tensors, check, check_steps, on_device, row_major, step_table, table_steps, targets
 from adam_ghost.reference import RULES, StepScalars
 
@@ -258,17 +258,30 @@ def weight_points(
 
 # ---- wgrad_score: a linear layer's weight gradient and its samples' scores, in one product -------------------------------
 
+_lib.define("wgrad_score(Tensor a, Tensor b, Tensor P, Tensor? offsets) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_lib, "wgrad_score", "CPU")
+def _(a, b, P, offsets):
+    return wgrad_cpu.wgrad_score(a, b, P, offsets=offsets)
+
+
+@torch.library.impl(_lib, "wgrad_score", "CompositeExplicitAutograd")
+def _(a, b, P, offsets):
+    G, scores = reference.wgrad_score(a.to(P.dtype), b.to(P.dtype), P, offsets)
+    return G.to(a.dtype), scores
+
+
+@torch.library.register_fake("adam_ghost::wgrad_score", lib=_lib)
+def _(a, b, P, offsets):
+    n = a.shape[0] if offsets is None else offsets.shape[0] - 1
+    return a.new_empty(P.shape[1:]), P.new_empty(n, P.shape[0])
+
 
 def wgrad_score(a: Tensor, b: Tensor, P: Tensor, *, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weight gradient ``b.T @ a`` over all tokens, ``[d_out, d_in]``, and ``< P , b_i.T @ a_i >`` per sample, ``[n, K]``.
 
-    a ``[n, T, d_in]``, b ``[n, T, d_out]``, or ``[tokens, d]`` with ``offsets [n + 1]``; P ``[K, d_out, d_in]``, in whose
-    dtype everything is computed.
+    a ``[n, T, d_in]``, b ``[n, T, d_out]``, or ``[tokens, d]`` with ``offsets [n + 1]``; P ``[K, d_out, d_in]``, at least
+    float32, in which scores are summed and returned; the gradient has ``a``'s dtype. Deterministic.
     """
-    a, b = a.to(P.dtype), b.to(P.dtype)
-    if offsets is None:
-        G = b.mT @ a
-    else:
-        bounds = offsets.tolist()
-        G = torch.stack([b[i:j].mT @ a[i:j] for i, j in pairwise(bounds)])
-    return G.sum(0), G.flatten(1) @ P.flatten(1).mT
+    return torch.ops.adam_ghost.wgrad_score(a, b, P, offsets)

@@ -168,12 +168,18 @@ def contract(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
     return (out * b.unsqueeze(-2)).sum(-1)
 
 
-def wgrad_score(a: Tensor, b: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+def sum_samples(scores: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Per-token scores ``[n, T, K]``, or ``[tokens, K]`` of samples at ``offsets [n + 1]``, summed to ``[n, K]``."""
+    return scores.sum(1) if offsets is None else torch.segment_reduce(scores, "sum", offsets=offsets)
+
+
+def wgrad_score(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weight gradient ``b.T @ a`` over all tokens and ``< P , b_i.T @ a_i >`` of every sample.
 
-    a ``[n, T, d_in]``, b ``[n, T, d_out]``, P ``[K, d_out, d_in]`` -> ``[d_out, d_in]``, ``[n, K]``.
+    a ``[n, T, d_in]``, b ``[n, T, d_out]``, or ``[tokens, d]`` with ``offsets [n + 1]``; P ``[K, d_out, d_in]``
+    -> ``[d_out, d_in]``, ``[n, K]``.
     """
-    return torch.einsum("nto,nti->oi", b, a), contract(a, b, P).sum(1)
+    return torch.einsum("...o,...i->oi", b, a), sum_samples(contract(a, b, P), offsets)
 
 
 def ghost_gram(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, row: Tensor | None = None, col: Tensor | None = None) -> Tensor:
