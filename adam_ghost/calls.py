@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from adam_ghost.batching import Tag
+from adam_ghost.layers import layer_kind
 
 
 class Ref:
@@ -54,6 +56,7 @@ class Call:
     """One call of ``fn`` (a module or a torch function), with the tensors it was given.
 
     ``own`` maps a module's local parameter names to parameters; functions have their parameters among the arguments.
+    ``rng`` and ``buffers`` are the random state and a module's buffers as the call met them, where it may change them.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class Call:
         own: dict[str, nn.Parameter],
         rng: RngState | None = None,
         inplace: bool = False,
+        buffers: dict[str, Tensor] | None = None,
     ):
         self.name, self.fn, self.own, self.rng, self.inplace = name, fn, own, rng, inplace
+        self.buffers = buffers or {}
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._leaves = [x if isinstance(x, nn.Parameter) or not isinstance(x, Tensor) else x.detach() for x in self._leaves]
         self._versions = [x._version if isinstance(x, Tensor) else None for x in self._leaves]
@@ -76,7 +81,11 @@ class Call:
     def watch(self, index: int, out: Tensor, tag: Tag, receive: Callable[["Call", int, Tensor], None]) -> None:
         """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
         self.outputs[index] = tag
-        out.register_hook(lambda grad: receive(self, index, grad.detach()))
+        shape = out.shape
+        if self.fn is F.linear or layer_kind(self.fn) in ("linear", "conv1d"):
+            # the product of more than two dimensions is a view; an in-place function on it leaves its own node aside
+            out = out if out._base is None or out._base.numel() != out.numel() else out._base
+        out.register_hook(lambda grad: receive(self, index, grad.detach().reshape(shape)))
 
     def with_gradient(self, index: int, grad: Tensor) -> "Call":
         """The same call, with ``grad`` at output ``index`` as its only output gradient."""
@@ -128,7 +137,7 @@ class Call:
                     torch.cuda.set_rng_state(device_state, device)
             if isinstance(self.fn, nn.Module):
                 held = {f"module.{k}": _wide(values.get(id(p), p.detach())) for k, p in self.fn.named_parameters()}
-                held |= {f"module.{k}": _wide(x.clone()) for k, x in self.fn.named_buffers()}
+                held |= {f"module.{k}": _wide(self.buffers.get(k, x).clone()) for k, x in self.fn.named_buffers()}
                 out = torch.func.functional_call(_Bare(self.fn), held, args, kwargs)
             elif self.inplace:
                 out = args[0].clone()

@@ -26,14 +26,16 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
     elif kind == "embedding":
         per_output = {0: _embedding(call, P, n)}
     else:
-        per_output = _derivative(call, P, n, affine=kind == "affine")
+        # an argument made of parameters makes it a product of two
+        affine = kind == "affine" and all(any(p is q for q in call.own.values()) for p in call.parameters())
+        per_output = _derivative(call, P, n, affine)
         if per_output is None:
             if per_token:
                 raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
             return _by_sample(call, P, n)
-    total = sum(per_output.values())
     if not per_token:
-        return total.sum(1)
+        return sum(x.sum(1) for x in per_output.values())
+    total = sum(per_output.values())
     rows = {tag[1] for tag in call.outputs.values()}
     shapes = {grad.ndim for grad in call.grad_output.values()}
     if (isinstance(call.fn, nn.Module) and "conv" in type(call.fn).__module__) or (rows == {1} and min(shapes) < 3):
@@ -102,9 +104,9 @@ def _embedding(call: Call, P: Directions, n: int) -> Tensor:
     module, indices = call.fn, call.input
     weight = P[id(module.weight)]
     b = call.grad_output[0].to(weight.dtype)
-    kept = 1.0 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1)
+    kept = 1 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1).to(b.dtype)
     if module.scale_grad_by_freq:
-        kept = kept / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
+        b = b / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
     return torch.stack([_by_token(w[indices] * b * kept, call.outputs[0], n) for w in weight], -1)
 
 
