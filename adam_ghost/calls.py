@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from adam_ghost.batching import Tag
+from adam_ghost.layers import layer_kind
 
 
 class Ref:
@@ -54,6 +56,7 @@ class Call:
     """One call of ``fn`` (a module or a torch function), with the tensors it was given.
 
     ``own`` maps a module's local parameter names to parameters; functions have their parameters among the arguments.
+    ``rng`` and ``buffers`` are the random state and a module's buffers as the call met them, where it may change them.
     """
 
     def __init__(
@@ -78,7 +81,11 @@ class Call:
     def watch(self, index: int, out: Tensor, tag: Tag, receive: Callable[["Call", int, Tensor], None]) -> None:
         """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
         self.outputs[index] = tag
-        out.register_hook(lambda grad: receive(self, index, grad.detach()))
+        shape = out.shape
+        if self.fn is F.linear or layer_kind(self.fn) in ("linear", "conv1d"):
+            # the product of more than two dimensions is a view; an in-place function on it leaves its own node aside
+            out = out if out._base is None or out._base.numel() != out.numel() else out._base
+        out.register_hook(lambda grad: receive(self, index, grad.detach().reshape(shape)))
 
     def with_gradient(self, index: int, grad: Tensor) -> "Call":
         """The same call, with ``grad`` at output ``index`` as its only output gradient."""

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.batching import Batch, Tag
 from adam_ghost.calls import Call, Ref, RngState, rng_state
-from adam_ghost.layers import layer_kind
+from adam_ghost.layers import keeps_apart, layer_kind, output_axes
 
 
 class Recording:
@@ -55,11 +55,16 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-_TENSOR_PROPERTIES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__, torch.Tensor.H.__get__}
+_TENSOR_PROPERTIES = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real", "imag")}
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+def _writes(name: str) -> bool:
+    """Whether the function of this name changes its first argument in place."""
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
@@ -113,9 +118,11 @@ class Recorder(TorchFunctionMode):
     def _reset(self) -> None:
         self.batch = Batch()
         self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
+        self.inner = WeakIdKeyDictionary()  # the same, within the layer now running
+        self.follow = False  # whether the layer now running is followed function by function
+        self.buffers: dict[str, Tensor] = {}
         self.inside_model = self.inside_layer = 0
         self.rng: RngState | None = None
-        self.buffers: dict[str, Tensor] = {}
         self.scored = False  # whether the layer now running takes care of its own scores
 
     def begin(self, recording: Recording) -> None:
@@ -154,13 +161,13 @@ class Recorder(TorchFunctionMode):
             # made by ways that carry no tags (through numpy, say): exact all the same, as one long replay
             if isinstance(x, Tensor) and x in self.sources and x.ndim and x.shape[0] == self.batch.n:
                 call = Call("output", Tensor.clone, (self.sources[x],), {}, {})
-                self._watch(call, [x], lambda out: (0, 1))
+                self._watch(call, 0, x, (0, 1))
 
     def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_model -= self.open
 
     def _untagged(self, leaves: list[Any]) -> list[Tensor]:
-        return [x for x in leaves if isinstance(x, Tensor) and x.ndim and not self.batch[x] and not self._is_source(x)]
+        return [x for x in leaves if isinstance(x, Tensor) and x.ndim and x not in self.batch and not self._is_source(x)]
 
     def _tag_by_size(self, tensors: list[Tensor]) -> None:
         if tensors and self.batch.n is None:
@@ -169,7 +176,7 @@ class Recorder(TorchFunctionMode):
             self.batch.tag(x, (0, 1))
 
     def _is_source(self, x: Tensor) -> bool:
-        return x.requires_grad and (id(x) in self.trainable or x in self.sources)
+        return x.requires_grad and (id(x) in self.trainable or x in self.sources or x in self.inner)
 
     # layers
 
@@ -180,76 +187,94 @@ class Recorder(TorchFunctionMode):
         new = self._untagged(pytree.tree_leaves((args, kwargs)))
         # inside the model the batch is followed from its arguments; a tensor with a graph but no tag took a way unseen
         self._tag_by_size([x for x in new if x.requires_grad] if self.inside_model else new)
-        self.rng, self.buffers = None, {}
-        if module.training and layer_kind(module) is None:
+        self.rng, self.buffers, self.follow = None, {}, False
+        if layer_kind(module) is None:
             self.rng = rng_state(next(module.parameters()).device)
-            self.buffers = {k: x.clone() for k, x in module.named_buffers()}  # the call may write them
+            if module.training:
+                self.buffers = {k: x.clone() for k, x in module.named_buffers()}
+            # what torch.nn does to the batch is known; any other code is followed
+            self.follow = not type(module).__module__.startswith("torch.nn.")
+            self.inner = WeakIdKeyDictionary()
 
     def _close_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_layer -= self.active
         self.scored = False
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self.active or not torch.is_grad_enabled() or self.batch.n is None:
+        if not self.active or self.batch.n is None:
             return
         outs = pytree.tree_leaves(output)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        tag = next((self.batch[x] for x in tensors if self.batch[x]), None)
+        first = next((x for x in tensors if self.batch[x]), None)
+        tag = None if first is None else self.batch[first]
         if tag is not None and tag[0] != _batch_axis(module, tag[0]):
             raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag[0]}")
-        whole = layer_kind(module) is None
         if self.scored:
             self.batch.tag(output, tag)
             return
+
+        def place(i: int, out: Tensor) -> Tag | None:
+            if out in self.batch:
+                return self.batch[out]
+            if tag is None or not keeps_apart(module, first, tag[0]):
+                return None
+            size = self.batch.n * tag[1]
+            axes = [x for x in output_axes(module, i, tag[0]) if x < out.ndim and out.shape[x] == size]
+            return (axes[0], tag[1]) if axes else None
+
+        whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
         call = Call(name, module, *self._recorded(args, kwargs), own, rng=self.rng, buffers=self.buffers)
-
-        def place(out: Tensor) -> Tag | None:
-            axis, rows = tag
-            if isinstance(module, nn.RNNBase) and out is not outs[0]:
-                return 1, rows  # the last states: [layers, n, d]
-            axes = [x for x in (axis, 0, 1) if x < out.ndim and out.shape[x] == self.batch.n * rows]
-            return (axes[0], rows) if axes else None
-
-        self._classify(call, tensors, tag is not None, outs, place)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in vars(module).values()):
+            self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
+        self._classify(call, tensors, outs, place)
 
     # torch functions outside of layers
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        prop = getattr(func, "__name__", "") == "__get__" and func not in _TENSOR_PROPERTIES
-        if self.inside_layer or self.batch.n is None or prop:
+        if func is Tensor.__iter__ and not self.inside_layer:
+            with self:
+                return iter(args[0].unbind(0))
+        name = getattr(func, "__name__", str(func))
+        prop = name == "__get__" and func not in _TENSOR_PROPERTIES
+        if (self.inside_layer and not self.follow) or self.batch.n is None or prop:
             return func(*args, **kwargs)
         tensors = _tensors(args, kwargs)
         if _in_backward():  # a checkpoint's recomputation: its inputs come without tags
             self._tag_by_size([x for x in self._untagged(tensors) if x.requires_grad])
-        batched = any(self.batch[x] for x in tensors)
+        batched = any(x in self.batch for x in tensors)
         meets_parameters = torch.is_grad_enabled() and any(self._is_source(x) for x in tensors)
         if not batched and not meets_parameters:
             return func(*args, **kwargs)
 
-        name = getattr(func, "__name__", str(func))
         call = None
-        if meets_parameters:
-            inplace = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        if meets_parameters and not self.inside_layer:
+            inplace = _writes(name)
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
             rng = rng_state(tensors[0].device)
             recorded_args, recorded_kwargs = self._recorded(args, kwargs)
             if first is not None:
                 recorded_args = (first, *recorded_args[1:])
             call = Call(name, func, recorded_args, recorded_kwargs, {}, rng=rng, inplace=inplace)
+        tagged = any(self.batch[x] for x in tensors)
         out = func(*args, **kwargs)
         outs = pytree.tree_leaves(args[0] if out is None else out)
 
-        def place(x: Tensor) -> Tag | None:
-            return self.batch.infer(func, args, kwargs, tensors, x)
+        def place(i: int, x: Tensor) -> Tag | None:
+            return self.batch.infer(func, args, kwargs, tensors, x) if tagged else None
 
         if call is not None:
-            self._classify(call, tensors, batched, outs, place)
+            self._classify(call, tensors, outs, place)
         else:
-            for x in outs:
-                if isinstance(x, Tensor):
-                    self.batch.tag(x, place(x))
+            for i, x in enumerate(outs):
+                if isinstance(x, Tensor) and batched:
+                    self.batch.tag(x, place(i, x))
+                    self.inner.pop(x, None)
+                elif isinstance(x, Tensor) and x.requires_grad and all(self._is_source(t) for t in tensors if t.requires_grad):
+                    self.inner[x] = True
+        if batched and _writes(name) and args[0]._base is not None and args[0]._base in self.sources:
+            self._lose(args[0]._base)  # samples were written into it through a view
         return out
 
     # what becomes of a call
@@ -260,27 +285,37 @@ class Recorder(TorchFunctionMode):
             lambda x: self.sources[x] if isinstance(x, Tensor) and x.requires_grad and x in self.sources else x, (args, kwargs)
         )
 
-    def _classify(self, call: Call, tensors: list[Tensor], batched: bool, outs: list[Any], place: Callable) -> None:
-        if batched:
-            self._watch(call, outs, place)
+    def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Callable[[int, Tensor], Tag | None]) -> None:
+        """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up."""
+        outs = [(i, x) for i, x in enumerate(outs) if isinstance(x, Tensor)]
+        if any(self.batch.lost(x) for x in tensors):
+            self._give_up(call)
+            for _, x in outs:
+                self._lose(x)
+        elif any(self.batch[x] for x in tensors):
+            for i, x in outs:
+                if x in self.inner and x not in self.batch:
+                    self.sources[x] = Ref(call, i)
+                else:
+                    self._watch(call, i, x, place(i, x))
         elif any(x.requires_grad and not self._is_source(x) for x in tensors):
             self._give_up(call)
-        else:
-            for i, x in enumerate(outs):
-                if isinstance(x, Tensor) and x.requires_grad:
+        elif torch.is_grad_enabled():
+            for i, x in outs:
+                if x.requires_grad:
                     self.sources[x] = Ref(call, i)
 
-    def _watch(self, call: Call, outs: list[Any], place: Callable[[Tensor], Tag | None]) -> None:
-        for i, x in enumerate(outs):
-            if not isinstance(x, Tensor):
-                continue
-            tag = place(x)
-            self.batch.tag(x, tag)
-            self.sources.pop(x, None)
-            if x.requires_grad and tag is None:
-                self._give_up(call)
-            elif x.requires_grad:
-                call.watch(i, x, tag, self.recording.receive)
+    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None) -> None:
+        self.batch.tag(out, tag)
+        self.sources.pop(out, None)
+        if out.requires_grad and tag is None:
+            self._give_up(call)
+        elif out.requires_grad:
+            call.watch(index, out, tag, self.recording.receive)
+
+    def _lose(self, x: Tensor) -> None:
+        self.sources.pop(x, None)
+        self.batch.tag(x, None)
 
     def _give_up(self, call: Call) -> None:
         self.recording.unattributed.update(id(p) for p in call.parameters())

@@ -26,7 +26,9 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
     elif kind == "embedding":
         per_output = {0: _embedding(call, P, n)}
     else:
-        per_output = _derivative(call, P, n, affine=kind == "affine")
+        # an argument made of parameters makes it a product of two
+        affine = kind == "affine" and all(any(p is q for q in call.own.values()) for p in call.parameters())
+        per_output = _derivative(call, P, n, affine)
         if per_output is None:
             if per_token:
                 raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
@@ -103,10 +105,9 @@ def _embedding(call: Call, P: Directions, n: int) -> Tensor:
     module, indices = call.fn, call.input
     weight = P[id(module.weight)]
     b = call.grad_output[0].to(weight.dtype)
-    kept = 1.0 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1)
+    kept = 1 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1).to(b.dtype)
     if module.scale_grad_by_freq:
-        counts = torch.bincount(indices.flatten(), minlength=module.num_embeddings)
-        kept = kept / counts[indices].unsqueeze(-1).to(weight.dtype)
+        b = b / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
     return torch.stack([_by_token(w[indices] * b * kept, call.outputs[0], n) for w in weight], -1)
 
 

@@ -1,7 +1,8 @@
 """What is known of particular layers: which forms of the contraction are exact for them."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 _LINEAR_IN_PARAMETERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Bilinear, nn.EmbeddingBag)
@@ -29,3 +30,25 @@ def layer_kind(fn: object) -> str | None:
         plain_bag = not isinstance(fn, nn.EmbeddingBag) or (fn.mode != "max" and fn.max_norm is None and not fn.scale_grad_by_freq)
         return "affine" if plain_bag else None
     return None
+
+
+def keeps_apart(module: nn.Module, x: Tensor, axis: int) -> bool:
+    """Whether ``module`` never mixes what lies along dimension ``axis`` of its input ``x``; as far as it is known here."""
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return x.ndim == 3  # with two, the first are tokens
+    if isinstance(module, _ConvNd):
+        return axis == 0 and x.ndim == module.weight.ndim  # with one less, the first are channels
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return axis < x.ndim - len(module.normalized_shape)
+    if isinstance(module, (nn.GroupNorm, _InstanceNorm)):
+        return axis == 0
+    return not isinstance(module, (nn.Linear, nn.Bilinear)) or axis < x.ndim - 1
+
+
+def output_axes(module: nn.Module, index: int, axis: int) -> tuple[int, ...]:
+    """Where output ``index`` may have the batch that came in along ``axis``, likeliest first."""
+    if isinstance(module, nn.RNNBase) and index > 0:
+        return (1,)  # the final states, [layers, n, d]
+    if isinstance(module, nn.MultiheadAttention) and index > 0:
+        return (0,)  # the attention weights, [n, T, T]
+    return (axis,) if type(module).__module__.startswith("torch.nn.") else (axis, 0, 1)

@@ -94,7 +94,7 @@ class Problem:
         with torch.no_grad():
             for k, p in self.params.items():
                 p.copy_((empty[k] + full[k]) / 2)
-        val = torch.autograd.grad(self.val_loss(), list(self.params.values()), allow_unused=True)
+        val = gradients(self.val_loss(), self.params).values()
         with torch.no_grad():
             for k, p in self.params.items():
                 p.copy_(held[k])
@@ -103,6 +103,18 @@ class Problem:
             quotient = (empty[k] - full[k]) / torch.where(p.grad == 0, 1.0, p.grad)
             P[k] = torch.zeros_like(p) if v is None else v * torch.where(p.grad == 0, 0.0, quotient)
         return P
+
+
+def gradients(loss: Tensor, params: dict[str, Tensor], retain_graph: bool = False) -> dict[str, Tensor | None]:
+    """By ``.backward()``, which reentrant checkpoints need, with every ``.grad`` put back."""
+    held = {k: p.grad for k, p in params.items()}
+    for p in params.values():
+        p.grad = None
+    loss.backward(retain_graph=retain_graph)
+    found = {k: p.grad for k, p in params.items()}
+    for k, p in params.items():
+        p.grad = held[k]
+    return found
 
 
 def inner(P: dict[str, Tensor], grads: dict[str, Tensor | None]) -> Tensor:
@@ -115,8 +127,7 @@ def gradients_one_by_one(problem: Problem) -> list[dict[str, Tensor | None]]:
     for i in range(problem.n):
         out = problem.model(*(x[i : i + 1] for x in problem.inputs))
         share = problem.shares(out, problem.n).sum()
-        grads = torch.autograd.grad(share, list(problem.params.values()), allow_unused=True)
-        found.append(dict(zip(problem.params, grads, strict=True)))
+        found.append(gradients(share, problem.params))
     return found
 
 
@@ -124,11 +135,7 @@ def gradients_loss_by_loss(problem: Problem, seed: int = 3) -> list[dict[str, Te
     """The same from the whole batch's graph: where the layers draw random numbers, or count over the batch."""
     torch.manual_seed(seed)
     shares = problem.shares(problem.model(*problem.inputs))
-    found = []
-    for share in shares:
-        grads = torch.autograd.grad(share, list(problem.params.values()), retain_graph=True, allow_unused=True)
-        found.append(dict(zip(problem.params, grads, strict=True)))
-    return found
+    return [gradients(share, problem.params, retain_graph=True) for share in shares]
 
 
 def derivative_of_losses(problem: Problem, P: dict[str, Tensor], seed: int = 3) -> Tensor:

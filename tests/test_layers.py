@@ -28,8 +28,8 @@ class Leaf(Fn):
     """The same, used inside another model: a custom layer."""
 
 
-def normal(*shape, scale=0.5):
-    return torch.randn(*shape) * scale
+def normal(*shape):
+    return 0.5 * torch.randn(shape)
 
 
 def around(layer, d_in=D):
@@ -41,10 +41,6 @@ def frozen(layer, *names):
     for name in names:
         getattr(layer, name).requires_grad_(False)
     return layer
-
-
-def train(model):
-    return model.train()
 
 
 def hf(module, name, *args):
@@ -163,13 +159,14 @@ class TimeMajor(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, reentrant):
+    def __init__(self, reentrant, raw=False):
         super().__init__()
         self.first, self.block, self.last = nn.Linear(D, D), around(nn.LayerNorm(D)), nn.Linear(D, 2)
-        self.scale, self.reentrant = nn.Parameter(normal(D)), reentrant
+        self.scale, self.reentrant = Leaf(lambda s, x: x * s.g, g=normal(D)), reentrant
+        self.raw = nn.Parameter(normal(D)) if raw else 1.0
 
     def inner(self, x):
-        return self.block(x) * self.scale
+        return self.scale(self.block(x)) * self.raw
 
     def forward(self, x):
         x = torch.tanh(self.first(x))
@@ -189,11 +186,10 @@ def tokens_flat(self, x):
 
 
 def in_place(self, x):
-    h = self.first(x)
-    h.relu_()
-    h += self.shift
-    h *= self.scale
+    h = F.linear(self.first(x).sigmoid_(), self.middle).tanh_()
     h = h.clone()
+    h += self.shift
+    h.sub_(self.scale)
     h[:, 0] = self.start
     h[..., 1] += self.scale[1]
     return self.last(h)
@@ -239,7 +235,7 @@ ONE = {
         lambda: Fn(lambda s, x: torch.tensordot(s.a(x), s.w, 1).sum(-1), a=nn.Linear(D, D), w=normal(D, N, 3)),
         (D,),
     ),
-    "matmul-vector": (lambda: Fn(lambda s, x: torch.tanh(s.a(x)) @ s.w, a=nn.Linear(D, D), w=normal(D)), (D,)),
+    "matmul-vector": (lambda: Fn(lambda s, x: (torch.tanh(s.a(x)) @ s.w)[:, None], a=nn.Linear(D, D), w=normal(D)), (D,)),
     "matmul-left": (lambda: Fn(lambda s, x: s.w @ s.a(x), a=nn.Linear(D, D), w=normal(N, 3)), (3, D)),
     "table-lookup": (lambda: Fn(lambda s, x: s.w[(x[:, 0] > 0).long()] * s.a(x), a=nn.Linear(D, D), w=normal(2, D)), (D,)),
     "norm-argument": (
@@ -318,16 +314,19 @@ SEQUENCES = {
         "x",
     ),
     "tokens-flat": (lambda: Fn(tokens_flat, first=nn.Linear(D, 4), last=nn.Linear(4, 2)), "x"),
-    "in-place": (lambda: Fn(in_place, first=nn.Linear(D, D), last=nn.Linear(D, 2), shift=normal(D), scale=normal(D), start=normal(D)), "x"),
+    "in-place": (lambda: Fn(in_place, first=nn.Linear(D, D), last=nn.Linear(D, 2), middle=normal(D, D), shift=normal(D), scale=normal(D), start=normal(D)), "x"),
     "function": (lambda: around(Leaf(lambda s, x: Slope.apply(x, s.w), w=normal(D))), "x"),
-    "checkpoint": (lambda: Checkpointed(False), "x"),
+    "checkpoint": (lambda: Checkpointed(False, raw=True), "x"),
     "checkpoint-reentrant": (lambda: Checkpointed(True), "x"),
     "called-twice": (lambda: Fn(twice, layer=nn.Linear(D, D), last=nn.Linear(D, 2)), "x"),
     "norm-called-twice": (lambda: Fn(twice, layer=nn.LayerNorm(D), last=nn.Linear(D, 2)), "x"),
     "expanded": (lambda: Fn(lambda s, x: (s.a(x).mean(1).expand(N, -1, -1) * s.w).sum(0), a=nn.Linear(D, D), w=normal(N, 1, D)), "x"),
 }  # fmt: skip
-NO_FORWARD_MODE = {"bag-mean", "bag-sum-padding", "bag-max", "function", "checkpoint-reentrant", "embedding-max-norm",
+NO_FORWARD_MODE = {"bag-mean", "bag-sum-padding", "bag-max", "function", "checkpoint-reentrant", "embedding-max-norm", "weight-norm",
                    "output-unseen", "checkpoint"}  # fmt: skip
+
+
+IN_FLOAT32 = {"hf-llama-norm", "hf-gemma-norm"}  # whatever comes in, their variance is taken in float32
 
 
 def tie(layer, other):
@@ -356,9 +355,10 @@ def check(case, name=""):
     scores = case.attribute()
     P = case.direction()
     assert not scores.requires_grad and scores.dtype == torch.float64
-    close(scores, torch.stack([inner(P, g) for g in gradients_one_by_one(case)]))
+    tolerance = 1e-6 if name in IN_FLOAT32 else 1e-10
+    close(scores, torch.stack([inner(P, g) for g in gradients_one_by_one(case)]), tolerance)
     if name not in NO_FORWARD_MODE:
-        close(scores, derivative_of_losses(case, P))
+        close(scores, derivative_of_losses(case, P), tolerance)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -373,6 +373,11 @@ def test_sequence(name, n, T):
     if name == "expanded" and n == 1:
         pytest.skip("its expansion is over n")
     check(problem(*SEQUENCES[name], n=n, T=T, reduction="sum" if T == N else "mean"), name)
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch runs backward passes with function modes off: named as not covered")
+def test_plain_parameter_in_reentrant_checkpoint():
+    check(problem(lambda: Checkpointed(True, raw=True), "x"), "checkpoint-reentrant")
 
 
 RANDOM = {
