@@ -23,7 +23,8 @@ def attribute(
     Call it after the backward pass, with the final ``.grad`` in place, before ``optimizer.step()``. The scores are shares of
     the step: they add up to ``< P , g(B) >``, which is the step's change of the validation loss beyond what momentum and
     weight decay do alone, up to ``O(lr^3)``. Weights, gradients, optimizer state, module modes and random state are as
-    before afterwards, to the bit. The recording stays for further calls until the cache is entered again.
+    before afterwards, to the bit. The recording stays for further calls until the cache is entered again. Gradients may be
+    clipped or unscaled in between, as the optimizer will see them: the scores follow.
 
     Args:
         layer_cache: what ``with layer_cache:`` recorded of the forward and backward pass of ``n`` samples.
@@ -41,8 +42,10 @@ def attribute(
     Raises:
         TypeError: ``opt_state`` is no Adam, ``val_loss`` returns no tensor.
         ValueError: nothing was recorded, ``val_loss`` is missing, without a graph or not finite, a gradient is sparse or
-            not finite, a parameter with a gradient is not the optimizer's, unknown ``rule`` or ``at``, no token dimension.
-        RuntimeError: under ``strict``, if a parameter's gradient cannot be attributed.
+            not finite or edited element by element, a parameter with a gradient is not the optimizer's, the weights changed
+            since the recording, unknown ``rule`` or ``at``, no token dimension.
+        RuntimeError: under ``strict``, if a parameter's gradient cannot be attributed, or the scores do not add up to the
+            step's gradient (otherwise a warning, once).
     """
     for name, value, allowed in (("rule", rule, RULES), ("at", at, PLACES)):
         if value not in allowed:
@@ -50,4 +53,6 @@ def attribute(
     step = open_step(layer_cache, opt_state)
     direction = find_direction(step, layer_cache.validation, rule, at)
     scores = step.scores(direction.P, per_token)
+    layer_cache.mark_weights()
+    layer_cache.coverage.check(scores, direction.total)
     return scores if direction.val_loss.ndim else scores.squeeze(-1)

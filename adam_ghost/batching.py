@@ -235,6 +235,7 @@ _T = torch.Tensor
 _PROPERTIES = {_T.T.__get__: "t", _T.H.__get__: "t", _T.mT.__get__: "mT", _T.mH.__get__: "mT"}
 _RESHAPES = {"reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "ravel"}
 _MIXING = {"renorm", "cov", "corrcoef", "pdist", "outer", "ger", "kron", "cartesian_prod", "combinations", "block_diag"}
+_MIXING |= {"unsqueeze_", "squeeze_", "transpose_", "swapaxes_", "swapdims_", "t_", "resize_"}  # the shape before is gone
 _RULES = {
     "permute": _permute,
     "transpose": _swap,

@@ -31,6 +31,8 @@ class Recording:
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
+        if torch.is_grad_enabled():
+            return  # a pass for higher derivatives (create_graph=True): its gradients are not what .grad adds up
         if self.on_arrival is not None:
             self.on_arrival()
         if not call.grad_output:
@@ -289,7 +291,9 @@ class Recorder(TorchFunctionMode):
         """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up."""
         outs = [(i, x) for i, x in enumerate(outs) if isinstance(x, Tensor)]
         if any(self.batch.lost(x) for x in tensors):
-            self._give_up(call)
+            # a penalty added to the loss takes nothing from what the samples' calls explain of its parameters
+            if self.inside_model or any(x.ndim for x in tensors if self.batch.lost(x)):
+                self._give_up(call)
             for _, x in outs:
                 self._lose(x)
         elif any(self.batch[x] for x in tensors):

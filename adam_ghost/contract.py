@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from adam_ghost import cpu, reference
 from adam_ghost.batching import Tag
@@ -111,6 +113,18 @@ def _embedding(call: Call, P: Directions, n: int) -> Tensor:
     return torch.stack([_by_token(w[indices] * b * kept, call.outputs[0], n) for w in weight], -1)
 
 
+class _TrueForwardMode(TorchFunctionMode):
+    """Refuses functions whose gradient is by intent not their derivative, which forward mode would take."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            options = dict(zip(("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args[2:], strict=False)) | kwargs
+            if options.get("padding_idx") is not None or options.get("scale_grad_by_freq"):
+                raise NotImplementedError("embedding leaves out or scales gradients")
+        return func(*args, **kwargs)
+
+
 def _derivative(call: Call, P: Directions, n: int, affine: bool) -> dict[int, Tensor] | None:
     """The call's derivative along P, times the output gradients, ``[n, T, K]`` per output; None if it has no forward mode.
 
@@ -134,7 +148,8 @@ def _derivative(call: Call, P: Directions, n: int, affine: bool) -> dict[int, Te
 
             primals = tuple(p.detach().to(t.dtype) for p, t in zip(params, tangents, strict=True))
             try:
-                _, outs = torch.func.jvp(outputs, primals, tangents)
+                with _TrueForwardMode():
+                    _, outs = torch.func.jvp(outputs, primals, tangents)
             except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
                 return None
         for i, out in outs.items():

@@ -41,7 +41,8 @@ def gram(
         if preconditioner is not None:
             D = step.state.scaling(p, g) * step.state[p].scalars.lr
         calls = [call for call in layer_cache.recorded.calls if any(q is p for q in call.parameters())]
-        if preconditioner == "factored" and p.ndim == 2 and all(layer_kind(c.fn) in ("linear", "conv1d") for c in calls):
+        if calls and preconditioner == "factored" and p.ndim == 2 and all(layer_kind(c.fn) in ("linear", "conv1d") for c in calls):
+            D = D if step.scale is None else D * step.scale[id(p)] ** 2
             total = total + _factored(calls, D, layer_cache.recorded.batch_size)
         else:
             total = total + _exact(step, p, D, layer_cache.recorded.batch_size)

@@ -14,7 +14,7 @@ from adam_ghost.capture import Recorder, Recording
 from adam_ghost.compiled import CompiledLayers, is_compiled
 from adam_ghost.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.fingerprint import Fingerprint
-from adam_ghost.layer_cache import Coverage, refuse_mixed_samples
+from adam_ghost.layer_cache import SELF_CHECK, Coverage, refuse_mixed_samples
 from adam_ghost.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.reference import RULES
 from adam_ghost.shapley import play
@@ -26,8 +26,6 @@ from adam_ghost.validation import Validation
 SCHEDULES = ("midpoint", "lookahead")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
 _HISTORY = 10
-# of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
-_SELF_CHECK = 0.02
 
 
 @dataclass
@@ -406,7 +404,7 @@ class InRun:
             self._totals.add(done.ids, scores)
             size = np.maximum(np.abs(total), np.sqrt((scores**2).sum(0)))
             off = np.divide(np.abs(scores.sum(0) - total), size, out=np.zeros_like(size), where=size > 0).max()
-            if off > _SELF_CHECK and not self._warned:
+            if off > SELF_CHECK and not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"step {record.step}: the scores add up to {record.score_sum}, but the step's gradient to {record.total}"

@@ -49,7 +49,9 @@ def exact_shapley(
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
-    return play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
+    values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
+    layer_cache.mark_weights()
+    return values
 
 
 def play(step: Step, validation: Validation, permutations: int, seed: int) -> ShapleyValues:

@@ -67,11 +67,14 @@ def open_step(cache: LayerCache, opt_state: "torch.optim.Optimizer | AdamState")
         raise ValueError("the scores are computed after the `with cache` block, not inside it")
     if not cache.recorded.calls:
         raise ValueError("nothing was recorded: run the model's forward and backward pass inside `with cache`")
+    if not cache.same_weights():
+        raise ValueError("the weights changed since `with cache`: compute the scores before optimizer.step()")
     for name, p in cache.model.named_parameters():
         # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
         looked_at = p.grad is not None and p.grad.device.type == "cpu" and p.grad.layout is torch.strided
         if looked_at and not bool(p.grad.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
     step = gather_step(cache.model, state, [cache.recorded], cache.coverage)
+    step.scale = cache.scaled_since()
     cache.used = True
     return step

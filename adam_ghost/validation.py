@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Validation:
-    """Evaluates ``val_loss`` and its gradient without a trace on modes, gradients or the training's random numbers.
+    """Evaluates ``val_loss`` and its gradient without a trace on modes, buffers, gradients or the training's random numbers.
 
     Random numbers that ``val_loss`` draws (a new batch each time, dropout) come from a stream of its own, split off at
     the first call: it neither advances the training's stream nor draws the same numbers again.
@@ -38,6 +38,7 @@ class Validation:
         if self.val_loss is None:
             raise ValueError("a validation loss is needed: LayerCache(model, val_loss=...)")
         modes = [(m, m.training) for m in self.model.modules()]
+        buffers = [(x.data, x.clone()) for x in self.model.buffers()]  # running statistics, power iterations
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices):
             if self._stream is not None:
@@ -51,6 +52,8 @@ class Validation:
             finally:
                 for module, mode in modes:
                     module.training = mode
+                for x, before in buffers:
+                    x.copy_(before)
 
     def loss(self) -> Tensor:
         """The loss alone, ``[]`` or ``[K]``, detached, with the random numbers that the next ``gradient`` will draw."""

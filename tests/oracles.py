@@ -91,13 +91,11 @@ class Problem:
         """Secant and midpoint, by their definitions: where steps with and without the gradient lead."""
         empty, full = self.after_step(0.0), self.after_step(1.0)
         held = {k: p.detach().clone() for k, p in self.params.items()}
-        with torch.no_grad():
-            for k, p in self.params.items():
-                p.copy_((empty[k] + full[k]) / 2)
+        for k, p in self.params.items():
+            p.data.copy_((empty[k] + full[k]) / 2)
         val = gradients(self.val_loss(), self.params).values()
-        with torch.no_grad():
-            for k, p in self.params.items():
-                p.copy_(held[k])
+        for k, p in self.params.items():
+            p.data.copy_(held[k])
         P = {}
         for (k, p), v in zip(self.params.items(), val, strict=True):
             quotient = (empty[k] - full[k]) / torch.where(p.grad == 0, 1.0, p.grad)

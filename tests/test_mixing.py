@@ -1,0 +1,160 @@
+"""What mixes the samples of a batch, or hides them, is refused or named: never scored wrongly in silence."""
+
+import copy
+
+import pytest
+import torch
+from oracles import Problem, close, gradients_loss_by_loss, gradients_one_by_one, inner
+from test_layers import VOCABULARY, D, Fn, Leaf, N, inputs, normal, problem
+from torch import nn
+from torch.nn import functional as F
+
+
+def between(mix, **members):
+    """A linear layer, then ``mix``, then another whose samples are no longer those of the batch."""
+    return Fn(lambda s, x: s.b(mix(s, s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2), **members)
+
+
+def routed(s, x):
+    chosen = x.flatten(0, 1)[:: x.shape[1]]  # n tokens, as many as samples
+    return s.b(chosen.flip(0))
+
+
+MIXERS = {
+    "flip": lambda: between(lambda s, x: x.flip(0)),
+    "roll": lambda: between(lambda s, x: x.roll(1, 0)),
+    "permuted": lambda: between(lambda s, x: x[torch.arange(len(x)).flip(0)]),
+    "index-select": lambda: between(lambda s, x: x.index_select(0, torch.arange(len(x)).flip(0))),
+    "gather": lambda: between(lambda s, x: x.gather(0, torch.zeros_like(x, dtype=torch.long))),
+    "cumsum": lambda: between(lambda s, x: x.cumsum(0)),
+    "softmax": lambda: between(lambda s, x: x.softmax(0)),
+    "sort": lambda: between(lambda s, x: x.sort(0)[0]),
+    "fft": lambda: between(lambda s, x: torch.fft.fftn(x).real),
+    "mean-off": lambda: between(lambda s, x: x - x.mean(0)),
+    "mean-off-keepdim": lambda: between(lambda s, x: x - x.mean(dim=(0, 1), keepdim=True)),
+    "batch-norm-function": lambda: between(lambda s, x: F.batch_norm(x.mT, None, None, training=True).mT),
+    "pairwise-products": lambda: between(lambda s, x: (x[:, 0] @ x[:, 0].T) @ x[:, 0]),
+    "pairwise-einsum": lambda: between(lambda s, x: torch.einsum("nd,md->nm", x[:, 0], x[:, 0])[..., None] * x[:, :1]),
+    "pairwise-differences": lambda: between(lambda s, x: (x[:, None, 0] - x[None, :, 0])),
+    "pairwise-distances": lambda: between(lambda s, x: torch.cdist(x[:, 0], x[:, 0])[:, :1] * x[:, 0]),
+    "weights-over-batch": lambda: between(lambda s, x: torch.einsum("nm,mtd->ntd", s.w, x), w=normal(N, N)),
+    "matmul-over-batch": lambda: between(lambda s, x: s.w @ x[:, 0], w=normal(N, N)),
+    "linear-over-batch": lambda: Fn(lambda s, x: s.b(s.a(x[:, 0]).T).T, a=nn.Linear(D, D), b=nn.Linear(N, N)),
+    "routing": lambda: Fn(lambda s, x: routed(s, s.a(x)), a=nn.Linear(D, D), b=nn.Linear(D, 2)),
+    "attention-of-samples": lambda: between(lambda s, x: s.m(*[x[:, 0]] * 3)[0], m=nn.MultiheadAttention(D, 2, batch_first=True)),
+    "attention-function": lambda: between(lambda s, x: F.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3).transpose(0, 1)),
+    "lstm-of-samples": lambda: between(lambda s, x: s.m(x[:, 0])[0], m=nn.LSTM(D, D, batch_first=True)),
+    "convolution-of-samples": lambda: between(lambda s, x: s.m(x[:, 0]), m=nn.Conv1d(N, N, 1)),
+    "layernorm-of-samples": lambda: between(lambda s, x: s.m(x.transpose(0, 1)).transpose(0, 1), m=nn.LayerNorm((N, D))),
+    "unsqueezed-in-place": lambda: between(lambda s, x: (x[:, 0] * 1).unsqueeze_(0)[0].t_().T * s.w, w=normal(D)),
+    "written-through-a-view": lambda: Fn(
+        lambda s, x: written(s, s.a(x)), a=nn.Linear(D, D), b=nn.Linear(D, 2), start=normal(N, 1, D)
+    ),
+    "old-weight-norm": lambda: between(lambda s, x: s.m(x), m=old_weight_norm()),
+    "custom-layer": lambda: between(lambda s, x: s.m(x), m=Leaf(lambda s, x: (x - x.mean(0)) * s.g, g=normal(D))),
+}
+
+
+def written(s, x):
+    y = s.start.expand(N, 2, D).clone()
+    y[:, 1].copy_(x[:, 0])
+    return s.b(y)
+
+
+def old_weight_norm():
+    with pytest.warns(FutureWarning):
+        return torch.nn.utils.weight_norm(nn.Linear(D, D))
+
+
+@pytest.mark.parametrize("T", [N, 7], ids=["T=n", "T=7"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixed_samples_are_named(name, T):
+    case = problem(MIXERS[name], "x", T=T).record()
+    before = copy.deepcopy([p.detach() for p in case.model.parameters()])
+    with pytest.raises(RuntimeError, match="not attributed: .*; the scores cover"):
+        case.attribute()
+    assert all(torch.equal(p, q) for p, q in zip(case.model.parameters(), before, strict=True))
+
+
+def test_named_once_without_strict():
+    case = problem(MIXERS["flip"], "x", cache_options={"strict": False})
+    with pytest.warns(UserWarning, match=r"not attributed: b.weight, b.bias; the scores cover 75.0% of the parameters"):
+        case.record().attribute()
+    case.record().attribute()  # silent: warnings of the package are errors here
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 2}, {"scale_grad_by_freq": True}], ids=["padding", "frequency"])
+@pytest.mark.parametrize("how", ["function", "subclass"])
+def test_gradients_that_are_not_derivatives(how, options):
+    """An embedding leaves its padding out of the gradient, whatever pulls on it: here the head tied to it."""
+
+    class Scaled(nn.Embedding):
+        def forward(self, i):
+            return 2 * super().forward(i)
+
+    if how == "function":
+        model = lambda: Fn(lambda s, i: torch.tanh(F.embedding(i, s.w, **options)) @ s.w.T, w=normal(VOCABULARY, D))  # noqa: E731
+    else:
+        model = lambda: Fn(lambda s, i: torch.tanh(s.e(i)) @ s.e.weight.T, e=Scaled(VOCABULARY, D, **options))  # noqa: E731
+    case = problem(model, "ids").warm().record()
+    P = case.direction()
+    close(case.attribute(), torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
+
+
+def test_clipped_and_unscaled_gradients():
+    case = problem(lambda: between(lambda s, x: torch.tanh(x)), "x").warm()
+    torch.manual_seed(3)
+    with case.cache:
+        case.optimizer.zero_grad()
+        (case.shares(case.model(*case.inputs)).sum() * 1024).backward()
+    for p in case.model.parameters():
+        p.grad /= 1024
+    norm = nn.utils.clip_grad_norm_(case.model.parameters(), 0.1)
+    assert norm > 0.1
+    P = case.direction()
+    close(case.attribute(), torch.stack([inner(P, g) for g in gradients_one_by_one(case)]) * 0.1 / (norm + 1e-6))
+
+
+def test_edited_gradients():
+    case = problem(lambda: nn.Linear(D, 3), "x").warm().record()
+    nn.utils.clip_grad_value_(case.model.parameters(), 0.01)
+    with pytest.raises(ValueError, match="gradients were changed since"):
+        case.attribute()
+
+
+@pytest.mark.parametrize("extra", ["penalty", "gradients-from-before", "gradient-penalty", "partly-unseen"])
+def test_gradients_from_elsewhere(extra):
+    """Scores that do not add up to the step's gradient are told: once, or by an error."""
+    model = Fn(lambda s, x: s.b(torch.tanh(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    if extra == "partly-unseen":
+        model = Fn(lambda s, x: s.b(Hidden.apply(s.a(x), s.a.weight)), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    torch.manual_seed(0)
+    case = Problem(model.double(), (inputs("x", N, 7, 1),), (inputs("x", 4, 7, 2),)).warm()
+    case.optimizer.zero_grad()
+    if extra == "gradients-from-before":
+        (model(-case.inputs[0]) ** 2).sum().backward()
+    with case.cache:
+        x = case.inputs[0].requires_grad_(extra == "gradient-penalty")
+        loss = case.shares(model(x)).sum()
+        if extra == "penalty":
+            loss = loss + 10 * sum(p.square().sum() for p in model.parameters())
+        if extra == "gradient-penalty":
+            (g,) = torch.autograd.grad(loss, x, create_graph=True)
+            loss = loss + 1000 * g.square().sum()
+        loss.backward()
+    with pytest.raises(RuntimeError, match="the scores add up to"):
+        case.attribute()
+
+
+class Hidden(torch.autograd.Function):
+    """A product that no torch function shows."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w.T, x.flatten(0, -2).T @ grad.flatten(0, -2)
