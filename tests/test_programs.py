@@ -1,0 +1,67 @@
+"""The programs as their users run them: the demo, the benchmarks and the examples, at their smallest."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*args, **options):
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_demo(tmp_path):
+    out = run("-m", "adam_ghost", "demo", "--steps", "8", "--samples", "64", "--audits", "1", "--out", str(tmp_path))
+    for part in ("Score by domain", "Most helpful", "Most harmful", "Audit", "Completeness", "AUROC", "Throughput", "scores.csv"):
+        assert part in out
+    assert "\x1b" not in out
+    rows = list(csv.DictReader((tmp_path / "scores.csv").open(encoding="utf-8")))
+    assert len(rows) == 64 and {r["domain"] for r in rows} == {"prose", "code", "corrupted"}
+    scores = [float(r["score"]) for r in rows]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_demo_refuses_a_file_for_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "adam_ghost", "demo", "--out", str(tmp_path / "file")], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and "is not a folder" in done.stderr
+
+
+def test_demo_corpus_keeps_target_and_training_apart():
+    from adam_ghost.demo.data import load_corpus
+
+    corpus = load_corpus(samples=200, targets=8, length=65, seed=1)
+    assert corpus.tokens.shape == (200, 65) and corpus.target.shape == (8, 65)
+    assert corpus.domains.count("prose") == 100 and corpus.domains.count("corrupted") == 40
+    again = load_corpus(samples=200, targets=8, length=65, seed=1)
+    assert again.texts == corpus.texts
+
+
+def test_bench_fidelity(tmp_path):
+    out = run("-m", "bench", "fidelity", "--quick", "--json", str(tmp_path / "f.json"))
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["machine"]["torch"] and [row["step"] for row in found["rows"]] == [2, 10]
+    assert found["rows"][1]["secant at w_mid"]["r"] > 0.999
+    assert "secant at w_mid reaches" in out
+
+
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_nanogpt_loop(schedule, dtype):
+    out = run("examples/nanogpt_loop.py", "--steps", "24", "--schedule", schedule, "--dtype", dtype)
+    clean, noisy = (float(line.split(":")[1]) for line in out.splitlines() if line.startswith("mean standardised"))
+    assert clean > noisy
+
+
+def test_imports_from_elsewhere(tmp_path):
+    code = "import adam_ghost; print(adam_ghost.attribute.__module__)"
+    assert run("-c", code, env={"PATH": ""} | {"PYTHONPATH": str(ROOT)}).strip() == "adam_ghost.attribute"
