@@ -39,6 +39,11 @@ class Batch:
         else:
             self._tags.pop(x, None)
 
+    def tag_unseen(self, x: Tensor) -> None:
+        """Tags a tensor made in sight of no function by its first dimension, if that fits and the second does not look alike."""
+        alike = self.n > 1 and x.ndim > 2 and x.shape[1] == self.n
+        self.tag(x, None if alike else (0, 1))
+
     def infer(self, func, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor) -> Tag | None:
         """The tag of ``out = func(*args, **kwargs)``, of which ``tensors`` are all tensor arguments."""
         if any(self.lost(t) for t in tensors):
@@ -61,7 +66,12 @@ class Batch:
         if name in _MIXING:
             return None
         if name in _PRODUCTS:
-            tags = {(_PRODUCTS[name](i, self[t][0], out, *args, **kwargs), self[t][1]) for i, t in enumerate(tensors) if self[t]}
+            rule, tagged = _PRODUCTS[name], self._tagged(tensors)
+            tags = {
+                (rule(i, self[t][0], out, *args, **kwargs), self[t][1])
+                for i, t in enumerate(tensors)
+                if any(t is x for x in tagged)
+            }
             return tags.pop() if len(tags) == 1 and None not in next(iter(tags)) else None
         if name == "__setitem__":
             return self._written(*args)
@@ -81,6 +91,11 @@ class Batch:
         axis = _RULES[name](x, axis, out, *args[1:], **kwargs)
         return None if axis is None else (axis, rows)
 
+    def _tagged(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Those whose tags count: a constant may have been taken for a batch by its size, a tensor with a graph was not."""
+        tagged = [t for t in tensors if self[t]]
+        return [t for t in tagged if t.requires_grad] or tagged
+
     def _aligned(self, tensors: list[Tensor], out: Tensor) -> Tag | None:
         """By shape: elementwise functions align dimensions from the right; others keep theirs, or append some."""
         tagged = [t for t in tensors if self[t]]
@@ -91,9 +106,7 @@ class Batch:
             except RuntimeError:
                 elementwise = False
             if elementwise:
-                # a constant may have been taken for a batch by its size; a tensor with a graph was not
-                tagged = [t for t in tagged if t.requires_grad] or tagged
-                tags = {(self[t][0] + out.ndim - t.ndim, self[t][1]) for t in tagged}
+                tags = {(self[t][0] + out.ndim - t.ndim, self[t][1]) for t in self._tagged(tensors)}
                 return tags.pop() if len(tags) == 1 else None
         if out.ndim == source.ndim or (out.ndim > source.ndim and out.shape[: source.ndim] == source.shape):
             return self[source]
@@ -181,7 +194,7 @@ def _convolution(x, axis, out, weight, *_, **__):
     return axis if axis == 0 and x.ndim == weight.ndim else None
 
 
-def _attention(x, axis, out, *_, **__):
+def _cdist(x, axis, out, *_, **__):
     return axis if axis < x.ndim - 2 else None
 
 
@@ -253,8 +266,7 @@ _RULES = {
     "stack": _stack,
     "flip": _flip,
     "batch_norm": _batch_norm,
-    "scaled_dot_product_attention": _attention,
-    "cdist": _attention,
+    "cdist": _cdist,
     "embedding": _kept,
     "embedding_bag": _kept,
     "norm": _reduces(1),
@@ -323,6 +335,11 @@ def _linear(i, axis, out, x, weight, bias=None):
     return axis if i == 0 and axis < x.ndim - 1 else None
 
 
+def _attention(i, axis, out, *args, **kwargs):
+    operand = (*args, *kwargs.values())[i]
+    return axis + out.ndim - operand.ndim if axis < operand.ndim - 2 else None
+
+
 def _einsum(i, axis, out, equation, *operands, **_):
     operands = operands[0] if isinstance(operands[0], (list, tuple)) else operands
     terms, result = equation.replace(" ", "").split("->")
@@ -349,6 +366,7 @@ _PRODUCTS = {name: _matmul for name in ("matmul", "__matmul__", "mm", "bmm", "mv
     "baddbmm": _addmm,
     "addmv": _addmm,
     "linear": _linear,
+    "scaled_dot_product_attention": _attention,
     "einsum": _einsum,
     "tensordot": _tensordot,
 }

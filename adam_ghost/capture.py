@@ -60,6 +60,10 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 _TENSOR_PROPERTIES = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real", "imag")}
 
 
+# functions that take but the shape or type of the tensors after the first
+_LIKE = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
@@ -105,12 +109,13 @@ class Recorder(TorchFunctionMode):
                 module.register_forward_hook(leave, with_kwargs=True, prepend=True),
                 module.register_forward_hook(self._close_layer, always_call=True),
             ]
-        if "" not in layers:
-            self.handles += [
-                model.register_forward_pre_hook(self._enter_model, with_kwargs=True),
-                model.register_forward_hook(self._leave_model, prepend=True),
-                model.register_forward_hook(self._close_model, always_call=True),
-            ]
+        for name, module in model.named_modules():
+            if not any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers):
+                self.handles += [
+                    module.register_forward_pre_hook(self._enter_model, with_kwargs=True),
+                    module.register_forward_hook(self._leave_model, prepend=True),
+                    module.register_forward_hook(self._close_model, always_call=True),
+                ]
 
     def detach(self) -> None:
         for handle in self.handles:
@@ -142,7 +147,7 @@ class Recorder(TorchFunctionMode):
     def active(self) -> bool:
         return self.open or (self.recording is not None and _in_backward())
 
-    # the model as a whole: its arguments are the batch
+    # the model as a whole, or a part that is called on its own: its arguments are the batch
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.open:
@@ -150,7 +155,7 @@ class Recorder(TorchFunctionMode):
         self.inside_model += 1
         if self.inside_model == 1:
             new = self._untagged(pytree.tree_leaves((args, kwargs)))
-            if new and self.batch.n not in (None, new[0].shape[0]):
+            if new and module is self.model and self.batch.n not in (None, new[0].shape[0]):
                 raise ValueError(
                     f"the model was called with batches of {self.batch.n} and {new[0].shape[0]} samples within one `with cache`"
                 )
@@ -187,8 +192,15 @@ class Recorder(TorchFunctionMode):
             return
         self.inside_layer += 1
         new = self._untagged(pytree.tree_leaves((args, kwargs)))
-        # inside the model the batch is followed from its arguments; a tensor with a graph but no tag took a way unseen
-        self._tag_by_size([x for x in new if x.requires_grad] if self.inside_model else new)
+        if _in_backward():  # a checkpoint's recomputation, with functions out of sight
+            self._tag_by_size([x for x in new if x.requires_grad])
+        elif self.inside_model:
+            # the batch is followed from the model's arguments; a tensor with a graph but no tag took a way unseen
+            for x in new:
+                if x.requires_grad:
+                    self.batch.tag_unseen(x)
+        else:
+            self._tag_by_size(new)
         self.rng, self.buffers, self.follow = None, {}, False
         if layer_kind(module) is None:
             self.rng = rng_state(next(module.parameters()).device)
@@ -242,7 +254,7 @@ class Recorder(TorchFunctionMode):
         prop = name == "__get__" and func not in _TENSOR_PROPERTIES
         if (self.inside_layer and not self.follow) or self.batch.n is None or prop:
             return func(*args, **kwargs)
-        tensors = _tensors(args, kwargs)
+        tensors = _tensors(args[:1] if name in _LIKE else args, kwargs)
         if _in_backward():  # a checkpoint's recomputation: its inputs come without tags
             self._tag_by_size([x for x in self._untagged(tensors) if x.requires_grad])
         batched = any(x in self.batch for x in tensors)

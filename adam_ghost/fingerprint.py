@@ -6,6 +6,7 @@ Whatever else is done to them (noise, masks, clipping by value) changes the prop
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ class Fingerprint:
 
     @classmethod
     def of(cls, grads: Sequence[Tensor]) -> "Fingerprint":
-        l1, l2 = (torch.stack(torch._foreach_norm(list(grads), p, dtype=_wide(grads[0]))) for p in (1, 2))
+        dtype = reduce(torch.promote_types, {g.dtype for g in grads}, torch.float32)
+        l1, l2 = (torch.stack(torch._foreach_norm(list(grads), p, dtype=dtype)) for p in (1, 2))
         return cls(list(grads), [g._version for g in grads], l1, l2)
 
     def untouched(self, grads: Sequence[Tensor]) -> bool:
@@ -38,7 +40,3 @@ class Fingerprint:
         resolution = torch.tensor([torch.finfo(g.dtype).eps for g in later.tensors], device=scale.device, dtype=scale.dtype)
         edited = (later.l1 - scale * self.l1).abs() > (1e-4 + resolution) * later.l1 + (self.l2 == 0) * later.l1
         return scale, edited
-
-
-def _wide(g: Tensor) -> torch.dtype:
-    return torch.promote_types(g.dtype, torch.float32)

@@ -11,7 +11,6 @@ from adam_ghost.capture import Recorder, Recording
 from adam_ghost.fingerprint import Fingerprint
 from adam_ghost.validation import Validation
 
-
 # of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
 SELF_CHECK = 0.02
 
@@ -51,6 +50,7 @@ class LayerCache:
         self.used = False
         self._fingerprint: Fingerprint | None = None
         self._with_gradient: list[nn.Parameter] = []
+        self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __enter__(self) -> "LayerCache":
         if self._recorder is not None:
@@ -78,10 +78,10 @@ class LayerCache:
 
     def mark_weights(self) -> None:
         """The weights are those that the recorded gradients belong to."""
-        self._versions = [p._version for p in self.model.parameters()]
+        self._versions = [(p, p._version) for p in self.model.parameters()]
 
     def same_weights(self) -> bool:
-        return self._versions == [p._version for p in self.model.parameters()]
+        return all(p._version == version for p, version in self._versions)
 
     def scaled_since(self) -> dict[int, Tensor] | None:
         """By parameter id, what the gradients were multiplied by since the block ended (clipped, unscaled); None if by nothing.

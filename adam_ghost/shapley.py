@@ -35,7 +35,7 @@ def exact_shapley(
     """Shapley values of the true step: Adam's whole nonlinearity and the true validation loss, nothing linearized.
 
     A sample's value is its mean marginal contribution over ``permutations`` random orders, each with its reverse (which
-    makes second-order interactions exact). Costs ``2 * permutations * (n-1) + n`` evaluations of the validation loss and
+    makes second-order interactions exact). Costs ``2 * permutations * (n-1) + n + 2`` evaluations of the validation loss and
     holds all per-sample gradients, ``n`` times the model: for audits and small models. Weights and recording stay.
 
     Args:

@@ -70,8 +70,6 @@ class Validation:
             loss = self._checked(self.val_loss())
             if not loss.requires_grad:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
-            if loss.device.type == "cpu" and not bool(loss.detach().isfinite().all()):
-                raise ValueError(f"val_loss is not finite: {loss.detach().tolist()}")
             losses = loss.reshape(-1)
             if self._reentrant:
                 rows = _by_backward(losses, params, list(self.model.parameters()))
@@ -95,6 +93,8 @@ class Validation:
             raise TypeError(f"val_loss must return a tensor, a scalar or [K], got {type(loss).__name__}")
         if loss.ndim > 1 or loss.numel() == 0:
             raise ValueError(f"val_loss must return a scalar or a non-empty [K], got shape {list(loss.shape)}")
+        if loss.device.type == "cpu" and not bool(loss.detach().isfinite().all()):
+            raise ValueError(f"val_loss is not finite: {loss.detach().tolist()}")
         return loss
 
     def state_dict(self) -> list[Tensor] | None:
