@@ -158,6 +158,16 @@ class TimeMajor(nn.Module):
         return self.last(self.norm(torch.tanh(x) * self.scale)).transpose(0, 1)
 
 
+class TimeMajorCheckpoint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(D, D), around(nn.LayerNorm(D)), nn.Linear(D, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x.transpose(0, 1)))
+        return self.last(checkpoint(self.block, x, use_reentrant=True)).transpose(0, 1)
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant, raw=False):
         super().__init__()
@@ -230,7 +240,10 @@ ONE = {
         lambda: Fn(lambda s, x: torch.einsum("bd,hde->bhe", s.a(x), s.w).sum(2), a=nn.Linear(D, D), w=normal(N, D, 3)),
         (D,),
     ),
-    "einsum-reduce": (lambda: Fn(lambda s, x: torch.einsum("bhd,hde->be", s.a(x), s.w), a=nn.Linear(D, D), w=normal(3, D, 2)), (3, D)),
+    "einsum-reduce": (
+        lambda: Fn(lambda s, x: torch.einsum("bhd,hde->be", s.a(x), s.w), a=nn.Linear(D, D), w=normal(3, D, 2)),
+        (3, D),
+    ),
     "tensordot": (
         lambda: Fn(lambda s, x: torch.tensordot(s.a(x), s.w, 1).sum(-1), a=nn.Linear(D, D), w=normal(D, N, 3)),
         (D,),
@@ -239,7 +252,9 @@ ONE = {
     "matmul-left": (lambda: Fn(lambda s, x: s.w @ s.a(x), a=nn.Linear(D, D), w=normal(N, 3)), (3, D)),
     "table-lookup": (lambda: Fn(lambda s, x: s.w[(x[:, 0] > 0).long()] * s.a(x), a=nn.Linear(D, D), w=normal(2, D)), (D,)),
     "norm-argument": (
-        lambda: Fn(lambda s, x: s.b(s.s * x / s.a(x).norm(2, dim=-1, keepdim=True)), a=nn.Linear(D, D), b=nn.Linear(D, 2), s=normal(D)),
+        lambda: Fn(
+            lambda s, x: s.b(s.s * x / s.a(x).norm(2, dim=-1, keepdim=True)), a=nn.Linear(D, D), b=nn.Linear(D, 2), s=normal(D)
+        ),
         (D,),
     ),
     "transpose-keywords": (
@@ -278,16 +293,31 @@ SEQUENCES = {
         "x",
     ),
     "attention-weights": (
-        lambda: Fn(lambda s, x: torch.cat([y.flatten(1) for y in s.a(s.b(x), x, x)], 1), a=nn.MultiheadAttention(D, 2, batch_first=True), b=nn.Linear(D, D)),
+        lambda: Fn(
+            lambda s, x: torch.cat([y.flatten(1) for y in s.a(s.b(x), x, x)], 1),
+            a=nn.MultiheadAttention(D, 2, batch_first=True),
+            b=nn.Linear(D, D),
+        ),
         "x",
     ),
     "attention-bias-kv": (
-        lambda: Fn(lambda s, x: s.a(x, x, x, need_weights=False)[0], a=nn.MultiheadAttention(D, 2, batch_first=True, add_bias_kv=True)),
+        lambda: Fn(
+            lambda s, x: s.a(x, x, x, need_weights=False)[0], a=nn.MultiheadAttention(D, 2, batch_first=True, add_bias_kv=True)
+        ),
         "x",
     ),
     "attention-time-major": (
-        lambda: Fn(lambda s, x: torch.cat([s.a(*[s.b(x).transpose(0, 1)] * 3)[0].transpose(0, 1).flatten(1),
-                                           s.a(*[s.b(x).transpose(0, 1)] * 3)[1].flatten(1)], 1), a=nn.MultiheadAttention(D, 2), b=nn.Linear(D, D)),
+        lambda: Fn(
+            lambda s, x: torch.cat(
+                [
+                    s.a(*[s.b(x).transpose(0, 1)] * 3)[0].transpose(0, 1).flatten(1),
+                    s.a(*[s.b(x).transpose(0, 1)] * 3)[1].flatten(1),
+                ],
+                1,
+            ),
+            a=nn.MultiheadAttention(D, 2),
+            b=nn.Linear(D, D),
+        ),
         "x",
     ),
     "transformer-layer": (lambda: nn.TransformerEncoderLayer(D, 2, 8, dropout=0.0, batch_first=True), "x"),
@@ -299,39 +329,82 @@ SEQUENCES = {
     "orthogonal": (lambda: around(parametrizations.orthogonal(nn.Linear(D, D), orthogonal_map="cayley")), "x"),
     "layer-scale": (lambda: around(Leaf(lambda s, x: x * s.g, g=normal(D))), "x"),
     "leaf-transposing": (
-        lambda: Fn(lambda s, x: s.c(s.b(s.a(x))).transpose(0, 1), a=nn.Linear(D, D), b=Leaf(lambda s, x: x.transpose(0, 1) * s.g.exp(), g=normal(D)), c=nn.Linear(D, 2)),
+        lambda: Fn(
+            lambda s, x: s.c(s.b(s.a(x))).transpose(0, 1),
+            a=nn.Linear(D, D),
+            b=Leaf(lambda s, x: x.transpose(0, 1) * s.g.exp(), g=normal(D)),
+            c=nn.Linear(D, 2),
+        ),
         "x",
     ),
     "raw-matmul": (lambda: Fn(lambda s, x: s.b(torch.tanh(x @ s.w)), w=normal(D, D), b=nn.Linear(D, 2)), "x"),
-    "raw-einsum": (lambda: Fn(lambda s, x: s.b(torch.einsum("btd,de->bte", s.a(x), s.w)), a=nn.Linear(D, D), w=normal(D, D), b=nn.Linear(D, 2)), "x"),
+    "raw-einsum": (
+        lambda: Fn(
+            lambda s, x: s.b(torch.einsum("btd,de->bte", s.a(x), s.w)), a=nn.Linear(D, D), w=normal(D, D), b=nn.Linear(D, 2)
+        ),
+        "x",
+    ),
     "raw-linear": (lambda: Fn(lambda s, x: F.linear(s.a(x), s.w, s.c), a=nn.Linear(D, D), w=normal(3, D), c=normal(3)), "x"),
     "tied-linear": (lambda: Fn(lambda s, x: F.linear(torch.tanh(s.a(x)), s.a.weight.t()), a=nn.Linear(D, D)), "x"),
-    "tied-modules": (lambda: Fn(lambda s, i: s.h(torch.tanh(s.m(s.e(i)))), e=(e := nn.Embedding(VOCABULARY, D)), m=nn.Linear(D, D), h=tie(nn.Linear(D, VOCABULARY), e)), "ids"),
+    "tied-modules": (lambda: Fn(lambda s, i: s.h(torch.tanh(s.m(s.e(i)))), **tied_ends()), "ids"),
     "time-major": (TimeMajor, "x"),
-    "time-vector": (lambda: Fn(lambda s, x: (s.a(x).transpose(0, 1) @ s.w * s.u[0]).transpose(0, 1), a=nn.Linear(D, D), w=normal(D), u=normal(2)), "x"),
+    "time-vector": (
+        lambda: Fn(
+            lambda s, x: (s.a(x).transpose(0, 1) @ s.w * s.u[0]).transpose(0, 1), a=nn.Linear(D, D), w=normal(D), u=normal(2)
+        ),
+        "x",
+    ),
     "time-reduced": (
-        lambda: Fn(lambda s, x: (torch.linalg.vector_norm(s.a(x).transpose(0, 1), dim=-1) * s.u).transpose(0, 1), a=nn.Linear(D, D), u=normal()),
+        lambda: Fn(
+            lambda s, x: (torch.linalg.vector_norm(s.a(x).transpose(0, 1), dim=-1) * s.u).transpose(0, 1),
+            a=nn.Linear(D, D),
+            u=normal(),
+        ),
         "x",
     ),
     "tokens-flat": (lambda: Fn(tokens_flat, first=nn.Linear(D, 4), last=nn.Linear(4, 2)), "x"),
-    "in-place": (lambda: Fn(in_place, first=nn.Linear(D, D), last=nn.Linear(D, 2), middle=normal(D, D), shift=normal(D), scale=normal(D), start=normal(D)), "x"),
+    "in-place": (
+        lambda: Fn(
+            in_place,
+            first=nn.Linear(D, D),
+            last=nn.Linear(D, 2),
+            middle=normal(D, D),
+            shift=normal(D),
+            scale=normal(D),
+            start=normal(D),
+        ),
+        "x",
+    ),
     "function": (lambda: around(Leaf(lambda s, x: Slope.apply(x, s.w), w=normal(D))), "x"),
     "checkpoint": (lambda: Checkpointed(False, raw=True), "x"),
     "checkpoint-reentrant": (lambda: Checkpointed(True), "x"),
     "called-twice": (lambda: Fn(twice, layer=nn.Linear(D, D), last=nn.Linear(D, 2)), "x"),
     "norm-called-twice": (lambda: Fn(twice, layer=nn.LayerNorm(D), last=nn.Linear(D, 2)), "x"),
-    "expanded": (lambda: Fn(lambda s, x: (s.a(x).mean(1).expand(N, -1, -1) * s.w).sum(0), a=nn.Linear(D, D), w=normal(N, 1, D)), "x"),
-}  # fmt: skip
-NO_FORWARD_MODE = {"bag-mean", "bag-sum-padding", "bag-max", "function", "checkpoint-reentrant", "embedding-max-norm", "weight-norm",
-                   "output-unseen", "checkpoint"}  # fmt: skip
+    "expanded": (
+        lambda: Fn(lambda s, x: (s.a(x).mean(1).expand(N, -1, -1) * s.w).sum(0), a=nn.Linear(D, D), w=normal(N, 1, D)),
+        "x",
+    ),
+}
+NO_FORWARD_MODE = {
+    "bag-mean",
+    "bag-sum-padding",
+    "bag-max",
+    "function",
+    "checkpoint-reentrant",
+    "embedding-max-norm",
+    "weight-norm",
+    "output-unseen",
+    "checkpoint",
+}
 
 
 IN_FLOAT32 = {"hf-llama-norm", "hf-gemma-norm"}  # whatever comes in, their variance is taken in float32
 
 
-def tie(layer, other):
-    layer.weight = other.weight
-    return layer
+def tied_ends():
+    ends = {"e": nn.Embedding(VOCABULARY, D), "m": nn.Linear(D, D), "h": nn.Linear(D, VOCABULARY)}
+    ends["h"].weight = ends["e"].weight
+    return ends
 
 
 def inputs(shape, n, T, seed):
@@ -375,46 +448,51 @@ def test_sequence(name, n, T):
     check(problem(*SEQUENCES[name], n=n, T=T, reduction="sum" if T == N else "mean"), name)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch runs backward passes with function modes off: named as not covered")
+@pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="torch runs backward passes with function modes off: named as not covered"
+)
 def test_plain_parameter_in_reentrant_checkpoint():
     check(problem(lambda: Checkpointed(True, raw=True), "x"), "checkpoint-reentrant")
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="functions are out of sight in a recomputation: sizes decide")
+def test_time_major_reentrant_checkpoint_with_as_many_tokens_as_samples():
+    check(problem(TimeMajorCheckpoint, "x", T=N), "checkpoint-reentrant")
 
 
 RANDOM = {
     "dropout": lambda: nn.Sequential(nn.Linear(D, D), nn.Dropout(0.3), nn.Linear(D, 2)),
     "attention": lambda: Fn(lambda s, x: s.a(x, x, x)[0], a=nn.MultiheadAttention(D, 2, dropout=0.3, batch_first=True)),
     "attention-fast": lambda: Fn(
-        lambda s, x: s.a(s.b(x), x, x, need_weights=False)[0], a=nn.MultiheadAttention(D, 2, dropout=0.3, batch_first=True), b=nn.Linear(D, D)
+        lambda s, x: s.a(s.b(x), x, x, need_weights=False)[0],
+        a=nn.MultiheadAttention(D, 2, dropout=0.3, batch_first=True),
+        b=nn.Linear(D, D),
     ),
     "lstm": lambda: Fn(lambda s, x: s.r(x)[0], r=nn.LSTM(D, 4, 2, dropout=0.3, batch_first=True)),
     "parameter": lambda: Fn(lambda s, x: s.a(x) + F.dropout(s.p, 0.3, s.training), a=nn.Linear(D, D), p=normal(D)),
     "leaf": lambda: around(Leaf(lambda s, x: F.dropout(x * s.g, 0.3, s.training), g=normal(D))),
-    "noise-in-eval": lambda: Fn(lambda s, x: s.b(s.a(x)), a=nn.Linear(D, D), b=Leaf(lambda s, x: x + s.g * torch.randn_like(x), g=normal(D))).eval(),
+    "noise-in-eval": lambda: Fn(
+        lambda s, x: s.b(s.a(x)), a=nn.Linear(D, D), b=Leaf(lambda s, x: x + s.g * torch.randn_like(x), g=normal(D))
+    ).eval(),
     "gumbel": lambda: Fn(lambda s, x: s.a(x) * F.gumbel_softmax(s.g), a=nn.Linear(D, D), g=normal(D)),
     "spectral-norm": lambda: around(parametrizations.spectral_norm(nn.Linear(D, 4))),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_and_stateful_layers(name):
     """The replay of a call draws the numbers, and meets the buffers, that the call met."""
     case = problem(RANDOM[name], "x").warm()
+    case.cache.validation.val_loss = lambda: sum(p.sin().sum() for p in case.params.values())
     buffers = {k: b.clone() for k, b in case.model.named_buffers()}
     case.record()
     after = {k: b.clone() for k, b in case.model.named_buffers()}
-    scores, state = case.attribute(at="current", rule="sgd"), torch.get_rng_state()
+    scores = case.attribute(at="current", rule="sgd")
     assert all(torch.equal(b, after[k]) for k, b in case.model.named_buffers())
-    val = torch.autograd.grad(with_seed(case), list(case.params.values()))
-    torch.set_rng_state(state)
     for k, b in case.model.named_buffers():
         b.copy_(buffers[k])
-    P = {k: 1e-2 * v for k, v in zip(case.params, val, strict=True)}
-    if name not in ("noise-in-eval",):
-        close(scores, torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
-
-
-def with_seed(case):
-    return case.val_loss()
+    P = {k: 1e-2 * p.detach().cos() for k, p in case.params.items()}
+    close(scores, torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
 
 
 def test_frequency_scaled_embedding():
@@ -422,3 +500,17 @@ def test_frequency_scaled_embedding():
     case = problem(lambda: Embed(nn.Embedding(VOCABULARY, D, scale_grad_by_freq=True)), "ids").warm().record()
     P = case.direction()
     close(case.attribute(), torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
+
+
+@pytest.mark.parametrize("T", [N, 3], ids=["T=n", "T=3"])
+def test_a_part_of_the_model_called_on_its_own(T):
+    """As in GPT-2's `model.transformer(x)`: what is looked up inside is no batch, whatever its size."""
+    body = lambda s, i: s.p(torch.arange(i.shape[1])) + s.e(i)  # noqa: E731
+    parts = {"body": Fn(body, e=nn.Embedding(VOCABULARY, D), p=nn.Embedding(9, D)), "head": nn.Linear(D, 3)}
+    case = problem(lambda: nn.ModuleDict(parts), "ids", T=T)
+    case.model.forward = lambda i: parts["head"](torch.tanh(parts["body"](i)))
+    case.optimizer.zero_grad()
+    with case.cache:
+        case.shares(case.model.forward(*case.inputs)).sum().backward()
+    P = case.direction()
+    close(case.attribute(), torch.stack([inner(P, g) for g in gradients_one_by_one(case)]))

@@ -35,7 +35,7 @@ MIXERS = {
     "batch-norm-function": lambda: between(lambda s, x: F.batch_norm(x.mT, None, None, training=True).mT),
     "pairwise-products": lambda: between(lambda s, x: (x[:, 0] @ x[:, 0].T) @ x[:, 0]),
     "pairwise-einsum": lambda: between(lambda s, x: torch.einsum("nd,md->nm", x[:, 0], x[:, 0])[..., None] * x[:, :1]),
-    "pairwise-differences": lambda: between(lambda s, x: (x[:, None, 0] - x[None, :, 0])),
+    "pairwise-differences": lambda: between(lambda s, x: x[:, None, 0] - x[None, :, 0]),
     "pairwise-distances": lambda: between(lambda s, x: torch.cdist(x[:, 0], x[:, 0])[:, :1] * x[:, 0]),
     "weights-over-batch": lambda: between(lambda s, x: torch.einsum("nm,mtd->ntd", s.w, x), w=normal(N, N)),
     "matmul-over-batch": lambda: between(lambda s, x: s.w @ x[:, 0], w=normal(N, N)),
@@ -51,8 +51,23 @@ MIXERS = {
         lambda s, x: written(s, s.a(x)), a=nn.Linear(D, D), b=nn.Linear(D, 2), start=normal(N, 1, D)
     ),
     "old-weight-norm": lambda: between(lambda s, x: s.m(x), m=old_weight_norm()),
+    "unseen-time-major": lambda: Fn(
+        lambda s, x: s.b(Foreign.apply(s.a(x).transpose(0, 1))).transpose(0, 1), a=nn.Linear(D, D), b=nn.Linear(D, 2)
+    ),
     "custom-layer": lambda: between(lambda s, x: s.m(x), m=Leaf(lambda s, x: (x - x.mean(0)) * s.g, g=normal(D))),
 }
+
+
+class Foreign(torch.autograd.Function):
+    """Computes in sight of no torch function."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(x.detach().numpy() * 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
 
 
 def written(s, x):
@@ -71,7 +86,7 @@ def old_weight_norm():
 def test_mixed_samples_are_named(name, T):
     case = problem(MIXERS[name], "x", T=T).record()
     before = copy.deepcopy([p.detach() for p in case.model.parameters()])
-    with pytest.raises(RuntimeError, match="not attributed: .*; the scores cover"):
+    with pytest.raises(RuntimeError, match=r"not attributed: .*; the scores cover"):
         case.attribute()
     assert all(torch.equal(p, q) for p, q in zip(case.model.parameters(), before, strict=True))
 
@@ -158,3 +173,19 @@ class Hidden(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         return grad @ w.T, x.flatten(0, -2).T @ grad.flatten(0, -2)
+
+
+@pytest.mark.parametrize("T", [N, 7], ids=["T=n", "T=7"])
+def test_positions_as_an_argument(T):
+    """Where there are as many tokens as samples, nothing tells the argument from a batch: named, not scored wrongly."""
+    model = Fn(
+        lambda s, i, p: s.h(s.e(i) + s.p(p)), e=nn.Embedding(VOCABULARY, D), p=nn.Embedding(9, D), h=nn.Linear(D, 2)
+    ).double()
+    case = Problem(model, (inputs("ids", N, T, 1), torch.arange(T)), (inputs("ids", 4, T, 2), torch.arange(T)))
+    case.record()
+    if T == N:
+        with pytest.raises(RuntimeError, match=r"not attributed: h.weight, h.bias"):
+            case.attribute()
+    else:
+        P = case.direction()
+        close(case.attribute(), torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
