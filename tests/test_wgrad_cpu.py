@@ -24,8 +24,7 @@ shapes = pytest.mark.parametrize("n, T, d_in, d_out, K", SHAPES, ids=lambda x: s
 def draw(n, T, d_in, d_out, K, dtype=torch.float32):
     r = torch.Generator().manual_seed(n + T)
     return [
-        torch.randn(shape, generator=r, dtype=torch.float64).to(dtype)
-        for shape in ((n, T, d_in), (n, T, d_out), (K, d_out, d_in))
+        torch.randn(shape, generator=r, dtype=torch.float64).to(dtype) for shape in ((n, T, d_in), (n, T, d_out), (K, d_out, d_in))
     ]
 
 
