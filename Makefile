@@ -33,7 +33,7 @@ $(VENV)/base:
 	touch $@
 
 $(VENV)/installed: $(VENV)/base $(SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[report]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/base $(SOURCES)

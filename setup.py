@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 CSRC = Path("csrc")
 CUDA = os.environ.get("ADAM_GHOST_CUDA", "auto")
@@ -83,8 +83,9 @@ def extension():
 
 commands, extensions = extension()
 setup(
-    packages=["adam_ghost", "adam_ghost.kernels"],
+    packages=[*find_packages(include=["adam_ghost", "adam_ghost.*"]), "adam_ghost.kernels"],
     package_dir={"adam_ghost.kernels": "kernels"},
+    package_data={"adam_ghost.report": ["page.*"]},
     ext_modules=extensions,
     cmdclass=commands,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},

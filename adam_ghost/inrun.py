@@ -1,10 +1,11 @@
 """Attribution inside a training loop that somebody already has: two added lines, and training stays what it was."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from adam_ghost.state import AdamState
 from adam_ghost.step import Step, gather_step
 from adam_ghost.totals import Readback, SampleScores, Totals
 from adam_ghost.validation import Validation
+
+if TYPE_CHECKING:
+    from adam_ghost.ledger.writer import LedgerWriter
 
 SCHEDULES = ("midpoint", "lookahead")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
@@ -60,6 +64,7 @@ class _MicroBatch:
     ids: list[Hashable]
     offsets: Tensor | None
     recording: Recording
+    losses: Tensor | None = None  # [n], as the loop told them
 
 
 @dataclass
@@ -71,6 +76,8 @@ class _Pending:
     scores: Readback  # [n, K]
     books: Readback  # [4, K]: val_loss, total, history, 1 where the step is void
     edited: Readback  # bool, per gradient
+    losses: Readback | None = None  # [n]
+    epoch: int | None = None
 
 
 class InRun:
@@ -102,6 +109,8 @@ class InRun:
         audit_every: compare every that many attributed steps with the exact game (``exact_shapley``; costs
             ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
+        ledger: a folder to write every score and every step's books to (``adam_ghost.open_ledger`` reads it), or a
+            ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
 
     Raises:
         TypeError, ValueError: on construction, naming the argument, before anything is changed.
@@ -120,6 +129,7 @@ class InRun:
         audit_every: int | None = None,
         audit_permutations: int = 8,
         strict: bool = False,
+        ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
         _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
@@ -132,6 +142,7 @@ class InRun:
         self.coverage = Coverage(strict)
         self.steps: list[StepRecord] = []  # of the attributed steps, as far as their numbers have arrived
         self.step = 0  # of the optimizer, counted from the construction
+        self.epoch: int | None = None  # for the ledger
         self._attributed = 0
         self._totals = Totals()
         self._squeeze = True
@@ -146,6 +157,7 @@ class InRun:
         self._seconds = 0.0
         self._closed = False
         self._params = [p for p in model.parameters() if p.requires_grad]
+        self.ledger = _open_writer(ledger)
 
         self._recorder = Recorder(model)
         self._compiled = CompiledLayers(model) if is_compiled(model) else None
@@ -178,7 +190,11 @@ class InRun:
         for handle in self._handles:
             handle.remove()
         self._micro, self._armed, self._direction, self._val, self._fingerprint = [], None, None, None, None
-        self._drain(wait=True)
+        try:
+            self._drain(wait=True)
+        finally:
+            if self.ledger is not None:
+                self.ledger.close()
 
     # the user's loop
 
@@ -201,6 +217,8 @@ class InRun:
         if self.step % self.every:
             return
         started = time.perf_counter()
+        if self.ledger is not None:
+            self.ledger.begin(ids, self._settings)
         refuse_mixed_samples(self.model)
         self._settle()
         audit = self._audit_due()
@@ -226,6 +244,13 @@ class InRun:
         else:
             self._armed = micro
         self._seconds += time.perf_counter() - started
+
+    def losses(self, losses: Tensor) -> None:
+        """Tells the ledger each sample's share of the training loss, ``[n]``; after the forward pass that ``batch`` announced."""
+        if self._micro:
+            if losses.shape != (len(self._micro[-1].ids),):
+                raise ValueError(f"losses must be [{len(self._micro[-1].ids)}], one per id, got {list(losses.shape)}")
+            self._micro[-1].losses = losses.detach()
 
     def _foreseeable(self) -> bool:
         """Whether Adam's history is long enough to predict ``P`` from; before, lookahead goes the midpoint's way."""
@@ -253,7 +278,7 @@ class InRun:
         if any(bool(g.any()) for g in grads):
             self._micro = []
             raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
-        self.steps.append(self._record(sum(len(m.ids) for m in self._micro), skipped=True))
+        self._book(self._record(sum(len(m.ids) for m in self._micro), skipped=True), self.epoch)
         self._micro, self._fingerprint = [], None
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
@@ -316,7 +341,7 @@ class InRun:
         if on_host and bool(edited.any()):
             raise ValueError(_EDITED)
         if on_host and bool(void):
-            self.steps.append(self._record(len(ids), skipped=True))
+            self._book(self._record(len(ids), skipped=True), self.epoch)
             return
         audited = self._audit_due()
         audit = play(step, self.validation, self.audit_permutations, self.step) if audited else None
@@ -341,7 +366,11 @@ class InRun:
             r, error = audit.compare(scores.squeeze(-1) if self._squeeze else scores)
             record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
         self._attributed += 1
-        self._pending.append(_Pending(ids, record, Readback(scores.detach()), Readback(books), Readback(edited)))
+        told = self.ledger is not None and all(m.losses is not None for m in micro)
+        losses = Readback(torch.cat([m.losses for m in micro])) if told else None
+        self._pending.append(
+            _Pending(ids, record, Readback(scores.detach()), Readback(books), Readback(edited), losses, self.epoch)
+        )
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
         """Finds by what the gradients were multiplied since the backward pass, for ``step``.
@@ -394,14 +423,15 @@ class InRun:
             record, scores = done.record, done.scores.get().astype(np.float64)
             val_loss, total, history, void = done.books.get().astype(np.float64)
             record.skipped = bool(void.any())
-            self.steps.append(record)
             if record.skipped:
+                self._book(record, done.epoch)
                 continue
             if done.edited.get().any():
                 raise ValueError(_EDITED)
             record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
             record.score_sum = scores.sum(0).tolist()
             self._totals.add(done.ids, scores)
+            self._book(record, done.epoch, done.ids, scores, done.losses and done.losses.get())
             size = np.maximum(np.abs(total), np.sqrt((scores**2).sum(0)))
             off = np.divide(np.abs(scores.sum(0) - total), size, out=np.zeros_like(size), where=size > 0).max()
             if off > SELF_CHECK and not self._warned:
@@ -412,6 +442,18 @@ class InRun:
                     UserWarning,
                     stacklevel=2,
                 )
+
+    def _book(self, record: StepRecord, epoch: int | None, ids: list[Hashable] = (), scores=None, losses=None) -> None:
+        self.steps.append(record)
+        if self.ledger is not None:
+            self.ledger.add(record, ids, scores, losses, epoch, (self.every, self.refresh))
+
+    def _settings(self) -> dict[str, Any]:
+        """What a reader of the ledger wants to know of the run."""
+        names = ("schedule", "rule", "every", "refresh", "audit_every", "audit_permutations")
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"model": type(self.model).__name__, "optimizer": type(self.optimizer).__name__}
+        return settings | {"parameters": sum(p.numel() for p in self._params), "device": str(self._params[0].device)}
 
     def scores(self) -> SampleScores:
         """Per sample id: the sum over steps, and the mean of the scores standardised within their steps. Waits for the device."""
@@ -428,7 +470,10 @@ class InRun:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end with the same totals; call it between steps."""
         self._drain(wait=True)
+        if self.ledger is not None:
+            self.ledger.flush()  # a run that resumes from here finds the ledger complete up to this step
         return {
+            "ledger": self.ledger and self.ledger.run,
             "step": self.step,
             "attributed": self._attributed,
             "squeeze": self._squeeze,
@@ -439,7 +484,9 @@ class InRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()`` of a run over the same model."""
+        """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps."""
+        if self.ledger is not None:
+            self.ledger.resume(state["ledger"] or self.ledger.run, state["step"], self._settings())
         self.step, self._attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
         self._totals.load_state_dict(state["totals"])
         self.steps = [StepRecord(**{**s, "audit": s["audit"] and Audit(**s["audit"])}) for s in state["steps"]]
@@ -453,6 +500,14 @@ _EDITED = (
     "gradients were edited element by element between the backward pass and the step (clipped by value, masked, noise added):"
     " no sample's share of that is defined; scaling and clip_grad_norm_ are fine"
 )
+
+
+def _open_writer(ledger: Any) -> "LedgerWriter | None":
+    if ledger is None:
+        return None
+    from adam_ghost.ledger.writer import LedgerWriter
+
+    return ledger if isinstance(ledger, LedgerWriter) else LedgerWriter(ledger)
 
 
 def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:

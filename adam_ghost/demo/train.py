@@ -4,6 +4,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +19,9 @@ from adam_ghost.inrun import InRun
 from adam_ghost.layer_cache import LayerCache
 from adam_ghost.shapley import exact_shapley
 from adam_ghost.totals import SampleScores
+
+if TYPE_CHECKING:
+    from adam_ghost.ledger.writer import LedgerWriter
 
 METHODS = {
     "secant/midpoint": ("secant", "midpoint"),
@@ -88,7 +93,27 @@ class Trainer:
         return loss.item()
 
 
-def train(corpus: Corpus, steps: int, audits: int, seed: int, report: Callable[[Progress], None]) -> Result:
+def open_ledger(folder: Path, corpus: Corpus) -> "LedgerWriter | None":
+    """The run's ledger, or None where its libraries are not installed."""
+    try:
+        from adam_ghost.ledger.writer import LedgerWriter
+    except ImportError:
+        return None
+
+    def describe(i: int) -> dict[str, str]:
+        return {"group": corpus.domains[i], "text": corpus.texts[i], "path": corpus.sources[i]}
+
+    return LedgerWriter(folder, describe=describe, restart=True)
+
+
+def train(
+    corpus: Corpus,
+    steps: int,
+    audits: int,
+    seed: int,
+    report: Callable[[Progress], None],
+    ledger: "LedgerWriter | None" = None,
+) -> Result:
     """Trains for ``steps``, calls ``report`` now and then, plays the exact game in ``audits`` steps spread over the run."""
     trainer = Trainer(corpus, seed)
     audited: list[Audited] = []
@@ -96,8 +121,11 @@ def train(corpus: Corpus, steps: int, audits: int, seed: int, report: Callable[[
     with torch.no_grad():
         before = trainer.target_loss().item()
     busy = 0.0
-    with InRun(trainer.model, trainer.optimizer, trainer.target_loss) as run:
+    # the ledger has audits of its own, of the run's scores; those above compare the methods
+    every = max(1, steps // audits) if ledger else None
+    with InRun(trainer.model, trainer.optimizer, trainer.target_loss, audit_every=every, ledger=ledger) as run:
         for step in range(1, steps + 1):
+            run.epoch = (step - 1) * BATCH // len(corpus.tokens)
             ids = trainer.next_batch()
             if step in due:
                 audited.append(audit(trainer, ids, step))

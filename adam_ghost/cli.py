@@ -1,0 +1,270 @@
+"""The command line: ``adam-ghost`` or ``python -m adam_ghost``."""
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(
+    help="In-run data attribution for Adam and AdamW: which training samples helped, which harmed, read from a run's ledger.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # a corpus is a local: rendering one takes minutes
+    epilog="Exit codes: 0 done, 1 not found or a check failed, 2 wrong usage.",
+)
+Folder = Annotated[Path, typer.Argument(help="The run's ledger: what InRun(..., ledger=DIR) wrote.", metavar="DIR")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+Target = Annotated[int, typer.Option(min=0, help="Which validation loss, where val_loss returned several.")]
+Value = Annotated[str, typer.Option(help="total, standardized (for finding bad samples) or share (of each step's loss drop).")]
+First = Annotated[int, typer.Option("--from", help="First step.")]
+Last = Annotated[int | None, typer.Option("--to", help="Last step.")]
+Bootstrap = Annotated[int, typer.Option(min=0, help="Resamplings of the steps, for a 95% interval.")]
+GroupFile = Annotated[Path | None, typer.Option("--by", help="CSV with the columns sample and group, instead of the ledger's own.")]
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 400,
+    samples: Annotated[int, typer.Option(min=64, help="Training samples.")] = 640,
+    audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the corpus, the model and the order.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, the ledger and report.html.")] = Path("runs/demo"),
+) -> None:
+    """Train a small GPT on this machine's own texts, and see which of them helped it with a held-out target."""
+    from adam_ghost.demo import display, train
+    from adam_ghost.demo.data import load_corpus
+
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is not a folder", param_hint="--out")
+    console = _console()
+    corpus = load_corpus(samples, targets=16, length=65, seed=seed)
+    console.print(f"{samples} samples of 64 characters: Python's documentation, its sources, and documentation garbled.")
+    ledger = train.open_ledger(out / "ledger", corpus)
+    with display.Display(console) as shown:
+        result = train.train(corpus, steps, audits, seed, shown.update, ledger)
+    share = train.throughput(corpus, rounds=max(5, steps // 10), seed=seed)
+    display.show(console, result, corpus, share, train.BATCH)
+    display.save(out / "scores.csv", result, corpus)
+    console.print(f"All scores: {out / 'scores.csv'}")
+    if ledger is None:
+        console.print("For a ledger and a report: pip install 'adam-ghost[report]'")
+    else:
+        from adam_ghost.report import write_report
+
+        write_report(out / "ledger", out / "report.html", title="adam_ghost demo")
+        console.print(f"Ledger: {out / 'ledger'}   (adam-ghost top {out / 'ledger'})", f"Report: {out / 'report.html'}", sep="\n")
+
+
+@app.command()
+def top(
+    folder: Folder,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
+    harmful: Annotated[bool, typer.Option(help="The most harmful instead of the most helpful.")] = False,
+    value: Value = "total",
+    target: Target = 0,
+    first: First = 0,
+    last: Last = None,
+    bootstrap: Bootstrap = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The most helpful, or most harmful, samples."""
+
+    def ask(ledger: Any) -> Any:
+        return ledger.top(k, harmful=harmful, target=target, steps=_steps(first, last), value=value, bootstrap=bootstrap)
+
+    _print(_read(folder, ask).to_pylist(), as_json)
+
+
+@app.command()
+def groups(
+    folder: Folder,
+    by: GroupFile = None,
+    value: Value = "total",
+    target: Target = 0,
+    first: First = 0,
+    last: Last = None,
+    bootstrap: Bootstrap = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Scores by group: domain, label, source, or whatever samples were described with."""
+    mapping = _groups(by)
+    steps = _steps(first, last)
+    found = _read(folder, lambda ledger: ledger.groups(mapping, target=target, steps=steps, value=value, bootstrap=bootstrap))
+    _print(found.to_pylist(), as_json)
+
+
+@app.command()
+def show(
+    folder: Folder,
+    sample: Annotated[str, typer.Argument(help="The sample's id.", metavar="ID")],
+    target: Target = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Everything about one sample: what it is, its values, and its score in every step it was part of."""
+    found = _read(folder, lambda ledger: ledger.show(sample, target))
+    description = {k: v for k, v in found.pop("description").items() if k not in ("sample", "image") and v is not None}
+    steps = found.pop("steps").select(["step", "epoch", "score", "loss"]).to_pylist()
+    if as_json:
+        _print({**found, **description, "steps": steps}, True)
+        return
+    console = _console()
+    for name, cell in {**found, **description}.items():
+        console.print(Text(f"{name}: {_cell(cell)}"))
+    _print(steps, False)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="The page to write; report.html beside DIR's files, if not given.")] = None,
+    target: Target = 0,
+    title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
+) -> None:
+    """Write one self-contained HTML page: groups over steps, distribution, extremes, completeness, audits, throughput, a table."""
+
+    def write(ledger: Any) -> Path:
+        from adam_ghost.report import write_report
+
+        return write_report(ledger, out or folder / "report.html", target=target, title=title)
+
+    _console().print(Text(f"Report: {_read(folder, write)}"))
+
+
+@app.command()
+def audit(
+    folder: Folder,
+    target: Target = 0,
+    minimum: Annotated[float, typer.Option("--min-r", help="Exit with 1 if an audited step's correlation is below this.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Can the scores be trusted: audited steps against their exact Shapley values, and every step's sum against its gradient."""
+    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS true_loss_drop,
+               abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
+               WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
+    books = """SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped, min(coverage) AS least_coverage,
+               max(abs(score_sum - total) / nullif(abs(total), 0)) AS largest_difference FROM steps WHERE target = ?"""
+    audited, summary = _read(folder, lambda ledger: [ledger.sql(q, [target]).to_pylist() for q in (query, books)])
+    if as_json:
+        _print({"audited": audited, **summary[0]}, True)
+    else:
+        _print(audited, False, empty="No step was audited: InRun(..., audit_every=N) does.")
+        _print(summary, False)
+    if any(not row["r"] >= minimum for row in audited):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Which implementations serve on this machine, and why the others do not. Exits with 1 if PyTorch is not supported."""
+    from adam_ghost.doctor import report as find
+
+    found = [{"part": f.name, "active": f.active, "why": f.why} for f in find()]
+    _print(found, as_json)
+    if not found[0]["active"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[Path | None, typer.Option("--csv", help="The file to write; standard output, if not given.")] = None,
+    every_score: Annotated[bool, typer.Option(help="A line per score, instead of one per sample.")] = False,
+    value: Value = "total",
+    target: Target = 0,
+) -> None:
+    """Write scores as CSV."""
+
+    def write(ledger: Any) -> None:
+        query = "SELECT * FROM scores ORDER BY step" if every_score else None
+        import pyarrow.csv
+
+        table = ledger.sql(query) if query else ledger.totals(target=target, value=value).sort_by([("value", "descending")])
+        if to is None:
+            pyarrow.csv.write_csv(table, sys.stdout.buffer)
+        else:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.csv.write_csv(table, str(to))
+
+    _read(folder, write)
+
+
+def _read(folder: Path, ask: Callable[[Any], Any]) -> Any:
+    """Asks the ledger in ``folder``; what people get wrong ends in one line, not in a traceback."""
+    try:
+        from adam_ghost.ledger.reader import open_ledger
+
+        with open_ledger(folder) as ledger:
+            return ask(ledger)
+    except (FileNotFoundError, KeyError, ImportError) as error:
+        _fail(error.args[0] if isinstance(error, KeyError) else str(error), 1)
+    except ValueError as error:
+        _fail(str(error), 2)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    Console(stderr=True).print(Text(f"adam-ghost: {text}"))
+    raise typer.Exit(code)
+
+
+def _steps(first: int, last: int | None) -> tuple[int, int] | None:
+    return None if first == 0 and last is None else (first, 2**62 if last is None else last)
+
+
+def _groups(path: Path | None) -> dict[str, str] | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        _fail(f"there is no file {path}", 1)
+    with path.open(newline="", encoding="utf-8") as f:
+        lines = csv.DictReader(f)
+        if not {"sample", "group"} <= set(lines.fieldnames or ()):
+            _fail(f"{path} must have the columns sample and group, it has {', '.join(lines.fieldnames or ())}", 2)
+        return {row["sample"]: row["group"] for row in lines}
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def _print(rows: Any, as_json: bool, empty: str = "Nothing.") -> None:
+    if as_json:
+        print(json.dumps(_plain(rows), indent=1))
+        return
+    if not rows:
+        _console().print(empty)
+        return
+    # columns in which nothing stands are left out
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    table = Table()
+    for name in names:
+        number = all(isinstance(row[name], (int, float, type(None))) for row in rows)
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        # data may hold the terminal's markup or control characters: Text shows the one as it is, _cell drops the other
+        table.add_row(*(Text(_cell(row[name])) for name in names))
+    _console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:+.6g}"
+    text = "" if value is None else str(value)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and value != value else value

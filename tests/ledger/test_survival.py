@@ -1,0 +1,126 @@
+"""The ledger under SIGKILL, a full disk and a second writer."""
+
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("duckdb")
+import ledger_victim
+import pyarrow.parquet as pq
+
+import adam_ghost as ag
+
+STEPS, KILLS = 400, 50
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Processes forked from one that has torch loaded already: each starts in milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("ADAM_GHOST_TESTS_WARM_UP", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pytest", "ledger_victim", "adam_ghost.ledger.reader"])
+        yield context
+
+
+def rows(folder):
+    """{(step, place in the step): (sample, score)} of a ledger, and the steps that have books."""
+    with ag.open_ledger(folder) as ledger:
+        scores = ledger.sql("SELECT step, sample, score FROM scores ORDER BY step").to_pylist()
+        booked = ledger.sql("SELECT step FROM steps ORDER BY step")["step"].to_pylist()
+    by_step = {}
+    for row in scores:
+        by_step.setdefault(row["step"], []).append((row["sample"], row["score"]))
+    return {step: sorted(found) for step, found in by_step.items()}, booked
+
+
+def run_to_the_end(forks, folder):
+    folder.mkdir(exist_ok=True)
+    process = forks.Process(target=ledger_victim.train, args=(folder, STEPS))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def wait_for_progress(folder, process, parts):
+    """Until training has begun, and written that many parts more: a moment that slow machines reach too."""
+    while process.is_alive() and not (folder / "alive").exists():
+        time.sleep(0.002)
+    before = len(list(folder.glob("ledger/steps/r*")))
+    while process.is_alive() and len(list(folder.glob("ledger/steps/r*"))) < before + parts:
+        time.sleep(0.002)
+
+
+def test_fifty_kills(forks, tmp_path):
+    run_to_the_end(forks, tmp_path / "whole")
+    whole, booked = rows(tmp_path / "whole/ledger")
+    assert booked == list(range(1, STEPS + 1)) == list(whole)
+    moments, life, seen = random.Random(7), 0, set()
+    folder = tmp_path / "life0"
+    for _ in range(KILLS):
+        if (folder / "done").exists():
+            life += 1
+            folder = tmp_path / f"life{life}"
+        folder.mkdir(exist_ok=True)
+        process = forks.Process(target=ledger_victim.train, args=(folder, STEPS))
+        process.start()
+        wait_for_progress(folder, process, moments.randrange(4))
+        time.sleep(moments.uniform(0, 0.04))
+        process.kill()
+        process.join()
+        (folder / "alive").unlink(missing_ok=True)
+        if not (folder / "ledger/run.json").exists():
+            continue  # killed before it began
+        for part in (folder / "ledger").glob("*/r*.parquet"):
+            pq.read_table(part)
+        found, booked = rows(folder / "ledger")
+        assert list(found) == list(range(1, len(found) + 1))  # every complete part, without a gap
+        assert all(found[step] == whole[step] for step in found)  # nothing twice, nothing else
+        assert booked == list(range(1, len(booked) + 1)) and len(booked) <= len(found)
+        seen.add(len(found))
+    assert len(seen) > KILLS // 3  # the moments differed
+    run_to_the_end(forks, folder)
+    found, booked = rows(folder / "ledger")
+    assert found == whole and booked == list(range(1, STEPS + 1))
+    with ag.open_ledger(folder / "ledger") as a, ag.open_ledger(tmp_path / "whole/ledger") as b:
+        question = "SELECT sample, sum(score ORDER BY step) AS x FROM scores GROUP BY sample ORDER BY sample"
+        assert a.sql(question) == b.sql(question)
+
+
+def test_second_writer_is_refused_and_the_lock_goes_with_its_process(forks, tmp_path):
+    ready = forks.Event()
+    process = forks.Process(target=ledger_victim.hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    with pytest.raises(RuntimeError, match=f"another run .process {process.pid}"):
+        ag.LedgerWriter(tmp_path)
+    other_rank = ag.LedgerWriter(tmp_path, rank=1)
+    with pytest.raises(RuntimeError, match="another run of this process"):
+        ag.LedgerWriter(tmp_path, rank=1)
+    other_rank.close()
+    process.kill()
+    process.join()
+    ag.LedgerWriter(tmp_path).close()
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_full_disk(forks, tmp_path, on_error):
+    answer = forks.Queue()
+    process = forks.Process(target=ledger_victim.fill_the_disk, args=(tmp_path, on_error, answer))
+    process.start()
+    trained, said, raised = answer.get(timeout=60)
+    process.join()
+    if on_error == "warn":
+        assert trained == 60 and len(said) == 1 and raised is None
+    else:
+        assert trained <= 21 and not said
+    assert "has stopped" in (said[0] if said else raised)
+    with ag.open_ledger(tmp_path) as ledger:
+        assert ledger.sql("SELECT count(DISTINCT step) AS n FROM steps")["n"].to_pylist() == [20]
+    assert not list(tmp_path.glob("*/.*"))
