@@ -1,0 +1,234 @@
+"""Puts the page together: aggregates from the ledger, plotly's script, and nothing that the page would have to fetch.
+
+Texts from data are never part of the markup: they travel as JSON whose ``<``, ``>`` and ``&`` are escaped, and the page's script
+sets them as text. A content security policy admits only the page's own scripts, by their hashes, and no network.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from adam_ghost.ledger.reader import LedgerReader, open_ledger
+
+_TABLE = 1000  # samples at either end in the page's table
+_EXTREMES = 10
+_GROUPS = 12  # curves
+_POINTS = 400  # of a curve over steps
+# an Okabe-Ito palette: told apart with the common forms of colour blindness, on light and on dark
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
+_IMAGES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
+
+
+def write_report(ledger: "LedgerReader | str | Path", out: str | Path, *, target: int = 0, title: str | None = None) -> Path:
+    """Writes the page of a ledger to ``out`` and returns that path.
+
+    Raises:
+        FileNotFoundError: there is no ledger.
+        ValueError: the ledger holds no scores for ``target``.
+    """
+    if not isinstance(ledger, LedgerReader):
+        with open_ledger(ledger) as opened:
+            return write_report(opened, out, target=target, title=title)
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError("the report needs plotly: pip install 'adam-ghost[report]'") from error
+    data, facts = _collect(ledger, target)
+    page = _page(title or "Data attribution report", facts, data, get_plotlyjs())
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _collect(ledger: LedgerReader, target: int) -> tuple[dict[str, Any], dict[str, str]]:
+    totals = ledger.totals(target=target)
+    if not totals.num_rows:
+        raise ValueError(f"the ledger in {ledger.folder} holds no scores for target {target} yet")
+    z = ledger.totals(target=target, value="standardized")
+    value = totals["value"].to_numpy()
+    order = np.argsort(-value, kind="stable")
+    chosen = order if len(order) <= 2 * _TABLE else np.concatenate([order[:_TABLE], order[-_TABLE:]])
+    names = totals["sample"].take(chosen).to_pylist()
+    standardized = _lookup(z, names)
+    described = _lookup(ledger.samples(), names)
+    counts = totals["n"].to_numpy()
+    samples = []
+    for place, name in zip(chosen.tolist(), names, strict=True):
+        row = described.get(name, {})
+        made = {"sample": name, "value": float(value[place]), "n": int(counts[place]), "standardized": standardized[name]["value"]}
+        samples.append(made | {k: row.get(k) for k in ("group", "text", "path")} | {"image": None})
+    k = min(_EXTREMES, len(samples))
+    helpful, harmful = list(range(k)), list(range(len(samples) - 1, len(samples) - 1 - k, -1))
+    for i in {*helpful, *harmful}:
+        samples[i]["image"] = _image(described.get(names[i], {}).get("image"))
+    steps = ledger.sql(
+        """SELECT step, sum(score_sum) AS score_sum, sum(history) AS history, avg(val_loss) AS val_loss, bool_or(skipped) AS skipped,
+           max(seconds) AS seconds, min(time) AS time, sum(samples) AS samples, max(audit_r) AS r, max(audit_relative_l2) AS l2,
+           max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
+        [target],
+    ).to_pylist()
+    booked = [s for s in steps if not s["skipped"]]
+    groups = ledger.groups(target=target).to_pylist()
+    data = {
+        "samples": samples,
+        "helpful": helpful,
+        "harmful": harmful,
+        "groups": groups,
+        "audits": [{k: s[k] for k in ("step", "r", "l2", "score_sum", "loss_drop")} for s in steps if s["r"] is not None],
+        "charts": _charts(ledger, target, booked, groups, value),
+    }
+    return _finite(data), _facts(ledger, steps, booked, totals.num_rows)
+
+
+def _charts(ledger: LedgerReader, target: int, steps: list[dict], groups: list[dict], value: np.ndarray) -> dict[str, Any]:
+    binned = ledger.by_step(target=target).to_pylist()
+    x = sorted({row["step"] for row in binned})
+    largest = sorted(groups, key=lambda g: -abs(g["value"]))[:_GROUPS]
+    curves = []
+    for i, group in enumerate(largest):
+        at = {row["step"]: row["value"] for row in binned if row["group"] == group["group"]}
+        y = np.cumsum([at.get(step, 0.0) for step in x]).tolist()
+        # told apart without colour too
+        dash = ("solid", "dash", "dot", "dashdot")[i % 4]
+        line = {"color": _COLOURS[i % len(_COLOURS)], "dash": dash}
+        # plotly reads some markup in names
+        curves.append({"type": "scatter", "mode": "lines", "name": html.escape(str(group["group"])), "x": x, "y": y, "line": line})
+    low, high = np.quantile(value, [0.005, 0.995])
+    heights, edges = np.histogram(value[(value >= low) & (value <= high)], bins=60)
+    middle = ((edges[1:] + edges[:-1]) / 2).tolist()
+    thin = steps[:: max(1, len(steps) // _POINTS)]
+    step = [s["step"] for s in thin]
+    sums = np.cumsum([s["score_sum"] for s in steps])
+    both = sums + np.cumsum([s["history"] for s in steps])
+    kept = slice(None, None, max(1, len(steps) // _POINTS))
+    loss = [s["val_loss"] for s in thin]
+    drop = [loss[0] - v for v in loss] if loss else []
+    lines = (("scores", sums[kept]), ("scores and history", both[kept]), ("measured drop of the validation loss", drop))
+    balance = [
+        {"type": "scatter", "mode": "lines", "name": name, "x": step, "y": list(map(float, y)), "line": {"color": c, "dash": d}}
+        for (name, y), c, d in zip(lines, _COLOURS, ("solid", "dash", "dot"), strict=False)
+    ]
+    rates = []
+    width = max(1, len(steps) // 100)
+    for a, b in zip(steps[::width], steps[width::width], strict=False):
+        if b["time"] > a["time"]:
+            rates.append((b["step"], (b["step"] - a["step"]) / (b["time"] - a["time"])))
+    unit = "validation loss"
+    return {
+        "over-steps": {"data": curves, "layout": _layout("step", f"cumulative score ({unit})")},
+        "distribution": {
+            "data": [{"type": "bar", "x": middle, "y": heights.tolist(), "marker": {"color": _COLOURS[0]}, "name": "samples"}],
+            "layout": _layout(f"sum of a sample's scores ({unit})", "samples") | {"bargap": 0.05},
+        },
+        "completeness": {"data": balance, "layout": _layout("step", f"taken off since the start ({unit})")},
+        "throughput": {
+            "data": [{"type": "scatter", "mode": "lines", "x": [r[0] for r in rates], "y": [r[1] for r in rates], "name": "steps/s"}],
+            "layout": _layout("step", "steps per second"),
+        },
+    }
+
+
+def _layout(x: str, y: str) -> dict[str, Any]:
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+
+
+def _facts(ledger: LedgerReader, steps: list[dict], booked: list[dict], samples: int) -> dict[str, str]:
+    run = ledger.run
+    settings = run.get("settings", {})
+    facts = {
+        "Model": settings.get("model"),
+        "Parameters": f"{settings['parameters']:,}" if "parameters" in settings else None,
+        "Optimizer": settings.get("optimizer"),
+        "Schedule": settings.get("schedule"),
+        "Rule": settings.get("rule"),
+        "Attributed steps": f"{len(booked):,}",
+        "Skipped steps": str(len(steps) - len(booked)),
+        "Samples": f"{samples:,}",
+        "Parameters covered": f"{min(s['coverage'] for s in steps):.1%}" if steps else None,
+        "Attribution per step": f"{1e3 * float(np.median([s['seconds'] for s in booked])):.1f} ms" if booked else None,
+        "Began": f"{datetime.fromtimestamp(run['created'], timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "PyTorch": run.get("versions", {}).get("torch"),
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _lookup(table: Any, names: list) -> dict[Any, dict]:
+    wanted = table.filter(pc.is_in(table["sample"], pa.array(names, table["sample"].type)))
+    return {row["sample"]: row for row in wanted.to_pylist()}
+
+
+def _image(found: bytes | None) -> str | None:
+    kind = next((k for magic, k in _IMAGES.items() if found and found.startswith(magic)), None)
+    return kind and f"data:image/{kind};base64,{base64.b64encode(found).decode()}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _page(title: str, facts: dict[str, str], data: dict[str, Any], plotly: str) -> str:
+    here = Path(__file__).parent
+    css, script = (here / "page.css").read_text(encoding="utf-8"), (here / "page.js").read_text(encoding="utf-8")
+    packed = json.dumps(data, allow_nan=False)
+    for c in "<>&\u2028\u2029":
+        packed = packed.replace(c, f"\\u{ord(c):04x}")
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in (plotly, script))
+    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+    title = html.escape(title)
+    listed = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
+    audited = "The validation loss's true change and the exact values, in the steps that were audited."
+    if not data["audits"]:
+        audited = "No step was audited; InRun(..., audit_every=N) does."
+    best = html.escape(str(max(data["groups"], key=lambda g: g["value"])["group"]))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<link rel="icon" href="data:,"><title>{title}</title><style>{css}</style></head><body>
+<a class="skip" href="#samples">Skip to the samples</a>
+<header><h1>{title}</h1><p class="note">What each training sample did to the validation loss while the model trained.
+Positive = it took something off that loss; the unit is the loss's own.</p></header>
+<main>
+<section aria-labelledby="h-run"><h2 id="h-run">The run</h2><dl>{listed}</dl></section>
+<section aria-labelledby="h-groups"><h2 id="h-groups">Groups</h2>
+{_figure("over-steps", f"Cumulative score by group over steps. {best} ends highest.", "The table below has the final values.")}
+<div class="scroll" id="group-table" tabindex="0" role="region" aria-label="Groups"></div></section>
+<section aria-labelledby="h-most"><h2 id="h-most">Most helpful</h2>
+<div class="scroll" id="helpful" tabindex="0" role="region" aria-label="Most helpful samples"></div>
+<h2>Most harmful</h2><div class="scroll" id="harmful" tabindex="0" role="region" aria-label="Most harmful samples"></div></section>
+<section aria-labelledby="h-spread"><h2 id="h-spread">Distribution of scores</h2>
+{_figure("distribution", "Samples by the sum of their scores.", "The half per cent at either end is left out.")}</section>
+<section aria-labelledby="h-sum"><h2 id="h-sum">Completeness</h2>
+{_figure("completeness", "Do the scores add up to what the validation loss lost?",
+         "Scores explain the batches' part; history is what momentum and weight decay do alone. Together they should follow the "
+         "measured loss, where every step was attributed and the validation batch is fixed.")}</section>
+<section aria-labelledby="h-audit"><h2 id="h-audit">Audit</h2><p class="note">{audited}</p>
+<div class="scroll" id="audit-table" tabindex="0" role="region" aria-label="Audits"></div></section>
+<section aria-labelledby="h-rate"><h2 id="h-rate">Throughput</h2>
+{_figure("throughput", "Optimizer steps per second, attribution included.", "")}</section>
+<section aria-labelledby="samples"><h2 id="samples">Samples</h2>
+<p class="note">Up to {_TABLE} samples at either end; the ledger has all of them.</p>
+<div class="controls"><label>Search<input id="search" type="search" autocomplete="off"></label>
+<label>Group<select id="group"><option value="">all</option></select></label><p id="count" role="status" aria-live="polite"></p></div>
+<div class="scroll" id="table" tabindex="0" role="region" aria-label="Table of samples"></div></section>
+</main>
+<script type="application/json" id="data">{packed}</script><script>{plotly}</script><script>{script}</script></body></html>
+"""
+
+
+def _figure(name: str, what: str, more: str) -> str:
+    return f'<figure><div class="chart" id="{name}" role="img" aria-label="{what}"></div><figcaption>{what} {more}</figcaption></figure>'
