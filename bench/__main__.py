@@ -1,8 +1,12 @@
 """``python -m bench fidelity|throughput``: measures, prints a table, and writes JSON with what it was measured on."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench import fidelity as fidelity_bench
+from bench import ledger as ledger_bench
 from bench import machine
 from bench import throughput as throughput_bench
 
@@ -81,6 +86,29 @@ def throughput(
         )
     console.print(table)
     _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks})
+
+
+@app.command()
+def ledger(
+    json: Json = None,
+    rows: Annotated[int, typer.Option(min=1000, help="Scores.")] = 10_000_000,
+    samples: Annotated[int, typer.Option(min=1, help="Different samples among them.")] = 1_000_000,
+) -> None:
+    """What a ledger costs to write, and how soon it answers; each in a process of its own, for its memory."""
+
+    def alone(work: Callable[..., Any], *args: Any) -> Any:
+        with ProcessPoolExecutor(1, get_context("spawn")) as own:
+            return own.submit(work, *args).result()
+
+    with TemporaryDirectory() as folder:
+        written = alone(ledger_bench.write, Path(folder), rows, samples)
+        asked = alone(ledger_bench.ask, Path(folder), samples)
+    per_row = 1e6 * written["processor_s"] / written["rows"]
+    console.print(f"{written['rows']:,} rows, {written['bytes'] / 2**20:.0f} MiB: {per_row:.2f} us of processor per row,")
+    console.print(f"of which the training thread waits {1e6 * written['handing_over_s'] / written['rows']:.2f} us")
+    for name, seconds in asked.items():
+        console.print(f"{name}: {seconds:.2f}" + ("" if name == "peak_memory_mib" else " s"))
+    _write(json, {"written": written, "asked": asked})
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def browser():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_chromium(folder, browser, tmp_path, scheme):
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
     page = write_report(folder, tmp_path / "report.html", title=f"<i>{scheme}")
     browser.get(page.as_uri())
@@ -87,6 +88,7 @@ def test_in_chromium(folder, browser, tmp_path, scheme):
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
     assert dark == (scheme == "dark")
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    browser.get(page.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     # the only thing that may fail is the pretended picture

@@ -1,0 +1,1 @@
+"""Attribution for the frameworks people train with; each module needs its framework."""

@@ -1,0 +1,111 @@
+"""Hugging Face's ``Trainer``: one callback, and a data set with a column of ids.
+
+    trainer = Trainer(model, args, train_dataset=dataset, ...)
+    AttributionCallback(val_loss, ledger="runs/today").attach(trainer)
+    trainer.train()
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, default_data_collator
+
+from adam_ghost.inrun import InRun
+from adam_ghost.integrations.ids import ID, take_ids
+
+_STATE = "adam_ghost.pt"
+
+
+class AttributionCallback(TrainerCallback):
+    """Attributes a ``Trainer``'s steps: accumulation, clipping, mixed precision, checkpoints and resuming included.
+
+    The ids reach the run through the collator; the model never sees them. ``attribution/score_sum``, ``/total``, ``/val_loss``
+    go where the Trainer reports to, and the run's state into every checkpoint.
+
+    Args:
+        val_loss: called with the model; returns the validation loss, ``[]`` or ``[K]``, with a graph.
+        column: of the data set, with the ids: integers, or strings.
+        options: of ``InRun``: ``schedule``, ``ledger``, ``every`` and so on.
+    """
+
+    def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, column: str = ID, **options: Any):
+        self.val_loss, self.column, self.options = val_loss, column, options
+        self.run: InRun | None = None
+        self._forward: Any = None
+        self._validating = False
+
+    def attach(self, trainer: Any) -> "AttributionCallback":
+        """Adds itself to ``trainer``, before what reports its logs, and lets the ids through its loader."""
+        trainer.data_collator = self.collator(trainer.data_collator)
+        trainer.args.remove_unused_columns = False
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def collator(self, collate: Callable[[list[dict]], dict] | None = None) -> Callable[[list[dict]], dict]:
+        """A collator that takes the ids off the samples and sends them beside the batch."""
+        collate = collate or default_data_collator
+
+        def with_ids(samples: list[dict]) -> dict:
+            ids = [sample[self.column] for sample in samples if self.column in sample]
+            batch = dict(collate([{k: v for k, v in s.items() if k != self.column} for s in samples]))
+            # a data set for evaluation needs no ids
+            return batch | ({self.column: ids} if len(ids) == len(samples) else {})
+
+        return with_ids
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, optimizer: Any = None, **kwargs: Any):
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+        self.run = InRun(model, optimizer, lambda: self._val_loss(model), **self.options)
+        saved = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
+        if state.global_step and os.path.exists(saved):
+            self.run.load_state_dict(torch.load(saved, weights_only=False))
+        elif state.global_step:
+            self.run.close()
+            raise FileNotFoundError(f"the run resumes at step {state.global_step}, but there is no {saved}")
+        # before the run's own hook, which then finds the batch named
+        self._forward = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        training = model.training and torch.is_grad_enabled() and not self._validating
+        if self.column not in kwargs:
+            if training:
+                raise KeyError(
+                    f"the batch has no {self.column!r}: give the data set that column, and the callback to the Trainer with"
+                    " callback.attach(trainer)"
+                )
+            return None
+        kwargs = dict(kwargs)
+        ids = take_ids(kwargs, self.column)
+        if training:
+            self.run.batch(ids)
+        return args, kwargs
+
+    def _val_loss(self, model: nn.Module) -> Tensor:
+        self._validating = True
+        try:
+            return self.val_loss(model)
+        finally:
+            self._validating = False
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any):
+        self.run.epoch = int(state.epoch or 0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any):
+        steps = self.run and self.run.steps
+        if logs is not None and steps and not steps[-1].skipped:
+            found = {f"attribution/{name}": sum(getattr(steps[-1], name)) for name in ("score_sum", "total", "val_loss")}
+            logs.update(found)
+            if state.log_history:
+                state.log_history[-1].update(found)  # the Trainer's own record was written already
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any):
+        if self.run is not None and state.is_world_process_zero:
+            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            torch.save(self.run.state_dict(), os.path.join(folder, _STATE))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
+        self._forward.remove()
+        self.run.close()

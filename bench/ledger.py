@@ -1,0 +1,54 @@
+"""What a ledger costs to write, and how soon it answers: many rows, in steps of a batch, as ``InRun`` hands them over."""
+
+import resource
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from adam_ghost.ledger.reader import open_ledger
+from adam_ghost.ledger.writer import LedgerWriter
+
+BATCH, GROUPS = 32, 8
+
+
+def write(folder: Path, rows: int, samples: int) -> dict[str, float]:
+    """Seconds of the training thread and of both threads' processors, for ``rows`` scores of ``samples`` samples."""
+    random = np.random.default_rng(0)
+    writer = LedgerWriter(folder, restart=True)
+    writer.begin([0], dict)
+    scores = random.normal(0, 1e-3, (BATCH, 1))
+    total = [float(scores.sum())]
+    steps = rows // BATCH
+    ids = random.integers(0, samples, (steps, BATCH))
+    handed, cpu = 0.0, time.process_time()
+    for step in range(steps):
+        names = ids[step].tolist()
+        record = SimpleNamespace(step=step + 1, samples=BATCH, lr=[1e-3], coverage=1.0, skipped=False, refreshed=True)
+        record.seconds, record.val_loss, record.score_sum, record.total, record.history = 1e-3, [1.0], total, total, [0.0]
+        record.audit = None
+        started = time.perf_counter()
+        writer.add(record, names, scores, None, 0, (1, 1))
+        handed += time.perf_counter() - started
+    writer.close()
+    size = sum(p.stat().st_size for p in folder.rglob("*.parquet"))
+    return {"rows": steps * BATCH, "handing_over_s": handed, "processor_s": time.process_time() - cpu, "bytes": size}
+
+
+def ask(folder: Path, samples: int) -> dict[str, float]:
+    """Seconds of each question, and the process's largest memory."""
+    groups = {i: f"group {i % GROUPS}" for i in range(samples)}
+    found = {}
+    with open_ledger(folder) as ledger:
+        for name, question in {
+            "top": lambda: ledger.top(10),
+            "top, standardized": lambda: ledger.top(10, value="standardized"),
+            "groups": lambda: ledger.groups(groups, bootstrap=0),
+            "groups, with intervals": lambda: ledger.groups(groups),
+        }.items():
+            started = time.perf_counter()
+            question()
+            found[name] = time.perf_counter() - started
+    found["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return found

@@ -1,0 +1,240 @@
+"""Frameworks on a tiny model: their scores and weights are those of the plain loop with the same batches."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import adam_ghost as ag
+
+pytest.importorskip("transformers")
+N, BATCH = 24, 4
+
+
+class Net(nn.Module):
+    """A classifier that speaks the Trainer's language: keyword arguments, and a loss among its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, labels=None):
+        logits = self.second(torch.tanh(self.first(x)))
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits} if labels is not None else {"logits": logits}
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(N, 5, generator=generator), torch.randint(0, 3, (N,), generator=generator)
+    return x, y
+
+
+def val_loss(model):
+    x, y = data()
+    return model(x=x[:6], labels=y[:6])["loss"]
+
+
+def net():
+    torch.manual_seed(1)
+    return Net()
+
+
+def plain(model, batches, lr=1e-2, clip=None, accumulation=1, autocast=False):
+    """The plain loop's scores over ``batches``; the model is trained in place."""
+    x, y = data()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+
+    def val():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as Accelerate's wrapping of the model does
+            return val_loss(model)
+
+    with ag.InRun(model, optimizer, val) as run:
+        for k, ids in enumerate(batches):
+            run.batch(ids)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(x=x[ids], labels=y[ids])["loss"] / accumulation
+            loss.backward()
+            if (k + 1) % accumulation == 0:
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        return run.scores()
+
+
+def assert_same(found, expected, rtol=1e-5):
+    ours, theirs = (dict(zip(s.ids, s.total, strict=True)) for s in (found, expected))
+    assert ours.keys() == theirs.keys() and len(ours) == N
+    scale = max(abs(v) for v in theirs.values())
+    np.testing.assert_allclose([ours[i] for i in theirs], list(theirs.values()), rtol=rtol, atol=rtol * scale)
+
+
+def in_order(epochs):
+    return [list(range(s, s + BATCH)) for _ in range(epochs) for s in range(0, N, BATCH)]
+
+
+def hf_trainer(model, folder, callback, **options):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    x, y = data()
+    samples = [{"x": x[i], "labels": y[i], "sample_id": i} for i in range(N)]
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(samples)
+
+    options = {"num_train_epochs": 2, "max_grad_norm": 0.0, "save_strategy": "no"} | options
+    args = transformers.TrainingArguments(
+        output_dir=str(folder), learning_rate=1e-2, lr_scheduler_type="constant", per_device_train_batch_size=BATCH, use_cpu=True,
+        optim="adamw_torch", weight_decay=0.0, report_to=[], remove_unused_columns=False, logging_steps=1, disable_tqdm=True, **options,
+    )  # fmt: skip
+    trainer = InOrder(model, args, train_dataset=samples, data_collator=transformers.default_data_collator)
+    callback.attach(trainer)
+    return trainer
+
+
+HF = {
+    "plain": ({}, {}),
+    "accumulation": ({"gradient_accumulation_steps": 2}, {"accumulation": 2}),
+    "clipping": ({"max_grad_norm": 0.05}, {"clip": 0.05}),
+    "bf16": ({"bf16": True}, {"autocast": True}),
+}
+
+
+@pytest.mark.parametrize("case", HF)
+def test_trainer(tmp_path, case):
+    from adam_ghost.integrations.hf import AttributionCallback
+
+    options, loop = HF[case]
+    model, other = net(), net()
+    callback = AttributionCallback(val_loss, ledger=tmp_path / "ledger")
+    trainer = hf_trainer(model, tmp_path, callback, **options)
+    reported = []
+
+    class Reporter(pytest.importorskip("transformers").TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
+    trainer.add_callback(Reporter())
+    trainer.train()
+    assert_same(callback.run.scores(), plain(other, in_order(2), **loop))
+    assert any("attribution/score_sum" in line for line in reported)
+    assert any("attribution/score_sum" in line for line in trainer.state.log_history)
+    with ag.open_ledger(tmp_path / "ledger") as ledger:
+        assert ledger.scores().num_rows == 2 * N
+
+
+def test_trainer_resumes(tmp_path):
+    from adam_ghost.integrations.hf import AttributionCallback
+
+    callback = AttributionCallback(val_loss, ledger=tmp_path / "ledger")
+    hf_trainer(net(), tmp_path, callback, save_strategy="steps", save_steps=5).train()
+    whole = callback.run.scores()
+    again = AttributionCallback(val_loss, ledger=tmp_path / "ledger")
+    hf_trainer(net(), tmp_path, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert_same(again.run.scores(), whole)
+    with ag.open_ledger(tmp_path / "ledger") as ledger:
+        assert ledger.scores().num_rows == 2 * N
+
+
+def test_trainer_without_ids(tmp_path):
+    from adam_ghost.integrations.hf import AttributionCallback
+
+    callback = AttributionCallback(val_loss, column="another")
+    with pytest.raises((KeyError, TypeError), match="another|sample_id"):
+        hf_trainer(net(), tmp_path, callback).train()
+
+
+def test_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    x, y = data()
+    model, other = net(), net()
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(N), x, y), BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    with ag.InRun(model, optimizer.optimizer, lambda: val_loss(model)) as run:
+        for _ in range(2):
+            for ids, a, b in loader:
+                with accelerator.accumulate(model):
+                    run.batch(ids)
+                    accelerator.backward(model(x=a, labels=b)["loss"])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 0.05)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        found = run.scores()
+    assert_same(found, plain(other, in_order(2), accumulation=2, clip=0.05))
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulation", "clipping"])
+def test_lightning(tmp_path, case):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, labels):
+            return self.net(x=x, labels=labels)
+
+        def training_step(self, batch, index):
+            return self(**batch)["loss"]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
+
+    x, y = data()
+    samples = [{"x": x[i], "labels": y[i], "sample_id": i} for i in range(N)]
+    options = {"accumulation": {"accumulate_grad_batches": 2}, "clipping": {"gradient_clip_val": 0.05}}.get(case, {})
+    loop = {"accumulation": {"accumulation": 2}, "clipping": {"clip": 0.05}}.get(case, {})
+    callback = AttributionCallback(val_loss)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(samples, BATCH))
+    assert_same(callback.run.scores(), plain(net(), in_order(2), **loop))
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["first", "second"], lora_dropout=0.0, init_lora_weights=False)
+    torch.manual_seed(2)
+    model = peft.get_peft_model(net(), config)
+    other = copy.deepcopy(model)
+    x, y = data()
+    found = plain(model, in_order(2))
+    # the oracle: every sample's gradient by itself, for the one step that follows
+    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    again = plain_steps(other, optimizer, in_order(2))
+    assert_same(found, again)
+    assert not any("base_layer" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def plain_steps(model, optimizer, batches):
+    """Scores by ``< P , g_i >`` with one backward pass per sample, from the thin layer's parts only where they are not under test."""
+    from adam_ghost.direction import form_direction, validation_gradient
+    from adam_ghost.state import AdamState
+    from adam_ghost.totals import Totals
+    from adam_ghost.validation import Validation
+
+    x, y = data()
+    params, totals = [p for p in model.parameters() if p.requires_grad], Totals()
+    for ids in batches:
+        each = [torch.autograd.grad(model(x=x[[i]], labels=y[[i]])["loss"] / len(ids), params) for i in ids]
+        grads = [sum(g) for g in zip(*each, strict=True)]
+        state, validation = AdamState.of(optimizer), Validation(lambda: val_loss(model), model)
+        val = validation_gradient(state, params, grads, validation, "midpoint")
+        P = form_direction(state, params, grads, val, "secant").P
+        scores = [[sum(float((P[id(p)] * g).sum()) for p, g in zip(params, gs, strict=True))] for gs in each]
+        totals.add(ids, np.array(scores))
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+    return totals.read(True)
