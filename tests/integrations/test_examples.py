@@ -1,0 +1,36 @@
+"""The examples, as their users run them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("duckdb")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name, tmp_path, *args):
+    command = [sys.executable, str(ROOT / "examples" / name), "--ledger", str(tmp_path / "ledger"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=None)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_mislabelled_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    assert int(re.search(r"mislabelled: (\d+)%", run("mislabelled_digits.py", tmp_path))[1]) > 50  # one in ten by chance
+
+
+def test_text_domains(tmp_path):
+    found = re.findall(r"^(\w+) +standardised score ([-+.\d]+)", run("text_domains.py", tmp_path), re.M)
+    assert [name for name, _ in found][0] == "prose" and len(found) == 3
+
+
+def test_lora_trainer(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    found = dict(re.findall(r"^(\w+) +mean standardised score ([-+.\d]+)", run("lora_trainer.py", tmp_path), re.M))
+    assert float(found["sentence"]) > float(found["noise"])
