@@ -42,7 +42,9 @@ with adam_ghost.InRun(model, optimizer, lambda: loss_of(corpus.target), "lookahe
 half = (options.steps // 2, options.steps)
 groups = adam_ghost.open_ledger(options.ledger).groups(steps=half, value="standardized").to_pylist()
 for g in groups:
-    print(f"{g['group']:10} standardised score {g['value']:+.3f}  (95%: {g['low']:+.3f} to {g['high']:+.3f}), {g['samples']} samples")
+    print(
+        f"{g['group']:10} standardised score {g['value']:+.3f}  (95%: {g['low']:+.3f} to {g['high']:+.3f}), {g['samples']} samples"
+    )
 weights = torch.tensor([max(g["value"], 0.0) for g in groups])
 weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(groups))
 print("suggested weights:", ", ".join(f"{g['group']} {w:.2f}" for g, w in zip(groups, weights.tolist(), strict=True)))

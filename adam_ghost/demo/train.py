@@ -122,7 +122,7 @@ def train(
         before = trainer.target_loss().item()
     busy = 0.0
     # the ledger has audits of its own, of the run's scores; those above compare the methods
-    every = max(1, steps // audits) if ledger else None
+    every = max(1, steps // min(audits, 2)) if ledger else None
     with InRun(trainer.model, trainer.optimizer, trainer.target_loss, audit_every=every, ledger=ledger) as run:
         for step in range(1, steps + 1):
             run.epoch = (step - 1) * BATCH // len(corpus.tokens)

@@ -1,8 +1,8 @@
 """Hugging Face's ``Trainer``: one callback, and a data set with a column of ids.
 
-    trainer = Trainer(model, args, train_dataset=dataset, ...)
-    AttributionCallback(val_loss, ledger="runs/today").attach(trainer)
-    trainer.train()
+trainer = Trainer(model, args, train_dataset=dataset, ...)
+AttributionCallback(val_loss, ledger="runs/today").attach(trainer)
+trainer.train()
 """
 
 import os

@@ -1,6 +1,6 @@
 """Lightning: one callback; a batch is a dict with a column of ids.
 
-    Trainer(callbacks=[AttributionCallback(val_loss, ledger="runs/today")]).fit(module, loader)
+Trainer(callbacks=[AttributionCallback(val_loss, ledger="runs/today")]).fit(module, loader)
 """
 
 from collections.abc import Callable

@@ -107,7 +107,7 @@ function charts() {
   for (const [id, chart] of Object.entries(data.charts)) {
     const layout = { ...chart.layout, paper_bgcolor: bg, plot_bgcolor: bg, font: { color: fg, family: "system-ui, sans-serif" }, margin: { t: 20, r: 10, l: 60, b: 50 },
       xaxis: { ...axis, ...chart.layout.xaxis }, yaxis: { ...axis, ...chart.layout.yaxis }, legend: { orientation: "h", y: 1.12 } };
-    Plotly.react(id, chart.data, layout, { responsive: true, displaylogo: false });
+    Plotly.react(id, chart.data, layout, { responsive: true, displayModeBar: false });
   }
 }
 charts();

@@ -108,8 +108,10 @@ def _charts(ledger: LedgerReader, target: int, steps: list[dict], groups: list[d
     middle = ((edges[1:] + edges[:-1]) / 2).tolist()
     thin = steps[:: max(1, len(steps) // _POINTS)]
     step = [s["step"] for s in thin]
-    sums = np.cumsum([s["score_sum"] for s in steps])
-    both = sums + np.cumsum([s["history"] for s in steps])
+    # the validation loss was measured in the middle of each step: sums up to there, from the first measurement on
+    scored, history = (np.array([s[k] for s in steps]) for k in ("score_sum", "history"))
+    sums = np.cumsum(scored) - (scored + scored[:1]) / 2
+    both = sums + np.cumsum(history) - (history + history[:1]) / 2
     kept = slice(None, None, max(1, len(steps) // _POINTS))
     loss = [s["val_loss"] for s in thin]
     drop = [loss[0] - v for v in loss] if loss else []
@@ -132,7 +134,9 @@ def _charts(ledger: LedgerReader, target: int, steps: list[dict], groups: list[d
         },
         "completeness": {"data": balance, "layout": _layout("step", f"taken off since the start ({unit})")},
         "throughput": {
-            "data": [{"type": "scatter", "mode": "lines", "x": [r[0] for r in rates], "y": [r[1] for r in rates], "name": "steps/s"}],
+            "data": [
+                {"type": "scatter", "mode": "lines", "x": [r[0] for r in rates], "y": [r[1] for r in rates], "name": "steps/s"}
+            ],
             "layout": _layout("step", "steps per second"),
         },
     }
@@ -213,9 +217,14 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 <section aria-labelledby="h-spread"><h2 id="h-spread">Distribution of scores</h2>
 {_figure("distribution", "Samples by the sum of their scores.", "The half per cent at either end is left out.")}</section>
 <section aria-labelledby="h-sum"><h2 id="h-sum">Completeness</h2>
-{_figure("completeness", "Do the scores add up to what the validation loss lost?",
-         "Scores explain the batches' part; history is what momentum and weight decay do alone. Together they should follow the "
-         "measured loss, where every step was attributed and the validation batch is fixed.")}</section>
+{
+        _figure(
+            "completeness",
+            "Do the scores add up to what the validation loss lost?",
+            "Scores explain the batches' part; history is what momentum and weight decay do alone. Together they should follow the "
+            "measured loss, where every step was attributed and the validation batch is fixed.",
+        )
+    }</section>
 <section aria-labelledby="h-audit"><h2 id="h-audit">Audit</h2><p class="note">{audited}</p>
 <div class="scroll" id="audit-table" tabindex="0" role="region" aria-label="Audits"></div></section>
 <section aria-labelledby="h-rate"><h2 id="h-rate">Throughput</h2>

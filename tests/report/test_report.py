@@ -52,7 +52,12 @@ def browser():
     options.binary_location = chromium
     for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"):
         options.add_argument(flag)
-    for flag in ("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage", "--window-size=1200,1400"):
+    for flag in (
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-dev-shm-usage",
+        "--window-size=1200,1400",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     found = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
@@ -79,7 +84,9 @@ def test_in_chromium(folder, browser, tmp_path, scheme):
     shown = [r.text for r in browser.find_elements(css, rows)]
     assert 0 < len(shown) < everything and all("text of 1" in r for r in shown)
     browser.execute_script("arguments[0].value = ''; arguments[0].oninput()", search)
-    browser.find_elements(css, "#group option")[[o.text for o in browser.find_elements(css, "#group option")].index("books")].click()
+    browser.find_elements(css, "#group option")[
+        [o.text for o in browser.find_elements(css, "#group option")].index("books")
+    ].click()
     assert all("books" in r.text for r in browser.find_elements(css, rows))
     browser.find_elements(css, "#table th button")[0].send_keys("\ue007")  # enter, from the keyboard
     ids = [int(r.text.split()[0]) for r in browser.find_elements(css, rows)]
@@ -87,7 +94,9 @@ def test_in_chromium(folder, browser, tmp_path, scheme):
     assert browser.switch_to.active_element.get_attribute("data-key") == "sample"
     dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
     assert dark == (scheme == "dark")
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    )
     browser.get(page.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -98,7 +107,7 @@ def test_in_chromium(folder, browser, tmp_path, scheme):
 def test_page_holds_no_hostile_markup_and_no_address_to_fetch(folder, tmp_path):
     page = write_report(folder, tmp_path / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in page and "window.hacked" in page
-    assert page.count("</script>") == 3 and "src=\"http" not in page
+    assert page.count("</script>") == 3 and 'src="http' not in page
     with pytest.raises(ValueError, match="no scores for target 3"):
         write_report(folder, tmp_path / "x.html", target=3)
 
