@@ -90,7 +90,7 @@ def groups(
     target: Target = 0,
     first: First = 0,
     last: Last = None,
-    bootstrap: Bootstrap = 200,
+    bootstrap: Bootstrap = 0,
     as_json: AsJson = False,
 ) -> None:
     """Scores by group: domain, label, source, or whatever samples were described with."""

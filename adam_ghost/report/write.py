@@ -72,7 +72,8 @@ def _collect(ledger: LedgerReader, target: int) -> tuple[dict[str, Any], dict[st
     for i in {*helpful, *harmful}:
         samples[i]["image"] = _image(described.get(names[i], {}).get("image"))
     steps = ledger.sql(
-        """SELECT step, sum(score_sum) AS score_sum, sum(history) AS history, avg(val_loss) AS val_loss, bool_or(skipped) AS skipped,
+        """SELECT step, sum(score_sum) AS score_sum, sum(history) AS history, avg(val_loss) AS val_loss,
+           bool_or(skipped) AS skipped,
            max(seconds) AS seconds, min(time) AS time, sum(samples) AS samples, max(audit_r) AS r, max(audit_relative_l2) AS l2,
            max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
         [target],
@@ -232,7 +233,8 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 <section aria-labelledby="samples"><h2 id="samples">Samples</h2>
 <p class="note">Up to {_TABLE} samples at either end; the ledger has all of them.</p>
 <div class="controls"><label>Search<input id="search" type="search" autocomplete="off"></label>
-<label>Group<select id="group"><option value="">all</option></select></label><p id="count" role="status" aria-live="polite"></p></div>
+<label>Group<select id="group"><option value="">all</option></select></label>
+<p id="count" role="status" aria-live="polite"></p></div>
 <div class="scroll" id="table" tabindex="0" role="region" aria-label="Table of samples"></div></section>
 </main>
 <script type="application/json" id="data">{packed}</script><script>{plotly}</script><script>{script}</script></body></html>
@@ -240,4 +242,5 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 
 
 def _figure(name: str, what: str, more: str) -> str:
-    return f'<figure><div class="chart" id="{name}" role="img" aria-label="{what}"></div><figcaption>{what} {more}</figcaption></figure>'
+    chart = f'<div class="chart" id="{name}" role="img" aria-label="{what}"></div>'
+    return f"<figure>{chart}<figcaption>{what} {more}</figcaption></figure>"

@@ -89,7 +89,7 @@ def hf_trainer(model, folder, callback, **options):
     options = {"num_train_epochs": 2, "max_grad_norm": 0.0, "save_strategy": "no"} | options
     args = transformers.TrainingArguments(
         output_dir=str(folder), learning_rate=1e-2, lr_scheduler_type="constant", per_device_train_batch_size=BATCH, use_cpu=True,
-        optim="adamw_torch", weight_decay=0.0, report_to=[], remove_unused_columns=False, logging_steps=1, disable_tqdm=True, **options,
+        optim="adamw_torch", weight_decay=0.0, report_to=[], logging_steps=1, disable_tqdm=True, **options,
     )  # fmt: skip
     trainer = InOrder(model, args, train_dataset=samples, data_collator=transformers.default_data_collator)
     callback.attach(trainer)
@@ -144,7 +144,7 @@ def test_trainer_without_ids(tmp_path):
     from adam_ghost.integrations.hf import AttributionCallback
 
     callback = AttributionCallback(val_loss, column="another")
-    with pytest.raises((KeyError, TypeError), match="another|sample_id"):
+    with pytest.raises((KeyError, TypeError), match=r"another|sample_id"):
         hf_trainer(net(), tmp_path, callback).train()
 
 
@@ -208,7 +208,6 @@ def test_lora():
     torch.manual_seed(2)
     model = peft.get_peft_model(net(), config)
     other = copy.deepcopy(model)
-    x, y = data()
     found = plain(model, in_order(2))
     # the oracle: every sample's gradient by itself, for the one step that follows
     optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
@@ -218,7 +217,7 @@ def test_lora():
 
 
 def plain_steps(model, optimizer, batches):
-    """Scores by ``< P , g_i >`` with one backward pass per sample, from the thin layer's parts only where they are not under test."""
+    """Scores by ``< P , g_i >`` with one backward pass per sample, from the parts that are not under test."""
     from adam_ghost.direction import form_direction, validation_gradient
     from adam_ghost.state import AdamState
     from adam_ghost.totals import Totals

@@ -7,9 +7,9 @@ from torch import nn
 
 pytest.importorskip("pyarrow")
 duckdb = pytest.importorskip("duckdb")
-import pyarrow.parquet as pq
+import pyarrow.parquet as pq  # noqa: E402
 
-import adam_ghost as ag
+import adam_ghost as ag  # noqa: E402
 
 N, BATCH = 30, 5
 
@@ -187,9 +187,9 @@ def test_an_earlier_run_is_not_written_over(tmp_path):
     first = Run(tmp_path, steps=3)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.Adam(model.parameters())
-    with ag.InRun(model, optimizer, lambda: model(torch.ones(2, 3)).sum(), ledger=tmp_path) as run:
-        with pytest.raises(ValueError, match="holds the ledger of an earlier run"):
-            run.batch([0, 1])
+    run = ag.InRun(model, optimizer, lambda: model(torch.ones(2, 3)).sum(), ledger=tmp_path)
+    with run, pytest.raises(ValueError, match="holds the ledger of an earlier run"):
+        run.batch([0, 1])
     assert first.ledger.scores().num_rows == 3 * BATCH
     again = Run(tmp_path, steps=2, restart=True)
     assert again.ledger.scores().num_rows == 2 * BATCH
