@@ -98,7 +98,8 @@ def test_in_chromium(folder, browser, tmp_path, scheme):
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     )
     browser.get(page.as_uri())
-    wide = "return [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 391 && !e.closest('.scroll, svg'))"
+    wide = "return [...document.querySelectorAll('body *')]"
+    wide += ".filter(e => e.getBoundingClientRect().right > 391 && !e.closest('.scroll, svg'))"
     assert browser.execute_script(wide + ".map(e => e.tagName + '.' + e.className + '#' + e.id)") == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
