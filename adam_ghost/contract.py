@@ -17,20 +17,22 @@ from adam_ghost.sample_gradients import call_gradients, samples_first
 Directions = dict[int, Tensor]  # id(parameter) -> P [K, *shape]
 
 
-def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tensor:
+def contract(call: Call, P: Directions, n: int, per_token: bool = False, half: bool = False) -> Tensor:
     """Scores of one call's share of the gradient: ``[n, K]``, or ``[n, T, K]`` per token. Sums in P's dtype.
+
+    With ``half``, the operands of large products may be rounded to bfloat16.
 
     Raises ValueError where ``per_token`` is asked of a call whose outputs have no token dimension.
     """
     kind = layer_kind(call.fn)
     if kind in ("linear", "conv1d"):
-        per_output = {0: _linear(call, P, n, kind == "conv1d", per_token)}
+        per_output = {0: _linear(call, P, n, kind == "conv1d", per_token, half)}
     elif kind == "embedding":
         per_output = {0: _embedding(call, P, n)}
     else:
         # an argument made of parameters makes it a product of two
         affine = kind == "affine" and all(any(p is q for q in call.own.values()) for p in call.parameters())
-        per_output = _derivative(call, P, n, affine)
+        per_output = _derivative(call, P, n, affine, per_token)
         if per_output is None:
             if per_token:
                 raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
@@ -46,18 +48,18 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
     return sum(per_output.values())
 
 
-def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False) -> Tensor:
+def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
     """``contract`` summed over each recording's calls; the recordings' samples one after another."""
-    return torch.cat([_contract_recording(r, P, per_token) for r in recordings])
+    return torch.cat([_contract_recording(r, P, per_token, half) for r in recordings])
 
 
-def _contract_recording(recording: Recording, P: Directions, per_token: bool) -> Tensor:
+def _contract_recording(recording: Recording, P: Directions, per_token: bool, half: bool) -> Tensor:
     scores: Tensor | None = None
     packed = recording.offsets is not None
     for call in recording.calls:
         if not any(id(p) in P for p in call.parameters()):
             continue
-        part = contract(call, P, recording.batch_size, per_token or packed)
+        part = contract(call, P, recording.batch_size, per_token or packed, half)
         if scores is not None and scores.shape != part.shape:
             raise ValueError(
                 f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"
@@ -84,7 +86,7 @@ def _by_token(x: Tensor, tag: Tag, n: int) -> Tensor:
     return x.flatten(2).sum(-1) if x.ndim > 2 else x
 
 
-def _linear(call: Call, P: Directions, n: int, transposed: bool, per_token: bool) -> Tensor:
+def _linear(call: Call, P: Directions, n: int, transposed: bool, per_token: bool, half: bool) -> Tensor:
     """``[n, T, K]``: one product of forward size."""
     weight, bias = (P.get(id(p)) if p is not None else None for p in (call.fn.weight, call.fn.bias))
     dtype = next(p for p in (weight, bias) if p is not None).dtype
@@ -94,7 +96,7 @@ def _linear(call: Call, P: Directions, n: int, transposed: bool, per_token: bool
         a, weight = call.input.to(dtype), weight.mT if transposed else weight
         if not per_token and a.device.type == "cpu":
             flat = [samples_first(x, call.outputs[0], n).flatten(1, -2) for x in (a, b)]
-            scores = cpu.contract(*flat, weight)
+            scores = cpu.contract(*flat, weight, half)
             return (scores if bias is None else scores + flat[1].sum(1) @ bias.mT).unsqueeze(1)
         scores = reference.contract(a, b, weight)
     if bias is not None:
@@ -125,8 +127,10 @@ class _TrueForwardMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _derivative(call: Call, P: Directions, n: int, affine: bool) -> dict[int, Tensor] | None:
-    """The call's derivative along P, times the output gradients, ``[n, T, K]`` per output; None if it has no forward mode.
+def _derivative(call: Call, P: Directions, n: int, affine: bool, per_token: bool) -> dict[int, Tensor] | None:
+    """The call's derivative along P, times the output gradients, per output; None if it has no forward mode.
+
+    ``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for and the product need not be kept to be summed.
 
     A layer linear in its parameters is its own derivative: it is run with P in their place.
     """
@@ -153,7 +157,11 @@ def _derivative(call: Call, P: Directions, n: int, affine: bool) -> dict[int, Te
             except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
                 return None
         for i, out in outs.items():
-            scores[i].append(_by_token(out * grads[i].to(out.dtype), tags[i], n))
+            grad = grads[i].to(out.dtype)
+            if per_token or tags[i] != (0, 1):
+                scores[i].append(_by_token(out * grad, tags[i], n))
+            else:
+                scores[i].append(torch.linalg.vecdot(out.reshape(n, -1), grad.reshape(n, -1)).unsqueeze(1))
     return {i: torch.stack(x, -1) for i, x in scores.items()}
 
 

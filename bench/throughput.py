@@ -3,13 +3,14 @@
 All variants take their steps in turn within one run, and the medians of their times are compared.
 """
 
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -97,7 +98,9 @@ def peak_memory(variant: str, s: Setting) -> int:
 
 
 def resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not getrusage, whose maximum a process takes over from the one that started it
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
