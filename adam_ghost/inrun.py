@@ -25,7 +25,7 @@ from adam_ghost.step import Step, gather_step
 from adam_ghost.totals import Readback, SampleScores, Totals
 from adam_ghost.validation import Validation
 
-SCHEDULES = ("midpoint", "lookahead")
+SCHEDULES = ("midpoint", "gauss", "lookahead")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
 _HISTORY = 10
 
@@ -95,9 +95,10 @@ class InRun:
         model: called with the batch along dimension 0.
         optimizer: the one ``torch.optim.Adam`` or ``AdamW`` that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time.
-        schedule: ``midpoint`` (most faithful: the validation gradient at the midpoint of each step, layer calls kept until
-            then) or ``lookahead`` (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept;
-            the first ten steps, which have no such history, go the midpoint's way).
+        schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
+            then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
+            (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which
+            have no such history, go the midpoint's way).
         rule: how Adam's nonlinearity is linearized, as in ``attribute``.
         every: attribute every that many optimizer steps; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
@@ -132,6 +133,7 @@ class InRun:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.model, self.optimizer = model, optimizer
         self.schedule, self.rule, self.every, self.refresh = schedule, rule, every, refresh
+        self._place = "gauss" if schedule == "gauss" else "midpoint"  # of the validation gradient, after a backward pass
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.half = multiplies_bfloat16() if half is None else half
         self.validation = Validation(val_loss, model)
@@ -344,7 +346,7 @@ class InRun:
             scores = scores * scale.mean()
         else:
             grads = dict(zip(map(id, step.params), step.grads, strict=True))
-            direction = self._form(step.state, step.params, [grads.get(id(p)) for p in self._params], "midpoint")
+            direction = self._form(step.state, step.params, [grads.get(id(p)) for p in self._params], self._place)
             scores = step.scores(direction.P, half=self.half)
         self._squeeze = direction.val_loss.ndim == 0
         total = direction.total if self._direction is None else direction.reach(step.params, step.grads)

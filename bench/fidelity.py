@@ -24,6 +24,7 @@ METHODS = {
     "secant at w(empty)": ("secant", "lookahead"),
     "lookahead (predicted)": None,
     "secant at w_mid": ("secant", "midpoint"),
+    "secant at two points": ("secant", "gauss"),
 }
 SETTINGS = [(batch, beta2, lr) for batch in (16, 64) for beta2, lr in ((0.999, 1e-3), (0.95, 3e-4))]
 STEPS = (2, 10, 50, 200, 500)
