@@ -1,8 +1,9 @@
-"""``python -m bench fidelity|throughput``: measures, prints a table, and writes JSON with what it was measured on."""
+"""``python -m bench``: measures, prints a table, and writes JSON with what it was measured on."""
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from bench import fidelity as fidelity_bench
 from bench import machine
+from bench import ops as ops_bench
+from bench import predictions as predictions_bench
 from bench import throughput as throughput_bench
 
 app = typer.Typer(help="Benchmarks of adam_ghost.", no_args_is_help=True, add_completion=False)
@@ -52,6 +55,22 @@ def fidelity(json: Json = None, quick: Annotated[bool, typer.Option(help="One se
 
 
 @app.command()
+def predictions(json: Json = None) -> None:
+    """Variants of what lookahead predicts, against the scores of the true midpoint (medians over settings and steps)."""
+    with Progress(console=console) as progress:
+        task = progress.add_task("steps", total=len(fidelity_bench.SETTINGS) * (len(fidelity_bench.STEPS) - 1))
+        rows = predictions_bench.measure(lambda row: progress.advance(task))
+    table = Table(caption="over settings and steps from the tenth on")
+    for name in ("validation gradient at, secant at", "R, median", "R, worst", "relative L2, median", "relative L2, worst"):
+        table.add_column(name, justify="right")
+    for name in predictions_bench.VARIANTS:
+        r, error = ([row[name][k] for row in rows] for k in ("r", "relative_l2"))
+        table.add_row(name, *(f"{x:.4f}" for x in (median(r), min(r))), *(f"{x:.3f}" for x in (median(error), max(error))))
+    console.print(table)
+    _write(json, {"rows": rows})
+
+
+@app.command()
 def throughput(
     json: Json = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every variant takes one step.")] = 15,
@@ -81,6 +100,21 @@ def throughput(
         )
     console.print(table)
     _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks})
+
+
+@app.command()
+def ops(json: Json = None, device: str = "cpu") -> None:
+    """The variance correction against PyTorch's own ops and against the copy bandwidth, for 100 million parameters."""
+    results = ops_bench.measure(device)
+    table = Table(caption=f"{results['elements'] / 1e6:.1f} million parameters, float32")
+    for name in results["rules"][0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in results["rules"]:
+        table.add_row(row["rule"], *(f"{x:.2f}" for x in list(row.values())[1:]))
+    console.print(table)
+    small = f"{ops_bench.SMALL} tensors of {ops_bench.SIZE} elements"
+    console.print(f"per call for {small}, beyond one tensor of as many elements: {results['overhead_us']:.1f} microseconds")
+    _write(json, results)
 
 
 if __name__ == "__main__":

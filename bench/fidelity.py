@@ -36,8 +36,8 @@ def characters() -> Tensor:
     return torch.tensor(list("".join(topics[name] for name in sorted(topics)).encode()))
 
 
-def audited_steps(batch: int, beta2: float, lr: float, steps: tuple[int, ...], permutations: int) -> Iterator[dict[str, Any]]:
-    """One row per audited step: R and relative L2 of every method, and the yardstick's own relative standard error."""
+def trained(batch: int, beta2: float, lr: float, steps: tuple[int, ...]) -> Iterator[tuple[int, LayerCache, torch.optim.Optimizer]]:
+    """A training run that stops before each of ``steps``, recorded and ready to be scored."""
     torch.manual_seed(0)
     data = characters()
     model = GPT(256, CONTEXT, layers=2, width=64, heads=4).double()  # 120,576 parameters
@@ -57,18 +57,25 @@ def audited_steps(batch: int, beta2: float, lr: float, steps: tuple[int, ...], p
         if step in steps:
             with cache:
                 loss(x).backward()
-            game = exact_shapley(cache, optimizer, permutations=permutations, seed=step)
-            row = {"batch": batch, "beta2": beta2, "lr": lr, "step": step}
-            row["yardstick_error"] = float(game.standard_error.norm() / game.values.norm())
-            for name, how in METHODS.items():
-                scores = attribute(cache, optimizer, rule=how[0], at=how[1]) if how else predicted(cache, optimizer)
-                r, error = game.compare(scores)
-                row[name] = {"r": r, "relative_l2": error}
-            yield row
+            yield step, cache, optimizer
+            cache.clear()
         else:
             loss(x).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def audited_steps(batch: int, beta2: float, lr: float, steps: tuple[int, ...], permutations: int) -> Iterator[dict[str, Any]]:
+    """One row per audited step: R and relative L2 of every method, and the yardstick's own relative standard error."""
+    for step, cache, optimizer in trained(batch, beta2, lr, steps):
+        game = exact_shapley(cache, optimizer, permutations=permutations, seed=step)
+        row = {"batch": batch, "beta2": beta2, "lr": lr, "step": step}
+        row["yardstick_error"] = float(game.standard_error.norm() / game.values.norm())
+        for name, how in METHODS.items():
+            scores = attribute(cache, optimizer, rule=how[0], at=how[1]) if how else predicted(cache, optimizer)
+            r, error = game.compare(scores)
+            row[name] = {"r": r, "relative_l2": error}
+        yield row
 
 
 def predicted(cache: LayerCache, optimizer: torch.optim.Optimizer) -> Tensor:
