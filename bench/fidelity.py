@@ -95,11 +95,11 @@ def measure(quick: bool = False, report: Callable[[dict[str, Any]], None] = lamb
     return rows
 
 
-def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
-    """Where secant at the midpoint misses R >= 0.999 or relative L2 <= 0.02, from step 10 on."""
+def shortfalls(rows: list[dict[str, Any]], method: str) -> list[str]:
+    """Where ``method`` misses R >= 0.999 or relative L2 <= 0.02, from step 10 on."""
     found = []
     for row in rows:
-        ours = row["secant at w_mid"]
-        if row["step"] >= 10 and (ours["r"] < 0.999 or ours["relative_l2"] > 0.02):
-            found.append(f"batch {row['batch']}, beta2 {row['beta2']}, step {row['step']}: {ours}")
+        r, error = row[method]["r"], row[method]["relative_l2"]
+        if row["step"] >= 10 and (r < 0.999 or error > 0.02):
+            found.append(f"batch {row['batch']}, beta2 {row['beta2']}, step {row['step']}: {r:.4f} / {error:.3f}")
     return found
