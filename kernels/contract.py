@@ -22,15 +22,13 @@ from adam_ghost.kernels.tune import fastest
 def _contract(
     a, a_t, a_d, b, b_t, b_d, p, part, N, d_in, d_out, K,
     BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, DESC: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_o = tl.cdiv(d_out, BO)
     columns = tiles_o * K
     tiles_t = tl.cdiv(N, BT)
     o_t = tl.arange(0, BT)
-    for tile in tl.range(
-        tl.program_id(0), tiles_t * columns, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE
-    ):
+    for tile in tl.range(tl.program_id(0), tiles_t * columns, tl.num_programs(0), flatten=FLAT):
         # GROUP blocks of tokens share each tile of P while it is in cache
         group = tile // (GROUP * columns)
         height = tl.minimum(tiles_t - group * GROUP, GROUP)
@@ -54,9 +52,7 @@ class Config(NamedTuple):
     warps: int
     stages: int
     descriptors: bool
-    persistent: bool = False
-    flatten: bool = False
-    specialize: bool = False
+    flat: bool = False  # persistent programs, tiles and steps in one pipelined loop
 
 
 def configs(arch: int, dtype: torch.dtype, descriptors: bool) -> list[Config]:
@@ -65,7 +61,12 @@ def configs(arch: int, dtype: torch.dtype, descriptors: bool) -> list[Config]:
         return [Config(64, 64, 32, 4, 3, False)]
     if not descriptors or arch < 90:
         return [Config(128, 128, 32, 8, 3, False), Config(128, 64, 32, 4, 3, False)]
-    return [Config(128, 256, 64, 8, 3, True)]
+    if arch < 100:
+        # the flat loop loads the next tile during this one's end; two small tiles per multiprocessor cover each other's ends
+        return [
+            Config(128, 256, 64, 8, 3, True, flat=True), Config(128, 256, 64, 8, 4, True), Config(128, 128, 64, 4, 3, True),
+        ]  # fmt: skip
+    return [Config(128, 256, 64, 8, 3, True, flat=True), Config(128, 128, 64, 8, 4, True, flat=True)]
 
 
 def contract(
@@ -97,8 +98,8 @@ def _launch(a: Tensor, b: Tensor, P: Tensor, c: Config) -> Tensor:
     sources = (a, b, P)
     if c.descriptors:
         sources = (descriptor(a[None], 1, c.BT, c.BI), descriptor(b[None], 1, c.BT, c.BO), descriptor(P, 1, c.BO, c.BI))
-    _contract[(min(tiles, multiprocessors(a)) if c.persistent else tiles,)](
+    _contract[(min(tiles, multiprocessors(a)) if c.flat else tiles,)](
         sources[0], *a.stride(), sources[1], *b.stride(), sources[2], part, N, d_in, d_out, K, c.BT, c.BO, c.BI, 8, c.stages,
-        c.descriptors, c.flatten, c.specialize, precision(a.dtype), num_warps=c.warps, num_stages=c.stages,
+        c.descriptors, c.flat, precision(a.dtype), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return part

@@ -81,9 +81,9 @@ class Config(NamedTuple):
 def configs(arch: int, dtype: torch.dtype, descriptors: bool) -> list[Config]:
     """The short list for a chip; each compiles without spills. The first is the default where nothing can be timed."""
     if dtype == torch.float32:
-        return [Config(64, 64, 32, 4, 3, False)]
+        return [Config(64, 32, 32, 4, 3, False)]
     if not descriptors or arch < 90:
-        return [Config(128, 128, 32, 8, 3, False), Config(64, 64, 64, 4, 3, False)]
+        return [Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False)]
     return [Config(128, 128, 64, 8, 3, True), Config(128, 128, 64, 8, 4, True)]
 
 

@@ -175,5 +175,5 @@ def _launch(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None, grad: Tenso
         grad is not None, c.descriptors, c.held and K == 1, a.dtype != torch.float32, precision(a.dtype),
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    _join[(tiles, c.BO // 32)](part, G, units, d_in, d_out, programs, c.BO, c.BI, 32, grad is not None, num_warps=4)
+    _join[(tiles, c.BO // 16)](part, G, units, d_in, d_out, programs, c.BO, c.BI, 16, grad is not None, num_warps=4)
     return G, scores.sum(0).unflatten(0, (n, pieces)).sum(1)
