@@ -3,7 +3,8 @@
 from pathlib import Path
 
 _root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
+_checkout = (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir()
+if _checkout:
     # in a checkout `adam_ghost.kernels` is the repository's top-level kernels/; a wheel holds it inside the package
     __path__.append(str(_root))
 

@@ -65,8 +65,10 @@ class Call:
         own: dict[str, nn.Parameter],
         rng: RngState | None = None,
         inplace: bool = False,
+        buffers: dict[str, Tensor] | None = None,
     ):
         self.name, self.fn, self.own, self.rng, self.inplace = name, fn, own, rng, inplace
+        self.buffers = buffers or {}  # of a module that may write them, as the call found them
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._leaves = [x if isinstance(x, nn.Parameter) or not isinstance(x, Tensor) else x.detach() for x in self._leaves]
         self._versions = [x._version if isinstance(x, Tensor) else None for x in self._leaves]
@@ -128,7 +130,7 @@ class Call:
                     torch.cuda.set_rng_state(device_state, device)
             if isinstance(self.fn, nn.Module):
                 held = {f"module.{k}": _wide(values.get(id(p), p.detach())) for k, p in self.fn.named_parameters()}
-                held |= {f"module.{k}": _wide(x.clone()) for k, x in self.fn.named_buffers()}
+                held |= {f"module.{k}": _wide(self.buffers.get(k, x).clone()) for k, x in self.fn.named_buffers()}
                 out = torch.func.functional_call(_Bare(self.fn), held, args, kwargs)
             elif self.inplace:
                 out = args[0].clone()

@@ -55,8 +55,6 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers
 
 
-# functions whose replay must draw the random numbers that the call drew
-_RANDOM = ("dropout", "rand", "bernoulli", "attention", "rrelu")
 _TENSOR_PROPERTIES = {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__, torch.Tensor.H.__get__}
 
 
@@ -117,6 +115,7 @@ class Recorder(TorchFunctionMode):
         self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
         self.inside_model = self.inside_layer = 0
         self.rng: RngState | None = None
+        self.buffers: dict[str, Tensor] = {}
         self.scored = False  # whether the layer now running takes care of its own scores
 
     def begin(self, recording: Recording) -> None:
@@ -181,9 +180,10 @@ class Recorder(TorchFunctionMode):
         new = self._untagged(pytree.tree_leaves((args, kwargs)))
         # inside the model the batch is followed from its arguments; a tensor with a graph but no tag took a way unseen
         self._tag_by_size([x for x in new if x.requires_grad] if self.inside_model else new)
-        self.rng = None
+        self.rng, self.buffers = None, {}
         if module.training and layer_kind(module) is None:
             self.rng = rng_state(next(module.parameters()).device)
+            self.buffers = {k: x.clone() for k, x in module.named_buffers()}  # the call may write them
 
     def _close_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_layer -= self.active
@@ -202,10 +202,12 @@ class Recorder(TorchFunctionMode):
             self.batch.tag(output, tag)
             return
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
-        call = Call(name, module, *self._recorded(args, kwargs), own, rng=self.rng)
+        call = Call(name, module, *self._recorded(args, kwargs), own, rng=self.rng, buffers=self.buffers)
 
         def place(out: Tensor) -> Tag | None:
             axis, rows = tag
+            if isinstance(module, nn.RNNBase) and out is not outs[0]:
+                return 1, rows  # the last states: [layers, n, d]
             axes = [x for x in (axis, 0, 1) if x < out.ndim and out.shape[x] == self.batch.n * rows]
             return (axes[0], rows) if axes else None
 
@@ -231,7 +233,7 @@ class Recorder(TorchFunctionMode):
         if meets_parameters:
             inplace = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
-            rng = rng_state(tensors[0].device) if any(word in name for word in _RANDOM) else None
+            rng = rng_state(tensors[0].device)
             recorded_args, recorded_kwargs = self._recorded(args, kwargs)
             if first is not None:
                 recorded_args = (first, *recorded_args[1:])

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from adam_ghost import reference
+from adam_ghost import cpu, reference
 from adam_ghost.batching import Tag
 from adam_ghost.calls import Call
 from adam_ghost.capture import Recording
@@ -22,7 +22,7 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
     """
     kind = layer_kind(call.fn)
     if kind in ("linear", "conv1d"):
-        per_output = {0: _linear(call, P, n, transposed=kind == "conv1d")}
+        per_output = {0: _linear(call, P, n, kind == "conv1d", per_token)}
     elif kind == "embedding":
         per_output = {0: _embedding(call, P, n)}
     else:
@@ -31,14 +31,15 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
             if per_token:
                 raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
             return _by_sample(call, P, n)
-    total = sum(per_output.values())
     if not per_token:
-        return total.sum(1)
+        return sum(x.sum(1) for x in per_output.values())
     rows = {tag[1] for tag in call.outputs.values()}
     shapes = {grad.ndim for grad in call.grad_output.values()}
     if (isinstance(call.fn, nn.Module) and "conv" in type(call.fn).__module__) or (rows == {1} and min(shapes) < 3):
         raise ValueError(f"per_token=True needs tokens at dimension 1 of every layer's output; '{call.name}' has none")
-    return total
+    if len({x.shape for x in per_output.values()}) > 1:
+        raise ValueError(f"per_token=True: the outputs of '{call.name}' have different numbers of tokens")
+    return sum(per_output.values())
 
 
 def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False) -> Tensor:
@@ -79,14 +80,19 @@ def _by_token(x: Tensor, tag: Tag, n: int) -> Tensor:
     return x.flatten(2).sum(-1) if x.ndim > 2 else x
 
 
-def _linear(call: Call, P: Directions, n: int, transposed: bool) -> Tensor:
+def _linear(call: Call, P: Directions, n: int, transposed: bool, per_token: bool) -> Tensor:
     """``[n, T, K]``: one product of forward size."""
     weight, bias = (P.get(id(p)) if p is not None else None for p in (call.fn.weight, call.fn.bias))
     dtype = next(p for p in (weight, bias) if p is not None).dtype
     b = call.grad_output[0].to(dtype)
     scores = 0  # [..., K]
     if weight is not None:
-        scores = reference.contract(call.input.to(dtype), b, weight.mT if transposed else weight)
+        a, weight = call.input.to(dtype), weight.mT if transposed else weight
+        if not per_token and a.device.type == "cpu":
+            flat = [samples_first(x, call.outputs[0], n).flatten(1, -2) for x in (a, b)]
+            scores = cpu.contract(*flat, weight)
+            return (scores if bias is None else scores + flat[1].sum(1) @ bias.mT).unsqueeze(1)
+        scores = reference.contract(a, b, weight)
     if bias is not None:
         scores = scores + b @ bias.mT
     return torch.stack([_by_token(s.unsqueeze(-1), call.outputs[0], n) for s in scores.unbind(-1)], -1)
@@ -99,7 +105,8 @@ def _embedding(call: Call, P: Directions, n: int) -> Tensor:
     b = call.grad_output[0].to(weight.dtype)
     kept = 1.0 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1)
     if module.scale_grad_by_freq:
-        kept = kept / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
+        counts = torch.bincount(indices.flatten(), minlength=module.num_embeddings)
+        kept = kept / counts[indices].unsqueeze(-1).to(weight.dtype)
     return torch.stack([_by_token(w[indices] * b * kept, call.outputs[0], n) for w in weight], -1)
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adam_ghost import reference
+from adam_ghost import ops
 from adam_ghost.state import AdamState
 from adam_ghost.step import Step
-from adam_ghost.validation import Validation, weights_at
+from adam_ghost.validation import Validation
 
 PLACES = ("midpoint", "lookahead", "current")
 
@@ -29,9 +29,10 @@ class Direction:
     P: dict[int, Tensor]
     val_loss: Tensor  # [] or [K]
     history: Tensor  # [K]: what momentum and weight decay alone took off the validation loss, to first order
+    total: Tensor  # [K]: < P , g > with the gradients that P was formed for
 
-    def total(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-        """``< P , g >`` for the given gradients, ``[K]``: what the scores of all samples add up to."""
+    def reach(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+        """``< P , g >`` for other gradients, ``[K]``: what the scores of all samples add up to."""
         P = [self.P[id(p)].flatten(1) for p in params]
         return torch.stack([x @ g.flatten().to(x.dtype) for x, g in zip(P, grads, strict=True)]).sum(0)
 
@@ -40,27 +41,44 @@ def validation_gradient(
     state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], validation: Validation, at: str
 ) -> ValidationGradient:
     """The validation gradient by ``params`` at the ``midpoint`` of the step with ``grads``, after history alone, or here."""
-    points = None
-    if at == "midpoint":
-        # a parameter without a gradient does not move
-        points = [p.detach() if g is None else state.mid_weights(p, g) for p, g in zip(params, grads, strict=True)]
-    elif at == "lookahead":
-        points = [state.empty_weights(p) for p in params]
-    with weights_at(params, points):
+    with validation.weights_kept(params):
+        _move(state, params, grads, at)
         loss, val_grads = validation.gradient(params)
     return ValidationGradient(loss, {id(p): g if loss.ndim else g.unsqueeze(0) for p, g in zip(params, val_grads, strict=True)})
 
 
+def _move(state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], at: str) -> None:
+    """Puts the weights where ``at`` says, in place; a parameter without a gradient does not move to a midpoint."""
+    *moments, steps = state.lists(params)
+    # through .data: the weights come back, so a graph that saved these parameters stays valid
+    data = [p.data for p in params]
+    if at == "lookahead":
+        ops.weight_points(data, [None] * len(data), *moments, steps, empty=data)
+    elif at == "midpoint":
+        going = [i for i, g in enumerate(grads) if g is not None]
+        data, grads, *moments, steps = ([x[i] for i in going] for x in (data, grads, *moments, steps))
+        ops.weight_points(data, grads, *moments, steps, mid=data)
+
+
 def form_direction(
-    state: AdamState, params: Sequence[Tensor], grads: Sequence[Tensor | None], val: ValidationGradient, rule: str
+    state: AdamState,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    val: ValidationGradient,
+    rule: str,
+    keep: bool = False,
 ) -> Direction:
-    """``P`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``."""
-    directions, history = {}, 0
-    for p, g in zip(params, grads, strict=True):
-        s, vg = state[p], val.grads[id(p)]
-        directions[id(p)] = reference.direction(rule, s.scalars, vg, p.detach(), g, *s.moments)
-        history = history + reference.history(s.scalars, vg, p.detach(), *s.moments)
-    return Direction(directions, val.loss, history)
+    """``P`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``; takes the place of ``val``'s gradients,
+    unless these are to ``keep``."""
+    val_grads = [val.grads[id(p)] for p in params]
+    wide = [torch.promote_types(x.dtype, torch.float32) for x in val_grads]
+    out = [torch.empty_like(x, dtype=t) if keep or t != x.dtype else x for x, t in zip(val_grads, wide, strict=True)]
+    *moments, steps = state.lists(params)
+    data = [p.data for p in params]
+    P, sums = ops.variance_correction(data, list(grads), *moments, val_grads, steps, rule=rule, out=out)
+    sums = sums.total()
+    history, total = sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype)
+    return Direction({id(p): x for p, x in zip(params, P, strict=True)}, val.loss, history, total)
 
 
 def find_direction(step: Step, validation: Validation, rule: str, at: str) -> Direction:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture import Recorder, Recording
+from adam_ghost.compiled import CompiledLayers, is_compiled
 from adam_ghost.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.fingerprint import Fingerprint
 from adam_ghost.layer_cache import Coverage, refuse_mixed_samples
@@ -23,6 +24,8 @@ from adam_ghost.totals import Readback, SampleScores, Totals
 from adam_ghost.validation import Validation
 
 SCHEDULES = ("midpoint", "lookahead")
+# optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
+_HISTORY = 10
 # of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
 _SELF_CHECK = 0.02
 
@@ -84,14 +87,17 @@ class InRun:
     Scores are those of the gradient that the optimizer uses: accumulated over micro-batches (call ``batch`` before each),
     unscaled and clipped. Training does not change: parameters, optimizer state and random numbers are those of the same
     loop without it, to the bit (``lookahead``: to rounding, where linear layers' gradients come from another product).
-    Forward passes that ``batch`` did not announce are left alone: evaluation, generation.
+    Forward passes that ``batch`` did not announce are left alone: evaluation, generation. Models under ``torch.compile``
+    take ``lookahead`` (without graph breaks); there, calls without a batch dimension and layers of kinds that PyTorch does
+    not know are named and left out.
 
     Args:
         model: called with the batch along dimension 0.
         optimizer: the one ``torch.optim.Adam`` or ``AdamW`` that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time.
         schedule: ``midpoint`` (most faithful: the validation gradient at the midpoint of each step, layer calls kept until
-            then) or ``lookahead`` (fastest: ``P`` predicted before the backward pass, nothing kept).
+            then) or ``lookahead`` (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept;
+            the first ten steps, which have no such history, go the midpoint's way).
         rule: how Adam's nonlinearity is linearized, as in ``attribute``.
         every: attribute every that many optimizer steps; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
@@ -117,7 +123,7 @@ class InRun:
         audit_permutations: int = 8,
         strict: bool = False,
     ):
-        _check_arguments(model, optimizer, val_loss, schedule, rule)
+        _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -144,13 +150,16 @@ class InRun:
         self._params = [p for p in model.parameters() if p.requires_grad]
 
         self._recorder = Recorder(model)
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
-        self._recorder.attach()
-        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._linears = ScoredLinears(model, self._recorder)
+        self._compiled = CompiledLayers(model) if is_compiled(model) else None
+        self._layers = self._compiled or ScoredLinears(model, self._recorder)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step)]
+        if self._compiled is None:
+            # ours see the forward pass first and last
+            self._handles.append(model.register_forward_pre_hook(self._before_forward))
+            self._recorder.attach()
+            self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
         if schedule == "lookahead":
-            self._linears.attach()
+            self._layers.attach()
 
     def __enter__(self) -> "InRun":
         return self
@@ -167,7 +176,7 @@ class InRun:
             self._recorder.end()
         self._recorder.detach()
         if self.schedule == "lookahead":
-            self._linears.detach()
+            self._layers.detach()
         for handle in self._handles:
             handle.remove()
         self._micro, self._armed, self._direction, self._val, self._fingerprint = [], None, None, None, None
@@ -197,17 +206,41 @@ class InRun:
         refuse_mixed_samples(self.model)
         self._settle()
         audit = self._audit_due()
-        if audit and offsets is not None:
-            raise ValueError("audit_every cannot be used with samples packed in rows")
+        if offsets is not None and (audit or self._compiled):
+            what = "audit_every" if audit else "a compiled model"
+            raise ValueError(f"{what} cannot be used with samples packed in rows")
         if self.schedule == "lookahead":
             if not self._micro:
-                self._direction = self._look_ahead()
-            recording: Recording = ContractingRecording(self._direction.P, offsets, keep=audit)
+                self._direction = self._look_ahead() if self._foreseeable() else None
+            if self._direction is None and self._compiled:
+                return
+        if self._direction is not None:
+            recording: Recording = ContractingRecording(self._direction.P, len(ids), offsets, keep=audit)
         else:
             recording = Recording(offsets)
         recording.on_arrival = self._gradient_arrived
-        self._armed = _MicroBatch(ids, offsets, recording)
+        micro = _MicroBatch(ids, offsets, recording)
+        if self._compiled:
+            self._end_compiled()
+            recording.batch_size = len(ids)
+            self._compiled.begin(recording)
+            self._micro.append(micro)
+        else:
+            self._armed = micro
         self._seconds += time.perf_counter() - started
+
+    def _foreseeable(self) -> bool:
+        """Whether Adam's history is long enough to predict ``P`` from; before, lookahead goes the midpoint's way."""
+        states = [s for s in AdamState.of(self.optimizer) if s.exp_avg is not None]
+        if not states:
+            return False
+        # a step count on the device is not read; ours is never the larger
+        done = [self.step if torch.is_tensor(s.scalars.t) else s.scalars.t - 1 for s in states]
+        return max(done) >= _HISTORY or self._compiled is not None
+
+    def _end_compiled(self) -> None:
+        if self._compiled and self._micro:
+            self._compiled.end(self._micro[-1].recording)
 
     def _audit_due(self) -> bool:
         return self.audit_every is not None and self._attributed % self.audit_every == self.audit_every - 1
@@ -223,7 +256,7 @@ class InRun:
             self._micro = []
             raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
         self.steps.append(self._record(sum(len(m.ids) for m in self._micro), skipped=True))
-        self._micro = []
+        self._micro, self._fingerprint = [], None
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         if self._armed is not None and torch.is_grad_enabled() and not self._recorder.open:
@@ -259,6 +292,7 @@ class InRun:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
         self._recorder.recording, self._armed = None, None
+        self._end_compiled()
         micro, self._micro = self._micro, []
         due, self.step = self.step % self.every == 0, self.step + 1
         if not due:
@@ -271,9 +305,11 @@ class InRun:
         self._drain()
 
     def _attribute(self, micro: list[_MicroBatch], started: float) -> None:
+        if not micro and self._compiled and not self._foreseeable():
+            return
         if not micro:
             raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
-        if not any(m.recording.covered() for m in micro):
+        if self._fingerprint is None:
             raise RuntimeError("optimizer.step() without a backward pass through the recorded forward pass")
         step = gather_step(self.model, AdamState.of(self.optimizer), [m.recording for m in micro], self.coverage)
         void, edited = self._follow_scaling(step)
@@ -287,9 +323,8 @@ class InRun:
         audited = self._audit_due()
         audit = play(step, self.validation, self.audit_permutations, self.step) if audited else None
         refreshed = self._attributed % self.refresh == 0
-        self._attributed += 1
-        if self.schedule == "lookahead":
-            direction = self._direction
+        direction = self._direction
+        if direction is not None:
             scores = torch.cat([m.recording.scores for m in micro])
             scale = torch.stack(list(step.scale.values()))
             edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
@@ -297,20 +332,17 @@ class InRun:
                 raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
             scores = scores * scale.mean()
         else:
-            if refreshed or self._val is None:
-                grads = dict(zip(map(id, step.params), step.grads, strict=True))
-                self._val = validation_gradient(
-                    step.state, self._params, [grads.get(id(p)) for p in self._params], self.validation, "midpoint"
-                )
-            direction = form_direction(step.state, step.params, step.grads, self._val, self.rule)
+            grads = dict(zip(map(id, step.params), step.grads, strict=True))
+            direction = self._form(step.state, step.params, [grads.get(id(p)) for p in self._params], "midpoint")
             scores = step.scores(direction.P)
         self._squeeze = direction.val_loss.ndim == 0
-        total = direction.total(step.params, step.grads)
+        total = direction.total if self._direction is None else direction.reach(step.params, step.grads)
         books = torch.stack([x.to(total).expand_as(total) for x in (direction.val_loss, total, direction.history, void)])
         record = self._record(len(ids), refreshed=refreshed, seconds=time.perf_counter() - started)
         if audit is not None:
             r, error = audit.compare(scores.squeeze(-1) if self._squeeze else scores)
             record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
+        self._attributed += 1
         self._pending.append(_Pending(ids, record, Readback(scores.detach()), Readback(books), Readback(edited)))
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -335,12 +367,21 @@ class InRun:
 
     def _look_ahead(self) -> Direction:
         """``P`` before the backward pass, from the gradient that history lets expect."""
+        self._end_compiled()
         self._recorder.recording = None  # a step that was skipped left it; the validation pass is not to be recorded
         state = AdamState.of(self.optimizer)
         expected = [state.expected_gradient(p) for p in self._params]
-        if self._attributed % self.refresh == 0 or self._val is None:
-            self._val = validation_gradient(state, self._params, expected, self.validation, "lookahead")
-        return form_direction(state, self._params, expected, self._val, self.rule)
+        return self._form(state, self._params, expected, "lookahead")
+
+    def _form(self, state: AdamState, params: list[Tensor], grads: list[Tensor | None], at: str) -> Direction:
+        """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
+        val = self._val
+        if val is None or self._attributed % self.refresh == 0:
+            val = validation_gradient(state, self._params, grads, self.validation, at)
+        keep = self.refresh > 1
+        self._val = val if keep else None
+        by_id = dict(zip(map(id, self._params), grads, strict=True))
+        return form_direction(state, params, [by_id[id(p)] for p in params], val, self.rule, keep)
 
     # the books
 
@@ -416,7 +457,7 @@ _EDITED = (
 )
 
 
-def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str) -> None:
+def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(optimizer, (list, tuple, dict)):
@@ -434,6 +475,11 @@ def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, r
         raise ValueError(
             f"the optimizer does not hold {', '.join(foreign[:6])}: one optimizer must train all trainable parameters;"
             " freeze the others with requires_grad_(False)"
+        )
+    if is_compiled(model) and (schedule != "lookahead" or audit_every):
+        raise ValueError(
+            "the model is compiled: its layer calls cannot be recorded, which schedule='midpoint' and audit_every need;"
+            " use schedule='lookahead' without audits, or compile nothing"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")

@@ -2,6 +2,7 @@
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 _LINEAR_IN_PARAMETERS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Bilinear, nn.EmbeddingBag)
 
@@ -13,7 +14,7 @@ def layer_kind(fn: object) -> str | None:
     of ``W``; ``affine``: linear in its parameters, so that running it with ``P`` in their place is exact; None: anything
     else, by its Jacobian. A subclass with a forward of its own is another layer.
     """
-    if not isinstance(fn, nn.Module):
+    if not isinstance(fn, nn.Module) or is_parametrized(fn):
         return None
     forward = type(fn).forward
     if forward is nn.Linear.forward:

@@ -47,6 +47,11 @@ def _wide(x: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like, dtype=dtype) if x is None else x.to(dtype)
 
 
+def _sum_after(lead: int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` summed over all but the first ``lead`` dimensions; there may be no others."""
+    return x.unsqueeze(-1).flatten(lead).sum(-1, dtype=dtype)
+
+
 class _Path(NamedTuple):
     """The straight path of the effective gradient, ``start -> end = start + g``, and the state that Adam meets it with."""
 
@@ -148,8 +153,10 @@ def direction(rule: str, s: StepScalars, val_grad: Tensor, w, g, m, v, v_max=Non
 
 def history(s: StepScalars, val_grad: Tensor, w, m, v, v_max=None) -> Tensor:
     """``< val_grad , w - w(empty) >``, ``[]`` or ``[K]``: what momentum and decay alone take off the loss, to first order."""
-    moved = _wide(w, w) - empty_weights(s, w, m, v, v_max)
-    return (val_grad.to(moved.dtype) * moved).flatten(val_grad.ndim - w.ndim).sum(-1)
+    moved = s.lr * adam_update(s, w, None, m, v, v_max)  # not from w(empty): a small step would drown in w's rounding
+    if s.decoupled:
+        moved = moved + s.lr * s.weight_decay * _wide(w, w)
+    return _sum_after(val_grad.ndim - w.ndim, val_grad.to(moved.dtype) * moved)
 
 
 def contract(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
@@ -178,3 +185,39 @@ def ghost_gram(a: Tensor, b: Tensor, a2: Tensor, b2: Tensor, row: Tensor | None 
     a = a if col is None else a * col
     b = b if row is None else b * row
     return (torch.einsum("nti,mui->nmtu", a, a2) * torch.einsum("nto,muo->nmtu", b, b2)).sum((2, 3))
+
+
+def variance_correction(
+    rule: str, steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grads, out
+) -> Tensor:
+    """``direction`` of every parameter, written to ``out``, and a table of sums, float64 ``[parameters, 3 K + 2]``.
+
+    A row holds ``< P , dot_grad >`` of each target, their ``history``, ``|P|^2``, then ``|grad|^2`` and how many elements
+    of ``grad`` are not finite. ``P`` counts as it was written. ``out`` may hold the very tensors of ``val_grads``.
+    """
+    rows = []
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grads, out)
+    for s, w, g, m, v, v_max, val, dot, P in zip(steps, *lists, strict=True):
+        lead = val.ndim - w.ndim
+        moved = history(s, val, w, m, v, v_max)
+        P.copy_(direction(rule, s, val, w, g, m, v, v_max))
+
+        P, g, dot = _wide(P, P), _wide(g, w), _wide(dot, w)
+        reached, squares = (_sum_after(lead, P * x, torch.float64).reshape(-1) for x in (dot, P))
+        of_g = torch.stack([(g * g).sum(dtype=torch.float64), (~g.isfinite()).sum().double()])
+        rows.append(torch.cat([reached, moved.double().reshape(-1), squares, of_g]))
+    return torch.stack(rows)
+
+
+def weight_points(steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, empty, mid) -> None:
+    """``empty_weights`` and ``mid_weights`` of every parameter, written to ``empty`` and ``mid`` (``[]``: not written).
+
+    Either may hold the very tensors of ``params``.
+    """
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    for i, (s, w, g, m, v, v_max) in enumerate(zip(steps, *lists, strict=True)):
+        at_empty = empty_weights(s, w, m, v, v_max) if empty else None
+        at_mid = mid_weights(s, w, g, m, v, v_max) if mid else None
+        for target, value in ((empty, at_empty), (mid, at_mid)):
+            if target:
+                target[i].copy_(value)

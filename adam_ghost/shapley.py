@@ -9,7 +9,7 @@ from torch import Tensor
 from adam_ghost.layer_cache import LayerCache
 from adam_ghost.state import AdamState
 from adam_ghost.step import Step, open_step
-from adam_ghost.validation import Validation, weights_at
+from adam_ghost.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def exact_shapley(
 
 def play(step: Step, validation: Validation, permutations: int, seed: int) -> ShapleyValues:
     """The sampled values of ``step``'s game, with the random numbers that the next validation gradient will draw."""
-    with weights_at(step.params, step.params):  # whatever happens in the game, the weights come back
+    with validation.weights_kept(step.params):
         return _sample(_Game(step, validation), permutations, torch.Generator().manual_seed(seed))
 
 

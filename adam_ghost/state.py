@@ -1,7 +1,7 @@
 """Reads a torch.optim.Adam or AdamW as what it is to one step: per parameter, moments and scalars; copies nothing."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,11 @@ class AdamState:
     def __getitem__(self, p: Tensor) -> ParamState:
         return self._params[id(p)]
 
+    def lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list]:
+        """``exp_avgs``, ``exp_avg_sqs``, ``max_exp_avg_sqs`` and scalars of ``params``, as the ops take them."""
+        states = [self[p] for p in params]
+        return tuple(list(column) for column in zip(*((*s.moments, s.scalars) for s in states), strict=True))
+
     def update(self, p: Tensor, g: Tensor | None) -> Tensor:
         """What a step with gradient ``g`` subtracts from ``p``, over lr, decoupled decay aside; ``g=None`` means zeros."""
         s = self[p]
@@ -85,13 +90,17 @@ class AdamState:
         return self.empty_weights(p) - s.scalars.lr * (self.update(p, g) - self.update(p, None))
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
-        """The gradient that history lets expect, before the backward pass: of the second moment's size, with the first
-        moment's sign. The secant depends on the size, which the first moment alone puts too low. None without history."""
+        """The gradient that history lets expect, before the backward pass; None where there is no history.
+
+        It has the first moment's sign and the second moment's size (the first moment alone is too small, and the secant
+        depends on the size), but at least a tenth of the parameter's typical size: rows of an embedding whose token has
+        hardly been seen would otherwise expect nothing, and take any gradient for an enormous step.
+        """
         s = self[p]
         if s.exp_avg is None or s.exp_avg_sq is None:
             return None
-        before = 1 - s.scalars.beta2 ** (s.scalars.t - 1)
-        return torch.copysign((s.exp_avg_sq / before).sqrt(), s.exp_avg)
+        size = (s.exp_avg_sq / (1 - s.scalars.beta2 ** (s.scalars.t - 1))).sqrt()
+        return torch.copysign(torch.maximum(size, 0.1 * size.square().mean().sqrt()), s.exp_avg)
 
 
 def _number(x: float | Tensor) -> float | Tensor:

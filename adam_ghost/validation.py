@@ -7,22 +7,6 @@ import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def weights_at(params: Sequence[Tensor], values: Sequence[Tensor] | None) -> Iterator[None]:
-    """Inside the block ``params`` hold ``values``; afterwards what they held before, to the bit. ``None`` changes nothing."""
-    if values is None:
-        yield
-        return
-    # through .data: the values come back, so a graph that saved these parameters stays valid
-    held = [p.data for p in params]
-    kept = [x.clone() for x in held]
-    try:
-        torch._foreach_copy_(held, [v.to(x.dtype) for v, x in zip(values, held, strict=True)])
-        yield
-    finally:
-        torch._foreach_copy_(held, kept)
-
-
 class Validation:
     """Evaluates ``val_loss`` and its gradient without a trace on modes, gradients or the training's random numbers.
 
@@ -33,7 +17,21 @@ class Validation:
     def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module):
         self.val_loss, self.model = val_loss, model
         self._stream: list[Tensor] | None = None
+        self._copies: list[Tensor] = []
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
+
+    @contextmanager
+    def weights_kept(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """The weights may be changed inside the block, in place; afterwards they are as before, to the bit."""
+        held = [p.data for p in params]
+        # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
+        if [(x.shape, x.dtype, x.device) for x in self._copies] != [(x.shape, x.dtype, x.device) for x in held]:
+            self._copies = [torch.empty_like(x) for x in held]
+        torch._foreach_copy_(self._copies, held)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(held, self._copies)
 
     @contextmanager
     def _undisturbed(self, advance: bool = True) -> Iterator[None]:

@@ -1,0 +1,155 @@
+// The CPU kernels: one pass over memory, all parameters' elements shared out to the threads at once.
+// Sums are formed per chunk of fixed size and added in order: the result does not depend on the number of threads.
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "job.h"
+
+namespace adam_ghost {
+
+namespace baseline {
+#include "cpu_tiles.h"
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define AG_X86 1
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+namespace avx2 {
+#include "cpu_tiles.h"
+}
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+namespace avx512 {
+#include "cpu_tiles.h"
+}
+#pragma clang attribute pop
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "cpu_tiles.h"
+}
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+namespace avx512 {
+#include "cpu_tiles.h"
+}
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace {
+
+struct Kernels {
+  decltype(&baseline::correct_range) correct;
+  decltype(&baseline::move_range) move;
+  const char* name;
+};
+
+Kernels choose() {
+#ifdef AG_X86
+  __builtin_cpu_init();
+  const char* cap = std::getenv("ADAM_GHOST_CPU_CAPABILITY");
+  const bool any = cap == nullptr;
+  const auto asked = [&](const char* name) { return any || std::strcmp(cap, name) == 0; };
+  if (asked("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return {avx512::correct_range, avx512::move_range, "avx512"};
+  if ((asked("avx512") || asked("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {avx2::correct_range, avx2::move_range, "avx2"};
+#endif
+  return {baseline::correct_range, baseline::move_range, "baseline"};
+}
+
+const Kernels& kernels() {
+  static const Kernels chosen = choose();
+  return chosen;
+}
+
+constexpr int64_t CHUNK = 16384;      // elements: all its arrays fit the second-level cache
+constexpr int64_t CHUNK_COST = 64;    // what starting a chunk costs, in elements
+constexpr int64_t SERIAL_COST = 32768;  // less work than this is done before other threads have woken
+
+struct Chunk {
+  int64_t param, begin, cost_before;
+};
+
+std::vector<Chunk> split(const std::vector<Param>& params, int64_t& cost) {
+  std::vector<Chunk> chunks;
+  chunks.reserve(params.size());
+  cost = 0;
+  for (size_t i = 0; i < params.size(); ++i)
+    for (int64_t begin = 0; begin < params[i].numel; begin += CHUNK) {
+      chunks.push_back({int64_t(i), begin, cost});
+      cost += std::min(CHUNK, params[i].numel - begin) + CHUNK_COST;
+    }
+  return chunks;
+}
+
+// Calls work(first chunk, last chunk) so that every thread gets about the same number of elements.
+template <class Work>
+void share_out(const std::vector<Chunk>& chunks, int64_t cost, const Work& work) {
+  uint32_t threads = 1;
+  if (cost > SERIAL_COST) torch_get_num_threads(&threads);
+  if (threads <= 1) return work(0, chunks.size());
+  const auto first_at = [&](int64_t before) {
+    return size_t(std::lower_bound(chunks.begin(), chunks.end(), before,
+                                   [](const Chunk& c, int64_t x) { return c.cost_before < x; }) - chunks.begin());
+  };
+  const auto run = [&](int64_t begin, int64_t end) {
+    const auto part = [&](int64_t i) { return i == threads ? chunks.size() : first_at(cost / threads * i); };
+    work(part(begin), part(end));
+  };
+  using Run = decltype(run);
+  torch_parallel_for(0, threads, 1, [](int64_t begin, int64_t end, void* f) { (*static_cast<const Run*>(f))(begin, end); },
+                     const_cast<void*>(static_cast<const void*>(&run)));
+}
+
+std::vector<Step> derive_rows(const std::vector<Param>& params, const StepRow* rows) {
+  int64_t count = 0;
+  for (const Param& p : params) count = std::max(count, p.row + 1);
+  std::vector<Step> steps(count);
+  for (int64_t i = 0; i < count; ++i) steps[i] = derive(rows[i]);
+  return steps;
+}
+
+}  // namespace
+
+const char* cpu_capability() { return kernels().name; }
+
+void variance_correction_cpu(const std::vector<Param>& params, const StepRow* rows, int rule, int64_t K, double* sums) {
+  const int64_t width = sum_count(K);
+  const std::vector<Step> steps = derive_rows(params, rows);
+  int64_t cost;
+  const std::vector<Chunk> chunks = split(params, cost);
+  std::vector<double> partial(chunks.size() * width, 0.0);
+  share_out(chunks, cost, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      const Param& p = params[chunks[i].param];
+      const int64_t begin = chunks[i].begin, end = std::min(begin + CHUNK, p.numel);
+      kernels().correct(p, steps[p.row], rule, K, begin, end, &partial[i * width]);
+    }
+  });
+  std::fill_n(sums, params.size() * width, 0.0);
+  for (size_t i = 0; i < chunks.size(); ++i)
+    for (int64_t j = 0; j < width; ++j) sums[chunks[i].param * width + j] += partial[i * width + j];
+}
+
+void weight_points_cpu(const std::vector<Param>& params, const StepRow* rows) {
+  const std::vector<Step> steps = derive_rows(params, rows);
+  int64_t cost;
+  const std::vector<Chunk> chunks = split(params, cost);
+  share_out(chunks, cost, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      const Param& p = params[chunks[i].param];
+      kernels().move(p, steps[p.row], chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel));
+    }
+  });
+}
+
+}  // namespace adam_ghost

@@ -1,0 +1,166 @@
+// Tile loops of the CPU kernels. cpu.cpp includes this once per instruction set, each time in another namespace and under another
+// target pragma; hence no include guard and no includes. A tile's intermediate values stay in the first-level cache.
+
+constexpr int TILE = 512;
+
+struct alignas(64) Scratch {
+  float w[TILE], g[TILE], m[TILE], v[TILE], v_max[TILE], val[TILE], dot[TILE], out[TILE], scale[TILE], moved[TILE];
+};
+
+inline uint16_t round_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  return uint16_t((x == x ? rounded : bits | 0x400000u) >> 16);
+}
+
+inline float from_bf16(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// `n` floats from `start` on: in place for float32, widened into `scratch` otherwise.
+inline const float* widen(const Array& x, int64_t start, int n, float* scratch) {
+  alignas(64) static const float zeros[TILE] = {};
+  if (!x.data) return zeros;
+  if (x.dtype == F32) return static_cast<const float*>(x.data) + start;
+  const uint16_t* source = static_cast<const uint16_t*>(x.data) + start;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) scratch[i] = from_bf16(source[i]);
+  return scratch;
+}
+
+inline void narrow(const float* source, const Array& x, int64_t start, int n) {
+  uint16_t* target = static_cast<uint16_t*>(x.data) + start;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) target[i] = round_bf16(source[i]);
+}
+
+struct State {
+  const float *w, *g, *m, *v, *v_max;
+};
+
+inline State load(const Param& p, bool weights, int64_t start, int n, Scratch& t) {
+  return {widen(weights ? p.w : Array{}, start, n, t.w), widen(p.g, start, n, t.g), widen(p.m, start, n, t.m),
+          widen(p.v, start, n, t.v), widen(p.v_max, start, n, t.v_max)};
+}
+
+template <int RULE, bool AMSGRAD>
+void linearize_tile(const Step& s, const State& x, int n, float* __restrict scale, float* __restrict moved) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const Linearized y = linearize<RULE, AMSGRAD>(s, {x.w[i], x.g[i], x.m[i], x.v[i], x.v_max[i]});
+    scale[i] = y.scale;
+    moved[i] = y.moved;
+  }
+}
+
+template <bool AMSGRAD>
+void points_tile(const Step& s, const State& x, int n, float* __restrict empty, float* __restrict mid) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const Points y = points<AMSGRAD>(s, {x.w[i], x.g[i], x.m[i], x.v[i], x.v_max[i]});
+    empty[i] = y.empty;
+    mid[i] = y.mid;
+  }
+}
+
+inline void linearize_any(int rule, const Step& s, const State& x, int n, Scratch& t) {
+  switch (rule * 2 + s.amsgrad) {
+    case SECANT * 2: return linearize_tile<SECANT, false>(s, x, n, t.scale, t.moved);
+    case SECANT * 2 + 1: return linearize_tile<SECANT, true>(s, x, n, t.scale, t.moved);
+    case TANGENT * 2: return linearize_tile<TANGENT, false>(s, x, n, t.scale, t.moved);
+    case TANGENT * 2 + 1: return linearize_tile<TANGENT, true>(s, x, n, t.scale, t.moved);
+    case FROZEN * 2: return linearize_tile<FROZEN, false>(s, x, n, t.scale, t.moved);
+    case FROZEN * 2 + 1: return linearize_tile<FROZEN, true>(s, x, n, t.scale, t.moved);
+    case SGD * 2: return linearize_tile<SGD, false>(s, x, n, t.scale, t.moved);
+    default: return linearize_tile<SGD, true>(s, x, n, t.scale, t.moved);
+  }
+}
+
+inline void gradient_sums(const float* g, int n, double* sums) {
+  double squares = 0;
+  int bad = 0;
+#pragma omp simd reduction(+ : squares, bad)
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, g + i, 4);
+    squares += double(g[i]) * double(g[i]);
+    bad += !finite_bits(bits);
+  }
+  sums[0] += squares;
+  sums[1] += bad;
+}
+
+// `out` may be `val` itself: an element is read before it is written.
+inline void direction_sums(const float* val, const float* dot, const Scratch& t, int n, float* out, int64_t K, double* sums) {
+  double reached = 0, history = 0, squares = 0;
+#pragma omp simd reduction(+ : reached, history, squares)
+  for (int i = 0; i < n; ++i) {
+    const float x = val[i], P = x * t.scale[i];
+    history += double(x) * double(t.moved[i]);
+    reached += double(P) * double(dot[i]);
+    squares += double(P) * double(P);
+    out[i] = P;
+  }
+  sums[0] += reached;
+  sums[K] += history;
+  sums[2 * K] += squares;
+}
+
+// The same for a bfloat16 result; the sums are those of the numbers written.
+inline void direction_sums_bf16(const float* val, const float* dot, const Scratch& t, int n, uint16_t* out, int64_t K, double* sums) {
+  double reached = 0, history = 0, squares = 0;
+#pragma omp simd reduction(+ : reached, history, squares)
+  for (int i = 0; i < n; ++i) {
+    const float x = val[i];
+    const uint16_t rounded = round_bf16(x * t.scale[i]);
+    const float P = from_bf16(rounded);
+    history += double(x) * double(t.moved[i]);
+    reached += double(P) * double(dot[i]);
+    squares += double(P) * double(P);
+    out[i] = rounded;
+  }
+  sums[0] += reached;
+  sums[K] += history;
+  sums[2 * K] += squares;
+}
+
+inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, int64_t begin, int64_t end, double* sums) {
+  Scratch t;
+  for (int64_t start = begin; start < end; start += TILE) {
+    const int n = int(end - start < TILE ? end - start : TILE);
+    const State x = load(p, reads_weights(s), start, n, t);
+    linearize_any(rule, s, x, n, t);
+    gradient_sums(x.g, n, sums + 3 * K);
+    const float* dot = p.dot.data == p.g.data ? x.g : widen(p.dot, start, n, t.dot);
+    for (int64_t k = 0; k < K; ++k) {
+      const float* val = widen(p.val, start + k * p.val_stride, n, t.val);
+      const int64_t at = start + k * p.out_stride;
+      if (p.out.dtype == F32)
+        direction_sums(val, dot, t, n, static_cast<float*>(p.out.data) + at, K, sums + k);
+      else
+        direction_sums_bf16(val, dot, t, n, static_cast<uint16_t*>(p.out.data) + at, K, sums + k);
+    }
+  }
+}
+
+inline void move_range(const Param& p, const Step& s, int64_t begin, int64_t end) {
+  Scratch t;
+  for (int64_t start = begin; start < end; start += TILE) {
+    const int n = int(end - start < TILE ? end - start : TILE);
+    const State x = load(p, true, start, n, t);
+    s.amsgrad ? points_tile<true>(s, x, n, t.scale, t.moved) : points_tile<false>(s, x, n, t.scale, t.moved);
+    const float* made[] = {t.scale, t.moved};
+    const Array* targets[] = {&p.empty, &p.mid};
+    for (int i = 0; i < 2; ++i) {
+      if (!targets[i]->data) continue;
+      if (targets[i]->dtype == F32)
+        std::memcpy(static_cast<float*>(targets[i]->data) + start, made[i], n * sizeof(float));
+      else
+        narrow(made[i], *targets[i], start, n);
+    }
+  }
+}
