@@ -196,7 +196,7 @@ def ghost_gram(
     b = b if row is None else b * row
     pairs = (a.flatten(0, -2) @ a2.flatten(0, -2).mT) * (b.flatten(0, -2) @ b2.flatten(0, -2).mT)  # [tokens, tokens]
     pairs = sum_samples(pairs if offsets is not None else pairs.unflatten(0, n), offsets).mT
-    return sum_samples(pairs.contiguous() if offsets2 is not None else pairs.unflatten(0, m), offsets2).mT
+    return sum_samples(pairs.contiguous() if offsets2 is not None else pairs.unflatten(0, m), offsets2).mT.contiguous()
 
 
 def embedding_score(indices: Tensor, b: Tensor, P: Tensor, padding_idx: int | None = None) -> Tensor:

@@ -42,7 +42,7 @@ def _contract(
             b_p = matrix_tile(p, k, o, d_out, i, d_in, BO, BI, DESC)
             acc = tl.dot(b_a, b_p.T, acc, input_precision=PRECISION)
         b_b = token_tile(b, 0, b_t, b_d, zero, 1, t, N, o, d_out, 1, BT, BO, DESC)
-        tl.store(part + column.to(tl.int64) * N + t + o_t, tl.sum(acc * b_b.to(tl.float32), 1), mask=t + o_t < N)
+        tl.store(part + tl.cast(column, tl.int64) * N + t + o_t, tl.sum(acc * b_b.to(tl.float32), 1), mask=t + o_t < N)
 
 
 class Config(NamedTuple):

@@ -25,9 +25,9 @@ def _embedding_score(
             o_f = f + tl.arange(0, BD)
             m = m_t[:, None] & (o_f < d)[None, :]
             b_b = tl.load(b + o_t[:, None] * b_t + o_f.to(tl.int64)[None, :] * b_d, mask=m, other=0.0)
-            b_p = tl.load(p + (k.to(tl.int64) * rows + b_row)[:, None] * d + o_f[None, :], mask=m, other=0.0)
+            b_p = tl.load(p + (tl.cast(k, tl.int64) * rows + b_row)[:, None] * d + o_f[None, :], mask=m, other=0.0)
             acc += b_b.to(tl.float32) * b_p.to(tl.float32)
-        tl.store(part + k.to(tl.int64) * N + o_t, tl.sum(acc, 1), mask=o_t < N)
+        tl.store(part + tl.cast(k, tl.int64) * N + o_t, tl.sum(acc, 1), mask=o_t < N)
 
 
 def embedding_score(

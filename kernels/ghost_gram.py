@@ -63,10 +63,11 @@ def _ghost_gram(
             )  # fmt: skip
             acc += tl.sum(tl.sum((b_A * b_B).reshape(SI, BT, SJ, BU), 3), 1)
     o_i, o_j = i + tl.arange(0, SI)[:, None], j + tl.arange(0, SJ)[None, :]
-    p_out, m_out = out + split.to(tl.int64) * n * m, (o_i < n) & (o_j < m)
+    p_out, m_out = out + tl.cast(split, tl.int64) * n * m, (o_i < n) & (o_j < m)
+    if SYMMETRIC:
+        tl.store(p_out + o_j.to(tl.int64) * m + o_i, acc, mask=m_out & (o_i < o_j))
+        m_out = m_out & (o_i <= o_j)
     tl.store(p_out + o_i.to(tl.int64) * m + o_j, acc, mask=m_out)
-    if SYMMETRIC and i < j:
-        tl.store(p_out + o_j.to(tl.int64) * m + o_i, acc, mask=m_out)
 
 
 class Config(NamedTuple):

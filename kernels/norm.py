@@ -29,11 +29,11 @@ def _norm_score(
         b_x = tl.where(m, b_x - tl.sum(b_x, 1)[:, None] / d, 0.0)
     b_x = b_x * tl.rsqrt(tl.sum(b_x * b_x, 1) / d + eps)[:, None]
     for k in tl.range(0, K):
-        p_k = k.to(tl.int64) * d + o_f
+        p_k = tl.cast(k, tl.int64) * d + o_f
         b_y = b_x * tl.load(weight + p_k, mask=o_f < d, other=0.0).to(tl.float32)[None, :]
         if BIAS:
             b_y += tl.load(bias + p_k, mask=o_f < d, other=0.0).to(tl.float32)[None, :]
-        tl.store(part + k.to(tl.int64) * N + o_t, tl.sum(b_y * b_b, 1), mask=o_t < N)
+        tl.store(part + tl.cast(k, tl.int64) * N + o_t, tl.sum(b_y * b_b, 1), mask=o_t < N)
 
 
 def norm_score(

@@ -18,10 +18,10 @@ def _sum_samples(part, offsets, scores, N, T, parts, K, BT: tl.constexpr, RAGGED
     o_t = tl.arange(0, BT)
     acc = tl.zeros((BT,), tl.float32)
     for j in tl.range(0, parts):
-        p_part = part + (k.to(tl.int64) * parts + j) * N
+        p_part = part + (tl.cast(k, tl.int64) * parts + j) * N
         for t in tl.range(start, stop, BT):
             acc += tl.load(p_part + t + o_t, mask=t + o_t < stop, other=0.0)
-    tl.store(scores + sample.to(tl.int64) * K + k, tl.sum(acc))
+    tl.store(scores + tl.cast(sample, tl.int64) * K + k, tl.sum(acc))
 
 
 def sum_samples(part: Tensor, n: int, offsets: Tensor | None) -> Tensor:
@@ -36,4 +36,4 @@ def sum_samples(part: Tensor, n: int, offsets: Tensor | None) -> Tensor:
 
 def per_token(part: Tensor, shape: torch.Size) -> Tensor:
     """``part [K, parts, N]`` -> ``[*shape, K]`` with ``N`` tokens laid out as ``shape``."""
-    return part.sum(1).mT.reshape(*shape, part.shape[0])
+    return part.sum(1).mT.contiguous().view(*shape, part.shape[0])

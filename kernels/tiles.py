@@ -35,7 +35,7 @@ def token_tile(
     else:
         o_r, o_f = tl.arange(0, SAMPLES * TOKENS), tl.arange(0, FEATURES)
         # int64 before a stride is multiplied, for the tile's corner; within the tile `near` keeps offsets below 2^31
-        p_x = x + sample.to(tl.int64) * x_n + token.to(tl.int64) * x_t + feature.to(tl.int64) * x_d
+        p_x = x + tl.cast(sample, tl.int64) * x_n + tl.cast(token, tl.int64) * x_t + tl.cast(feature, tl.int64) * x_d
         if SAMPLES == 1:
             m_r = token + o_r < stop
             p_x += (o_r * x_t)[:, None]
@@ -52,7 +52,7 @@ def matrix_tile(p, k, row, rows, column, columns, ROWS: tl.constexpr, COLUMNS: t
         return p.load([k, row, column]).reshape(ROWS, COLUMNS)
     else:
         o_r, o_c = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-        p_p = p + (k.to(tl.int64) * rows + row) * columns + column + (o_r[:, None] * columns + o_c[None, :])
+        p_p = p + (tl.cast(k, tl.int64) * rows + row) * columns + column + (o_r[:, None] * columns + o_c[None, :])
         return tl.load(p_p, mask=(row + o_r < rows)[:, None] & (column + o_c < columns)[None, :], other=0.0)
 
 

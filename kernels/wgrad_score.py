@@ -21,13 +21,13 @@ from adam_ghost.kernels.tune import fastest
 @triton.jit
 def first_unit(program, units, programs):
     """Programs share ``units`` evenly: each takes ``first_unit(p) .. first_unit(p + 1)``."""
-    return (program.to(tl.int64) * units // programs).to(tl.int32)
+    return (tl.cast(program, tl.int64) * units // programs).to(tl.int32)
 
 
 @triton.jit
 def program_of(unit, units, programs):
     """Inverse of ``first_unit``: the program that takes ``unit``."""
-    return (((unit.to(tl.int64) + 1) * programs - 1) // units).to(tl.int32)
+    return (((tl.cast(unit, tl.int64) + 1) * programs - 1) // units).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["n", "T", "K"])
@@ -62,21 +62,21 @@ def _wgrad_score(
                 for k in tl.range(0, K, num_stages=1):
                     b_p = matrix_tile(p, k, o, d_out, i, d_in, BO, BI, DESC)
                     dots = tl.where(o_k == k, tl.sum(acc * b_p.to(tl.float32)), dots)
-            tl.store(scores + (tile.to(tl.int64) * n + sample) * K + o_k, dots - before, mask=o_k < K)
+            tl.store(scores + (tl.cast(tile, tl.int64) * n + sample) * K + o_k, dots - before, mask=o_k < K)
             if PREFIX:
                 total, before = acc, dots
             else:
                 total += acc
         o_o, o_i = tl.arange(0, BO), tl.arange(0, BI)
         if (first == 0) & (last == n):
-            p_G = G + (o.to(tl.int64) * d_in + i) + (o_o[:, None] * d_in + o_i[None, :])
+            p_G = G + (tl.cast(o, tl.int64) * d_in + i) + (o_o[:, None] * d_in + o_i[None, :])
             m_G = (o + o_o < d_out)[:, None] & (i + o_i < d_in)[None, :]
             if ADD:  # one writer per element, so the sum is deterministic; loading the old tile beside the new would spill
                 tl.atomic_add(p_G, total, mask=m_G, sem="relaxed")
             else:
                 tl.store(p_G, total.to(G.dtype.element_ty), mask=m_G)
         else:  # other programs have the rest of the tile's samples
-            p_part = part + (pid.to(tl.int64) * 2 + (first == 0)) * (BO * BI)
+            p_part = part + (tl.cast(pid, tl.int64) * 2 + (first == 0)) * (BO * BI)
             tl.store(p_part + (o_o[:, None] * BI + o_i[None, :]), total)
 
 
@@ -92,11 +92,11 @@ def _join(
     if one < end:
         o_o, o_i = r + tl.arange(0, ROWS), tl.arange(0, BI)
         o_tile = o_o[:, None] * BI + o_i[None, :]
-        acc = tl.load(part + (one.to(tl.int64) * 2 + 1) * (BO * BI) + o_tile)
+        acc = tl.load(part + (tl.cast(one, tl.int64) * 2 + 1) * (BO * BI) + o_tile)
         for q in tl.range(one + 1, end + 1):
-            acc += tl.load(part + q.to(tl.int64) * 2 * (BO * BI) + o_tile)
+            acc += tl.load(part + tl.cast(q, tl.int64) * 2 * (BO * BI) + o_tile)
         o, i = tile // tiles_i * BO + o_o, tile % tiles_i * BI + o_i
-        p_G, m_G = G + o.to(tl.int64)[:, None] * d_in + i[None, :], (o < d_out)[:, None] & (i < d_in)[None, :]
+        p_G, m_G = G + tl.cast(o, tl.int64)[:, None] * d_in + i[None, :], (o < d_out)[:, None] & (i < d_in)[None, :]
         if ADD:
             acc += tl.load(p_G, mask=m_G)
         tl.store(p_G, acc.to(G.dtype.element_ty), mask=m_G)
