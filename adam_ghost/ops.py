@@ -6,13 +6,15 @@ built, ``reference`` is always there. The choice is by device and shape; ``impl=
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adam_ghost import cost, extension, reference, wgrad_cpu
+from adam_ghost import cost, cpu, extension, reference, wgrad_cpu
 from adam_ghost.lists import Tensors, check, check_steps, on_device, row_major, step_table, table_steps, targets
 from adam_ghost.reference import RULES, StepScalars
 
@@ -260,7 +262,7 @@ def weight_points(
 
 # ---- the bilinear forms < P , g_i > and < D * g_i , g_j > of recorded layer calls ---------------------------------------
 
-_lib.define("contract(Tensor a, Tensor b, Tensor P, Tensor? offsets, bool per_token, str? impl) -> Tensor")
+_lib.define("contract(Tensor a, Tensor b, Tensor P, Tensor? offsets, bool per_token, bool half, str? impl) -> Tensor")
 _lib.define("wgrad_score(Tensor a, Tensor b, Tensor P, Tensor? offsets, str? impl) -> (Tensor, Tensor)")
 _lib.define("wgrad_score_(Tensor(a!) grad, Tensor a, Tensor b, Tensor P, Tensor? offsets, str? impl) -> Tensor")
 _lib.define(
@@ -275,6 +277,20 @@ _lib.define(
     " str? impl) -> Tensor"
 )
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_forced: str | None = None  # a module's own, not a thread's: backward passes on a GPU have threads of their own
+
+
+@contextmanager
+def using(impl: str | None) -> Iterator[None]:
+    """Within the block ``impl`` is the default of all bilinear forms, in whatever calls them: for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, impl
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 @functools.cache
@@ -308,6 +324,11 @@ def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:
     if impl == "triton" and why:
         raise RuntimeError(f"impl='triton': {why}")
     return impl != "reference" and not why
+
+
+def has_kernel(op: str, *tensors: Tensor) -> bool:
+    """Whether the Triton kernel of ``op`` serves tensors like these by default."""
+    return _in_triton(_forced, op, *tensors)
 
 
 def _interpreted() -> bool:
@@ -363,7 +384,14 @@ def _scores_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def contract(
-    a: Tensor, b: Tensor, P: Tensor, *, offsets: Tensor | None = None, per_token: bool = False, impl: str | None = None
+    a: Tensor,
+    b: Tensor,
+    P: Tensor,
+    *,
+    offsets: Tensor | None = None,
+    per_token: bool = False,
+    half: bool = False,
+    impl: str | None = None,
 ) -> Tensor:
     """``sum over tokens and outputs of (a @ P.T) * b``: a linear layer's score of every sample, or token.
 
@@ -373,6 +401,7 @@ def contract(
         P: directions ``[K, d_out, d_in]``; the kernel rounds them to the dtype of ``a``.
         offsets: integers ``[n + 1]`` from 0 to ``N``, ascending, on the same device; not checked, as that would wait for it.
         per_token: return ``[n, T, K]``, or ``[N, K]``, instead of ``[n, K]``.
+        half: allow a CPU to round the operands of large float32 products to bfloat16.
         impl: ``triton`` (CUDA; float32, bfloat16, float16) or ``reference``; chosen by device and dtype by default.
 
     Sums are formed, and returned, in float32 (float64 for float64 inputs), in a fixed order. Raises ValueError naming the
@@ -380,21 +409,24 @@ def contract(
     """
     _check_tokens(offsets, {"a": a, "b": b})
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    return torch.ops.adam_ghost.contract(a, b, P, offsets, per_token, impl)
+    return torch.ops.adam_ghost.contract(a, b, P, offsets, per_token, half, impl or _forced)
 
 
 @torch.library.impl(_lib, "contract", "CompositeExplicitAutograd")
-def _(a, b, P, offsets, per_token, impl):
+def _(a, b, P, offsets, per_token, half, impl):
     if _in_triton(impl, "contract", a, b, P):
         from adam_ghost.kernels.contract import contract as kernel
 
         return kernel(*_alike(a, b), P, offsets, per_token)
-    scores = reference.contract(*_wide(a, b, P))
+    a, b, P = _wide(a, b, P)
+    if a.device.type == "cpu" and offsets is None and not (impl or per_token):
+        return cpu.contract(a, b, P, half)
+    scores = reference.contract(a, b, P)
     return scores if per_token else reference.sum_samples(scores, offsets)
 
 
 @torch.library.register_fake("adam_ghost::contract", lib=_lib)
-def _(a, b, P, offsets, per_token, impl):
+def _(a, b, P, offsets, per_token, half, impl):
     return a.new_empty(_scores_shape(a, offsets, per_token, P.shape[0]), dtype=_scores_dtype(a, b, P))
 
 
@@ -416,8 +448,8 @@ def wgrad_score(
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])
     _check_shape("grad", grad, *P.shape[1:])
     if grad is None:
-        return torch.ops.adam_ghost.wgrad_score(a, b, P, offsets, impl)
-    return grad, torch.ops.adam_ghost.wgrad_score_(grad, a, b, P, offsets, impl)
+        return torch.ops.adam_ghost.wgrad_score(a, b, P, offsets, impl or _forced)
+    return grad, torch.ops.adam_ghost.wgrad_score_(grad, a, b, P, offsets, impl or _forced)
 
 
 def _wgrad_score(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None, impl: str | None, grad: Tensor | None = None):
@@ -497,7 +529,7 @@ def ghost_gram(
         _check_shape("b2", b2, *b2.shape[:-1], b.shape[-1])
     _check_shape("row", row, b.shape[-1])
     _check_shape("col", col, a.shape[-1])
-    return torch.ops.adam_ghost.ghost_gram(a, b, a2, b2, row, col, offsets, offsets2, impl)
+    return torch.ops.adam_ghost.ghost_gram(a, b, a2, b2, row, col, offsets, offsets2, impl or _forced)
 
 
 @torch.library.impl(_lib, "ghost_gram", "CompositeExplicitAutograd")
@@ -542,7 +574,7 @@ def embedding_score(
     _check_tokens(offsets, {"b": b})
     _check_shape("indices", indices, *b.shape[:-1])
     _check_shape("P", P, None, P.shape[1] if P.ndim == 3 else 0, b.shape[-1])
-    return torch.ops.adam_ghost.embedding_score(indices, b, P, padding_idx, offsets, per_token, impl)
+    return torch.ops.adam_ghost.embedding_score(indices, b, P, padding_idx, offsets, per_token, impl or _forced)
 
 
 @torch.library.impl(_lib, "embedding_score", "CompositeExplicitAutograd")
@@ -588,7 +620,7 @@ def norm_score(
     _check_shape("P_weight", P_weight, None, x.shape[-1])
     _check_shape("P_bias", P_bias, *P_weight.shape)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return torch.ops.adam_ghost.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl)
+    return torch.ops.adam_ghost.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl or _forced)
 
 
 @torch.library.impl(_lib, "norm_score", "CompositeExplicitAutograd")

@@ -10,11 +10,11 @@ from adam_ghost import cost, ops
 a, b, P = normal(3, 6, 8), normal(3, 6, 4), normal(2, 4, 8)
 flat, offsets = (a.flatten(0, 1), b.flatten(0, 1)), ragged(5, 0, 13)
 indices = torch.randint(5, (3, 6), device=DEVICE)
-IMPLS = ["reference", "triton"]
+IMPLS = [None, "triton", "reference"]
 CALLS = {
-    "contract": lambda impl: (a, b, P, None, False, impl),
-    "contract ragged": lambda impl: (*flat, P, offsets, False, impl),
-    "contract per_token": lambda impl: (a, b, P, None, True, impl),
+    "contract": lambda impl: (a, b, P, None, False, False, impl),
+    "contract ragged": lambda impl: (*flat, P, offsets, False, False, impl),
+    "contract per_token": lambda impl: (a, b, P, None, True, False, impl),
     "wgrad_score": lambda impl: (a, b, P, None, impl),
     "wgrad_score ragged": lambda impl: (*flat, P, offsets, impl),
     "wgrad_score_": lambda impl: (normal(4, 8), a, b, P, None, impl),
