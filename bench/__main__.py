@@ -1,6 +1,8 @@
 """``python -m bench``: measures, prints a table, and writes JSON with what it was measured on."""
 
 import json
+import re
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -11,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench import compile as compile_bench
 from bench import fidelity as fidelity_bench
 from bench import machine
 from bench import ops as ops_bench
@@ -18,7 +21,7 @@ from bench import predictions as predictions_bench
 from bench import throughput as throughput_bench
 
 app = typer.Typer(help="Benchmarks of adam_ghost.", no_args_is_help=True, add_completion=False)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
 Json = Annotated[Path | None, typer.Option("--json", help="Where to write the results.")]
 
 
@@ -101,6 +104,24 @@ def throughput(
         )
     console.print(table)
     _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks})
+
+
+@app.command()
+def compile(json: Json = None) -> None:
+    """Registers, shared memory and matrix instructions of every Triton kernel, compiled for chips that need not be here."""
+    running = {arch: compile_bench.start(arch) for arch in compile_bench.CHIPS}
+    found = {arch: compile_bench.finish(process) for arch, process in running.items()}
+    for arch, kernels in found.items():
+        instruction = compile_bench.MATRIX[arch]
+        table = Table(title=f"sm_{arch}")
+        for name in ("kernel", "case", "registers", "spilled bytes", "shared, kB", "warps", instruction, "bulk copies"):
+            table.add_column(name, justify="left" if name in ("kernel", "case") else "right")
+        for k in kernels:
+            numbers = (k["registers"], k["spills"], f"{k['shared'] / 1024:.0f}", k["warps"], k[instruction], k["bulk copies"])
+            case = re.sub(r"torch\.|Config|[(),]|\b\w+=(False|None)", "", k["case"])
+            table.add_row(k["kernel"], " ".join(case.split()), *map(str, numbers))
+        console.print(table)
+    _write(json, {"kernels": found})
 
 
 @app.command()

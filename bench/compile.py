@@ -1,16 +1,18 @@
-"""Compiles every kernel for a chip that need not be there, through the launchers; facts of each as JSON lines.
+"""Compiles every kernel, in every configuration that may be picked, for chips that need not be there, through the launchers.
 
-``python compile_worker.py 90``, with TRITON_INTERPRET unset: a driver that only names its target stands in for the GPU, meta
-tensors for data, and launches stop after compilation.
+A driver that only names its target stands in for the GPU, meta tensors for data, and launches stop after compilation. Each
+chip is compiled for in a process of its own: ``python -m bench.compile 90`` writes the facts of each kernel as JSON lines.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +21,28 @@ from triton.runtime import driver
 
 from adam_ghost.kernels import contract, embedding, ghost_gram, norm, wgrad_score
 
+CHIPS = (80, 90, 100)
+# bytes of shared memory that one block may have, and the chip's matrix instruction
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 HALF, SINGLE = torch.bfloat16, torch.float32
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(arch: int) -> subprocess.Popen:
+    """A process that compiles for ``arch``; to be handed to ``finish``."""
+    # the interpreter's kernels cannot be compiled
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "bench.compile", str(arch)], env=environment, cwd=ROOT, **pipe)
+
+
+def finish(process: subprocess.Popen) -> list[dict[str, Any]]:
+    """One entry per kernel and configuration; raises RuntimeError where one does not compile."""
+    out, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(errors[-2000:])
+    return [json.loads(line) for line in out.splitlines()]
 
 
 class Driver:
