@@ -15,6 +15,7 @@ from rich.table import Table
 
 from bench import compile as compile_bench
 from bench import fidelity as fidelity_bench
+from bench import kernels as kernels_bench
 from bench import machine
 from bench import ops as ops_bench
 from bench import predictions as predictions_bench
@@ -122,6 +123,23 @@ def compile(json: Json = None) -> None:
             table.add_row(k["kernel"], " ".join(case.split()), *map(str, numbers))
         console.print(table)
     _write(json, {"kernels": found})
+
+
+@app.command()
+def kernels(json: Json = None) -> None:
+    """Every Triton kernel against the library call it competes with; without a GPU, only its floor on an H200."""
+    rows = kernels_bench.measure()
+    table = Table(caption="bfloat16; floor: the larger of operations over 790 TFLOP/s and bytes over 4.3 TB/s")
+    columns = {"op": "op", "shape": "shape", "floor, ms": "floor_ms"}
+    if "ms" in rows[0]:
+        columns |= {"ms": "ms", "TFLOP/s": "tflop_per_s", "GB/s": "gb_per_s", "against": "against", "ms of that": "library_ms"}
+        columns["ratio"] = "ratio"
+    for name, key in columns.items():
+        table.add_column(name, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*(row[key] if isinstance(row[key], str) else f"{row[key]:.3f}" for key in columns.values()))
+    console.print(table)
+    _write(json, {"rows": rows})
 
 
 @app.command()
