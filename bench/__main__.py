@@ -39,14 +39,16 @@ def _write(path: Path | None, results: Any) -> None:
 
 
 @app.command()
-def fidelity(json: Json = None, quick: Annotated[bool, typer.Option(help="One setting, two steps.")] = False) -> None:
+def fidelity(
+    json: Json = None, quick: Annotated[bool, typer.Option(help="One setting, two steps.")] = False, device: str = "cpu"
+) -> None:
     """Every method against the exact Shapley values of the true step (Pearson R / relative L2)."""
     table = Table()
     for name in ("batch, beta2, lr", "step", *fidelity_bench.METHODS, "exact's own error"):
         table.add_column(name, justify="right")
     with Progress(console=console) as progress:
         task = progress.add_task("audited steps", total=2 if quick else len(fidelity_bench.SETTINGS) * len(fidelity_bench.STEPS))
-        rows = fidelity_bench.measure(quick, lambda row: progress.advance(task))
+        rows = fidelity_bench.measure(quick, device, lambda row: progress.advance(task))
     for row in rows:
         cells = (f"{row[m]['r']:.4f} / {row[m]['relative_l2']:.3f}" for m in fidelity_bench.METHODS)
         table.add_row(f"{row['batch']}, {row['beta2']}, {row['lr']}", str(row["step"]), *cells, f"{row['yardstick_error']:.4f}")

@@ -36,16 +36,18 @@ def characters() -> Tensor:
     return torch.tensor(list("".join(topics[name] for name in sorted(topics)).encode()))
 
 
-def trained(batch: int, beta2: float, lr: float, steps: tuple[int, ...]) -> Iterator[tuple[int, LayerCache, torch.optim.Optimizer]]:
+def trained(
+    batch: int, beta2: float, lr: float, steps: tuple[int, ...], device: str = "cpu"
+) -> Iterator[tuple[int, LayerCache, torch.optim.Optimizer]]:
     """A training run that stops before each of ``steps``, recorded and ready to be scored."""
     torch.manual_seed(0)
     data = characters()
-    model = GPT(256, CONTEXT, layers=2, width=64, heads=4).double()  # 120,576 parameters
+    model = GPT(256, CONTEXT, layers=2, width=64, heads=4).double().to(device)  # 120,576 parameters
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, beta2))
     held_out = len(data) * 9 // 10
 
     def draw(n: int, start: int, end: int) -> Tensor:
-        return torch.stack([data[i : i + CONTEXT + 1] for i in torch.randint(start, end - CONTEXT - 1, (n,))])
+        return torch.stack([data[i : i + CONTEXT + 1] for i in torch.randint(start, end - CONTEXT - 1, (n,))]).to(device)
 
     def loss(x: Tensor) -> Tensor:
         return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
@@ -65,9 +67,11 @@ def trained(batch: int, beta2: float, lr: float, steps: tuple[int, ...]) -> Iter
         optimizer.zero_grad()
 
 
-def audited_steps(batch: int, beta2: float, lr: float, steps: tuple[int, ...], permutations: int) -> Iterator[dict[str, Any]]:
+def audited_steps(
+    batch: int, beta2: float, lr: float, steps: tuple[int, ...], permutations: int, device: str
+) -> Iterator[dict[str, Any]]:
     """One row per audited step: R and relative L2 of every method, and the yardstick's own relative standard error."""
-    for step, cache, optimizer in trained(batch, beta2, lr, steps):
+    for step, cache, optimizer in trained(batch, beta2, lr, steps, device):
         game = exact_shapley(cache, optimizer, permutations=permutations, seed=step)
         row = {"batch": batch, "beta2": beta2, "lr": lr, "step": step}
         row["yardstick_error"] = float(game.standard_error.norm() / game.values.norm())
@@ -86,10 +90,12 @@ def predicted(cache: LayerCache, optimizer: torch.optim.Optimizer) -> Tensor:
     return step.scores(form_direction(step.state, step.params, expected, val, "secant").P).squeeze(-1)
 
 
-def measure(quick: bool = False, report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+def measure(
+    quick: bool = False, device: str = "cpu", report: Callable[[dict[str, Any]], None] = lambda row: None
+) -> list[dict[str, Any]]:
     rows = []
     for batch, beta2, lr in SETTINGS[:1] if quick else SETTINGS:
-        for row in audited_steps(batch, beta2, lr, STEPS[:2] if quick else STEPS, 2 if quick else 8):
+        for row in audited_steps(batch, beta2, lr, STEPS[:2] if quick else STEPS, 2 if quick else 8, device):
             rows.append(row)
             report(row)
     return rows
