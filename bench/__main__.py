@@ -83,10 +83,11 @@ def throughput(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every variant takes one step.")] = 15,
     device: str = "cpu",
     gpt2: Annotated[bool, typer.Option(help="GPT-2 124M, T = 1024, bf16 autocast, fused AdamW.")] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile the model; without midpoint, which cannot record it.")] = False,
     memory: Annotated[bool, typer.Option(help="Also measure the peak memory of each variant.")] = True,
 ) -> None:
     """Training with attribution against training alone, and against training plus the bare validation pass."""
-    setting = throughput_bench.Setting(device=device)
+    setting = throughput_bench.Setting(device=device, compiled=compile)
     if gpt2:
         sizes = {"layers": 12, "width": 768, "heads": 12, "context": 1024, "vocabulary": 50304}
         setting = replace(setting, **sizes, autocast=True, fused=True)
@@ -94,11 +95,11 @@ def throughput(
         task = progress.add_task("rounds", total=rounds)
         times = throughput_bench.measure(setting, rounds, lambda k: progress.update(task, completed=k + 1))
     shares = throughput_bench.summary(times)
-    peaks = {v: throughput_bench.peak_memory(v, setting) for v in throughput_bench.VARIANTS} if memory else {}
+    peaks = {v: throughput_bench.peak_memory(v, setting) for v in setting.variants} if memory else {}
     table = Table(caption=f"r = {setting.val_batch}:{setting.batch} validation:training samples, medians of {rounds} rounds")
     for name in ("", "of plain", "of the bound", "quartiles", "peak memory"):
         table.add_column(name, justify="right")
-    for v in throughput_bench.VARIANTS:
+    for v in setting.variants:
         share = shares.get(v, {"of_plain": 1.0})
         low, high = share.get("of_bound_quartiles", (float("nan"),) * 2)
         of_bound = f"{share['of_bound']:.3f}" if "of_bound" in share else ""
