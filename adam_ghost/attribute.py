@@ -31,8 +31,9 @@ def attribute(
         opt_state: the ``torch.optim.Adam`` or ``AdamW`` about to step, or an ``AdamState``.
         rule: how Adam's nonlinearity is linearized: ``secant`` (exact along the step), ``tangent``, ``frozen`` (the state
             before the step, arXiv 2602.00329) or ``sgd`` (none, arXiv 2406.11011).
-        at: where the validation gradient is taken: ``midpoint`` of the step (second order), ``lookahead`` (after the
-            history's part of the step) or ``current`` weights.
+        at: where the validation gradient is taken: ``midpoint`` of the step (second order), ``gauss`` (fourth order: the mean
+            at two points, for twice the validation cost), ``lookahead`` (after the history's part of the step) or
+            ``current`` weights.
         per_token: also resolve the tokens (dimension 1 of every layer's output).
 
     Returns:

@@ -126,9 +126,11 @@ class Call:
             leaves.append(_wide(x))
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one attention with forward-mode derivatives
+            if layer_kind(self.fn) is None:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one attention with forward-mode derivatives
             for device in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device, enabled=False))
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
             if self.rng is not None:
                 state, device_state, device = self.rng
                 stack.enter_context(torch.random.fork_rng([] if device is None else [device]))

@@ -1,7 +1,8 @@
 """Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
 
+from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Recording:
         self.batch_size: int | None = None
         self.unattributed: set[int] = set()  # parameters used where no sample can be told apart
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
+        self.outgoing: deque[Tensor] = deque()  # the step before's gradients, let go of one for one as these arrive
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
@@ -38,10 +40,23 @@ class Recording:
         if not call.grad_output:
             self.calls.append(call)
         call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
+        if self.outgoing:
+            self.outgoing.popleft()
 
     def covered(self) -> set[int]:
         """The parameters, by id, whose gradient the recorded calls explain."""
         return {id(p) for call in self.calls for p in call.parameters()} - self.unattributed
+
+
+def unseen(hook: Callable) -> Callable:
+    """Runs a hook out of the function mode's sight, which would be told of every attribute of a tensor that it looks at."""
+
+    @wraps(hook)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return hook(*args, **kwargs)
+
+    return run
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -149,6 +164,7 @@ class Recorder(TorchFunctionMode):
 
     # the model as a whole, or a part that is called on its own: its arguments are the batch
 
+    @unseen
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.open:
             return
@@ -161,6 +177,7 @@ class Recorder(TorchFunctionMode):
                 )
             self._tag_by_size(new)
 
+    @unseen
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.open or self.inside_model > 1:
             return
@@ -187,6 +204,7 @@ class Recorder(TorchFunctionMode):
 
     # layers
 
+    @unseen
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.active:
             return
@@ -214,6 +232,7 @@ class Recorder(TorchFunctionMode):
         self.inside_layer -= self.active
         self.scored = False
 
+    @unseen
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not self.active or self.batch.n is None:
             return
@@ -250,9 +269,10 @@ class Recorder(TorchFunctionMode):
         if func is Tensor.__iter__ and not self.inside_layer:
             with self:
                 return iter(args[0].unbind(0))
+        if (self.inside_layer and not self.follow) or self.batch.n is None:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        prop = name == "__get__" and func not in _TENSOR_PROPERTIES
-        if (self.inside_layer and not self.follow) or self.batch.n is None or prop:
+        if name == "__get__" and func not in _TENSOR_PROPERTIES:
             return func(*args, **kwargs)
         tensors = _tensors(args[:1] if name in _LIKE else args, kwargs)
         if _in_backward():  # a checkpoint's recomputation: its inputs come without tags

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from adam_ghost import cpu, reference
+from adam_ghost import ops
 from adam_ghost.batching import Tag
 from adam_ghost.calls import Call
 from adam_ghost.capture import Recording
@@ -17,20 +17,24 @@ from adam_ghost.sample_gradients import call_gradients, samples_first
 Directions = dict[int, Tensor]  # id(parameter) -> P [K, *shape]
 
 
-def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tensor:
+def contract(call: Call, P: Directions, n: int, per_token: bool = False, half: bool = False) -> Tensor:
     """Scores of one call's share of the gradient: ``[n, K]``, or ``[n, T, K]`` per token. Sums in P's dtype.
+
+    With ``half``, the operands of large products may be rounded to bfloat16.
 
     Raises ValueError where ``per_token`` is asked of a call whose outputs have no token dimension.
     """
     kind = layer_kind(call.fn)
     if kind in ("linear", "conv1d"):
-        per_output = {0: _linear(call, P, n, kind == "conv1d", per_token)}
+        per_output = {0: _linear(call, P, n, kind == "conv1d", per_token, half)}
     elif kind == "embedding":
-        per_output = {0: _embedding(call, P, n)}
+        per_output = {0: _embedding(call, P, n, per_token)}
+    elif kind == "affine" and _fused_norm(call, P):
+        per_output = {0: _norm(call, P, n, per_token)}
     else:
         # an argument made of parameters makes it a product of two
         affine = kind == "affine" and all(any(p is q for q in call.own.values()) for p in call.parameters())
-        per_output = _derivative(call, P, n, affine)
+        per_output = _derivative(call, P, n, affine, per_token)
         if per_output is None:
             if per_token:
                 raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
@@ -46,18 +50,18 @@ def contract(call: Call, P: Directions, n: int, per_token: bool = False) -> Tens
     return sum(per_output.values())
 
 
-def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False) -> Tensor:
+def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
     """``contract`` summed over each recording's calls; the recordings' samples one after another."""
-    return torch.cat([_contract_recording(r, P, per_token) for r in recordings])
+    return torch.cat([_contract_recording(r, P, per_token, half) for r in recordings])
 
 
-def _contract_recording(recording: Recording, P: Directions, per_token: bool) -> Tensor:
+def _contract_recording(recording: Recording, P: Directions, per_token: bool, half: bool) -> Tensor:
     scores: Tensor | None = None
     packed = recording.offsets is not None
     for call in recording.calls:
         if not any(id(p) in P for p in call.parameters()):
             continue
-        part = contract(call, P, recording.batch_size, per_token or packed)
+        part = contract(call, P, recording.batch_size, per_token or packed, half)
         if scores is not None and scores.shape != part.shape:
             raise ValueError(
                 f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"
@@ -84,33 +88,51 @@ def _by_token(x: Tensor, tag: Tag, n: int) -> Tensor:
     return x.flatten(2).sum(-1) if x.ndim > 2 else x
 
 
-def _linear(call: Call, P: Directions, n: int, transposed: bool, per_token: bool) -> Tensor:
-    """``[n, T, K]``: one product of forward size."""
+def _linear(call: Call, P: Directions, n: int, transposed: bool, per_token: bool, half: bool) -> Tensor:
+    """``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for: one product of forward size."""
     weight, bias = (P.get(id(p)) if p is not None else None for p in (call.fn.weight, call.fn.bias))
-    dtype = next(p for p in (weight, bias) if p is not None).dtype
-    b = call.grad_output[0].to(dtype)
-    scores = 0  # [..., K]
+    a, b = (samples_first(x, call.outputs[0], n) for x in (call.input, call.grad_output[0]))
+    scores: Tensor | int = 0
     if weight is not None:
-        a, weight = call.input.to(dtype), weight.mT if transposed else weight
-        if not per_token and a.device.type == "cpu":
-            flat = [samples_first(x, call.outputs[0], n).flatten(1, -2) for x in (a, b)]
-            scores = cpu.contract(*flat, weight)
-            return (scores if bias is None else scores + flat[1].sum(1) @ bias.mT).unsqueeze(1)
-        scores = reference.contract(a, b, weight)
+        weight = weight.mT if transposed else weight
+        scores = ops.contract(a.flatten(1, -2), b.flatten(1, -2), weight, per_token=per_token, half=half)
     if bias is not None:
-        scores = scores + b @ bias.mT
-    return torch.stack([_by_token(s.unsqueeze(-1), call.outputs[0], n) for s in scores.unbind(-1)], -1)
+        sums = b.flatten(1, -2).to(bias.dtype) if per_token else b.flatten(1, -2).sum(1, dtype=bias.dtype)
+        scores = scores + sums @ bias.mT
+    return _tokens(scores, b) if per_token else scores.unsqueeze(1)
 
 
-def _embedding(call: Call, P: Directions, n: int) -> Tensor:
-    """``[n, T, K]``: rows of P, looked up as the layer looks up its weight."""
-    module, indices = call.fn, call.input
-    weight = P[id(module.weight)]
-    b = call.grad_output[0].to(weight.dtype)
-    kept = 1 if module.padding_idx is None else (indices != module.padding_idx).unsqueeze(-1).to(b.dtype)
+def _tokens(scores: Tensor, b: Tensor) -> Tensor:
+    """Scores ``[n, rows, K]`` of ``b [n, T, ..., d]``, whose rows they count in a line, as ``[n, T, K]``."""
+    return scores.unflatten(1, b.shape[1:-1]).flatten(2, -2).sum(2) if b.ndim > 3 else scores
+
+
+def _embedding(call: Call, P: Directions, n: int, per_token: bool) -> Tensor:
+    """``[n, T, K]``, or ``[n, 1, K]``: rows of P, looked up as the layer looks up its weight."""
+    module, indices, b = call.fn, call.input, call.grad_output[0]
     if module.scale_grad_by_freq:
         b = b / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
-    return torch.stack([_by_token(w[indices] * b * kept, call.outputs[0], n) for w in weight], -1)
+    b = samples_first(b, call.outputs[0], n)
+    indices = indices.movedim(call.outputs[0][0], 0).reshape(n, -1)
+    options = {"padding_idx": module.padding_idx, "per_token": per_token}
+    scores = ops.embedding_score(indices, b.flatten(1, -2), P[id(module.weight)], **options)
+    return _tokens(scores, b) if per_token else scores.unsqueeze(1)
+
+
+def _fused_norm(call: Call, P: Directions) -> bool:
+    """Whether a kernel serves this call: elsewhere the layer's own forward, with P in its parameters' place, is as fast."""
+    over_last = isinstance(call.fn, (nn.LayerNorm, nn.RMSNorm)) and len(call.fn.normalized_shape) == 1
+    return over_last and id(call.fn.weight) in P and ops.has_kernel("norm_score", call.input, call.grad_output[0])
+
+
+def _norm(call: Call, P: Directions, n: int, per_token: bool) -> Tensor:
+    """``[n, T, K]``, or ``[n, 1, K]``, of a norm over the last dimension."""
+    module, kind = call.fn, "layer" if isinstance(call.fn, nn.LayerNorm) else "rms"
+    x, b = (samples_first(t, call.outputs[0], n) for t in (call.input, call.grad_output[0]))
+    weight, bias = (P.get(id(p)) if p is not None else None for p in (module.weight, getattr(module, "bias", None)))
+    rows = (t.flatten(1, -2) for t in (x, b))
+    scores = ops.norm_score(*rows, weight, bias, module.eps, kind, per_token=per_token)
+    return _tokens(scores, b) if per_token else scores.unsqueeze(1)
 
 
 class _TrueForwardMode(TorchFunctionMode):
@@ -125,8 +147,10 @@ class _TrueForwardMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _derivative(call: Call, P: Directions, n: int, affine: bool) -> dict[int, Tensor] | None:
-    """The call's derivative along P, times the output gradients, ``[n, T, K]`` per output; None if it has no forward mode.
+def _derivative(call: Call, P: Directions, n: int, affine: bool, per_token: bool) -> dict[int, Tensor] | None:
+    """The call's derivative along P, times the output gradients, per output; None if it has no forward mode.
+
+    ``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for and the product need not be kept to be summed.
 
     A layer linear in its parameters is its own derivative: it is run with P in their place.
     """
@@ -153,7 +177,11 @@ def _derivative(call: Call, P: Directions, n: int, affine: bool) -> dict[int, Te
             except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
                 return None
         for i, out in outs.items():
-            scores[i].append(_by_token(out * grads[i].to(out.dtype), tags[i], n))
+            grad = grads[i].to(out.dtype)
+            if per_token or tags[i] != (0, 1):
+                scores[i].append(_by_token(out * grad, tags[i], n))
+            else:
+                scores[i].append(torch.linalg.vecdot(out.reshape(n, -1), grad.reshape(n, -1)).unsqueeze(1))
     return {i: torch.stack(x, -1) for i, x in scores.items()}
 
 

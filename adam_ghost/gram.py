@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from adam_ghost import reference
+from adam_ghost import ops
 from adam_ghost.calls import Call
 from adam_ghost.layer_cache import LayerCache
 from adam_ghost.layers import layer_kind
@@ -66,7 +66,13 @@ def _factored(calls: list[Call], D: Tensor, n: int) -> Tensor:
     if layer_kind(calls[0].fn) == "conv1d":
         row, col = col, row
     sides = [[samples_first(x, c.outputs[0], n).flatten(1, -2).to(D.dtype) for x in (c.input, c.grad_output[0])] for c in calls]
-    return sum(reference.ghost_gram(a, b, a2, b2, row, col) for a, b in sides for a2, b2 in sides)
+    total: Tensor | int = 0
+    for i, (a, b) in enumerate(sides):
+        total = total + ops.ghost_gram(a, b, row=row, col=col)
+        for a2, b2 in sides[:i]:
+            across = ops.ghost_gram(a, b, a2, b2, row=row, col=col)
+            total = total + across + across.mT
+    return total
 
 
 def _rank_one(D: Tensor) -> tuple[Tensor, Tensor]:

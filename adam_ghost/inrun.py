@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from adam_ghost.capture import Recorder, Recording
 from adam_ghost.compiled import CompiledLayers, is_compiled
+from adam_ghost.cpu import multiplies_bfloat16
 from adam_ghost.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.fingerprint import Fingerprint
 from adam_ghost.layer_cache import SELF_CHECK, Coverage, refuse_mixed_samples
@@ -27,7 +29,7 @@ from adam_ghost.validation import Validation
 if TYPE_CHECKING:
     from adam_ghost.ledger.writer import LedgerWriter
 
-SCHEDULES = ("midpoint", "lookahead")
+SCHEDULES = ("midpoint", "gauss", "lookahead")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
 _HISTORY = 10
 
@@ -100,14 +102,18 @@ class InRun:
         model: called with the batch along dimension 0.
         optimizer: the one ``torch.optim.Adam`` or ``AdamW`` that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time.
-        schedule: ``midpoint`` (most faithful: the validation gradient at the midpoint of each step, layer calls kept until
-            then) or ``lookahead`` (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept;
-            the first ten steps, which have no such history, go the midpoint's way).
+        schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
+            then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
+            (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which
+            have no such history, go the midpoint's way).
         rule: how Adam's nonlinearity is linearized, as in ``attribute``.
         every: attribute every that many optimizer steps; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
         audit_every: compare every that many attributed steps with the exact game (``exact_shapley``; costs
             ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then.
+        half: in ``midpoint``, round the operands of the scores' large float32 products to bfloat16 (sums stay in float32),
+            which moved the scores of real texts by less than a thousandth. None: where it is faster, on CPUs that multiply
+            bfloat16.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
         ledger: a folder to write every score and every step's books to (``adam_ghost.open_ledger`` reads it), or a
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
@@ -128,6 +134,7 @@ class InRun:
         refresh: int = 1,
         audit_every: int | None = None,
         audit_permutations: int = 8,
+        half: bool | None = None,
         strict: bool = False,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
@@ -137,7 +144,9 @@ class InRun:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.model, self.optimizer = model, optimizer
         self.schedule, self.rule, self.every, self.refresh = schedule, rule, every, refresh
+        self._place = "gauss" if schedule == "gauss" else "midpoint"  # of the validation gradient, after a backward pass
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
+        self.half = multiplies_bfloat16() if half is None else half
         self.validation = Validation(val_loss, model)
         self.coverage = Coverage(strict)
         self.steps: list[StepRecord] = []  # of the attributed steps, as far as their numbers have arrived
@@ -150,6 +159,7 @@ class InRun:
         self._direction: Direction | None = None
         self._micro: list[_MicroBatch] = []
         self._armed: _MicroBatch | None = None
+        self._outgoing: deque[Tensor] = deque()
         self._pending: list[_Pending] = []
         self._fingerprint: Fingerprint | None = None
         self._backwards: set[int] = set()
@@ -190,6 +200,7 @@ class InRun:
         for handle in self._handles:
             handle.remove()
         self._micro, self._armed, self._direction, self._val, self._fingerprint = [], None, None, None, None
+        self._outgoing.clear()
         try:
             self._drain(wait=True)
         finally:
@@ -227,14 +238,15 @@ class InRun:
             raise ValueError(f"{what} cannot be used with samples packed in rows")
         if self.schedule == "lookahead":
             if not self._micro:
-                self._direction = self._look_ahead() if self._foreseeable() else None
+                state = AdamState.of(self.optimizer)
+                self._direction = self._look_ahead(state) if self._foreseeable(state) else None
             if self._direction is None and self._compiled:
                 return
         if self._direction is not None:
             recording: Recording = ContractingRecording(self._direction.P, len(ids), offsets, keep=audit)
         else:
             recording = Recording(offsets)
-        recording.on_arrival = self._gradient_arrived
+        recording.on_arrival, recording.outgoing = self._gradient_arrived, self._outgoing
         micro = _MicroBatch(ids, offsets, recording)
         if self._compiled:
             self._end_compiled()
@@ -252,9 +264,9 @@ class InRun:
                 raise ValueError(f"losses must be [{len(self._micro[-1].ids)}], one per id, got {list(losses.shape)}")
             self._micro[-1].losses = losses.detach()
 
-    def _foreseeable(self) -> bool:
+    def _foreseeable(self, state: AdamState) -> bool:
         """Whether Adam's history is long enough to predict ``P`` from; before, lookahead goes the midpoint's way."""
-        states = [s for s in AdamState.of(self.optimizer) if s.exp_avg is not None]
+        states = [s for s in state if s.exp_avg is not None]
         if not states:
             return False
         # a step count on the device is not read; ours is never the larger
@@ -325,16 +337,20 @@ class InRun:
             self._attribute(micro, started)
         finally:
             self._direction, self._fingerprint, self._seconds = None, None, 0.0
+            # a CPU maps fresh memory page by page, at a tenth of the step's cost: the next step's gradients shall find this memory
+            kept = (grad for m in micro for call in m.recording.calls for grad in call.grad_output.values())
+            self._outgoing = deque(grad for grad in kept if grad.device.type == "cpu")
         self._drain()
 
     def _attribute(self, micro: list[_MicroBatch], started: float) -> None:
-        if not micro and self._compiled and not self._foreseeable():
+        state = AdamState.of(self.optimizer)
+        if not micro and self._compiled and not self._foreseeable(state):
             return
         if not micro:
             raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
         if self._fingerprint is None:
             raise RuntimeError("optimizer.step() without a backward pass through the recorded forward pass")
-        step = gather_step(self.model, AdamState.of(self.optimizer), [m.recording for m in micro], self.coverage)
+        step = gather_step(self.model, state, [m.recording for m in micro], self.coverage)
         void, edited = self._follow_scaling(step)
         ids = [i for m in micro for i in m.ids]
         on_host = void.device.type == "cpu"
@@ -356,8 +372,8 @@ class InRun:
             scores = scores * scale.mean()
         else:
             grads = dict(zip(map(id, step.params), step.grads, strict=True))
-            direction = self._form(step.state, step.params, [grads.get(id(p)) for p in self._params], "midpoint")
-            scores = step.scores(direction.P)
+            direction = self._form(step.state, step.params, [grads.get(id(p)) for p in self._params], self._place)
+            scores = step.scores(direction.P, half=self.half)
         self._squeeze = direction.val_loss.ndim == 0
         total = direction.total if self._direction is None else direction.reach(step.params, step.grads)
         books = torch.stack([x.to(total).expand_as(total) for x in (direction.val_loss, total, direction.history, void)])
@@ -392,11 +408,10 @@ class InRun:
         step.scale = dict(zip(map(id, step.params), scale.unbind(), strict=True))
         return void, edited & ~void
 
-    def _look_ahead(self) -> Direction:
+    def _look_ahead(self, state: AdamState) -> Direction:
         """``P`` before the backward pass, from the gradient that history lets expect."""
         self._end_compiled()
         self._recorder.recording = None  # a step that was skipped left it; the validation pass is not to be recorded
-        state = AdamState.of(self.optimizer)
         expected = [state.expected_gradient(p) for p in self._params]
         return self._form(state, self._params, expected, "lookahead")
 

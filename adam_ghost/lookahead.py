@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adam_ghost import ops
+from adam_ghost import cpu, ops
 from adam_ghost.calls import Call
-from adam_ghost.capture import Recorder, Recording
+from adam_ghost.capture import Recorder, Recording, unseen
 from adam_ghost.contract import Directions, contract, sum_samples
 from adam_ghost.layers import layer_kind
 
@@ -81,7 +81,9 @@ class _ScoredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, P_weight, P_bias, offsets = ctx.saved_tensors
-        d_input = grad @ weight if ctx.needs_input_grad[0] else None
+        d_input = None
+        if ctx.needs_input_grad[0]:
+            d_input = cpu.linear(grad.reshape(-1, grad.shape[-1]), weight.t()).view(x.shape)
         shape = (ctx.n, -1) if offsets is None else (-1,)
         a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
         d_weight = d_bias = None
@@ -126,6 +128,7 @@ class ScoredLinears:
         for layer in self.layers:
             del layer.forward
 
+    @unseen
     def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         recorder = self.recorder
         recording = recorder.recording

@@ -99,8 +99,9 @@ class AdamState:
         s = self[p]
         if s.exp_avg is None or s.exp_avg_sq is None:
             return None
-        size = (s.exp_avg_sq / (1 - s.scalars.beta2 ** (s.scalars.t - 1))).sqrt()
-        return torch.copysign(torch.maximum(size, 0.1 * size.square().mean().sqrt()), s.exp_avg)
+        typical = s.exp_avg_sq / (1 - s.scalars.beta2 ** (s.scalars.t - 1))
+        smallest = 0.1 * typical.mean().sqrt()
+        return typical.sqrt_().clamp_(min=smallest).copysign_(s.exp_avg)
 
 
 def _number(x: float | Tensor) -> float | Tensor:

@@ -30,11 +30,11 @@ class Step:
         shares = torch.cat([sample_gradients(r.calls, p, r.batch_size, block) for r in self.recordings])
         return shares if self.scale is None else shares * self.scale[id(p)]
 
-    def scores(self, P: Directions, per_token: bool = False) -> Tensor:
-        """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``."""
+    def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
+        """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
         if self.scale is not None:
             P = {k: x * self.scale[k] for k, x in P.items()}
-        return contract_all(self.recordings, P, per_token)
+        return contract_all(self.recordings, P, per_token, half)
 
 
 def gather_step(model: nn.Module, state: AdamState, recordings: list[Recording], coverage: Coverage) -> Step:

@@ -60,13 +60,15 @@ class Validation:
         with self._undisturbed(advance=False), torch.no_grad():
             return self._checked(self.val_loss()).detach()
 
-    def gradient(self, params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def gradient(self, params: Sequence[Tensor], advance: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The loss ``[]`` or ``[K]``, and its gradient by each of ``params``: ``[*shape]`` or ``[K, *shape]``.
+
+        The next call draws the same random numbers unless this one is to ``advance`` their stream.
 
         Raises TypeError or ValueError if ``val_loss`` returns anything but a scalar or ``[K]`` with a graph, and (off the
         GPU, where looking costs no synchronisation) if it is not finite.
         """
-        with self._undisturbed(), torch.enable_grad():
+        with self._undisturbed(advance), torch.enable_grad():
             loss = self._checked(self.val_loss())
             if not loss.requires_grad:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
@@ -82,7 +84,7 @@ class Validation:
                         raise
                     rows = None
         if rows is None:
-            return self.gradient(params)
+            return self.gradient(params, advance)
         filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)] for row in rows]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         return loss.detach(), grads

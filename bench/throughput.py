@@ -3,13 +3,14 @@
 All variants take their steps in turn within one run, and the medians of their times are compared.
 """
 
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -34,6 +35,11 @@ class Setting:
     device: str = "cpu"
     autocast: bool = False
     fused: bool = False
+    compiled: bool = False
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return VARIANTS[: 3 if self.compiled else 4]  # a compiled model's calls cannot be recorded, which midpoint needs
 
 
 def stepper(variant: str, s: Setting) -> Callable[[], None]:
@@ -48,6 +54,8 @@ def stepper(variant: str, s: Setting) -> Callable[[], None]:
         with torch.autocast(s.device, torch.bfloat16, enabled=s.autocast):
             return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
+    if s.compiled:
+        model.compile()
     attributed = variant in ("lookahead", "midpoint")
     run = ag.InRun(model, optimizer, lambda: loss(x_val), variant) if attributed else None
     params = list(model.parameters())
@@ -69,12 +77,12 @@ def stepper(variant: str, s: Setting) -> Callable[[], None]:
 
 def measure(s: Setting, rounds: int, progress: Callable[[int], None] = lambda k: None) -> dict[str, list[float]]:
     """Seconds of every step of every variant, the variants in turn."""
-    steps = {v: stepper(v, s) for v in VARIANTS}
-    times: dict[str, list[float]] = {v: [] for v in VARIANTS}
+    steps = {v: stepper(v, s) for v in s.variants}
+    times: dict[str, list[float]] = {v: [] for v in s.variants}
     for k in range(-1, rounds):  # a first round warms up
         progress(k)
         # the order alternates: whoever goes first finds other caches
-        for v in VARIANTS if k % 2 else VARIANTS[::-1]:
+        for v in s.variants if k % 2 else s.variants[::-1]:
             started = time.perf_counter()
             steps[v]()
             if s.device != "cpu":
@@ -97,13 +105,15 @@ def peak_memory(variant: str, s: Setting) -> int:
 
 
 def resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not getrusage, whose maximum a process takes over from the one that started it
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Shares of plain and of the bound, medians over the rounds' own ratios, with the quartiles of the latter."""
     found = {}
-    for v in VARIANTS[1:]:
+    for v in list(times)[1:]:
         row = {}
         for base in ("plain", "bound"):
             ratios = [b / t for b, t in zip(times[base], times[v], strict=True)]

@@ -88,7 +88,7 @@ def test_bad_input(name, call):
     "call, options, message",
     [
         ("attribute", {"rule": "paper"}, "rule must be one of secant, tangent, frozen, sgd, got 'paper'"),
-        ("attribute", {"at": "end"}, "at must be one of midpoint, lookahead, current, got 'end'"),
+        ("attribute", {"at": "end"}, "at must be one of midpoint, gauss, lookahead, current, got 'end'"),
         ("gram", {"preconditioner": "adam"}, "preconditioner must be .*got 'adam'"),
         ("exact_shapley", {"permutations": 0}, "permutations must be at least 1, got 0"),
     ],

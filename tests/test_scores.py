@@ -20,7 +20,7 @@ def flat(grads):
     return torch.stack([torch.cat([torch.zeros(0)] + [x.flatten() for x in g.values() if x is not None]) for g in grads])
 
 
-@pytest.mark.parametrize("at", ["midpoint", "lookahead", "current"])
+@pytest.mark.parametrize("at", ["midpoint", "gauss", "lookahead", "current"])
 def test_targets(at):
     case = prepared()
     targets = [lambda k=k: case.losses(case.model(*case.val_inputs))[k] for k in range(3)]
@@ -72,16 +72,23 @@ def test_no_tokens(model, shape):
         problem(model, shape).record().attribute(per_token=True)
 
 
-@pytest.mark.parametrize("rule, at", [("sgd", "current"), ("frozen", "current"), ("frozen", "lookahead"), ("tangent", "midpoint")])
+PLACES = [("sgd", "current"), ("frozen", "current"), ("frozen", "lookahead"), ("tangent", "midpoint"), ("secant", "gauss")]
+
+
+@pytest.mark.parametrize("rule, at", PLACES)
 def test_rules_and_places(rule, at):
     case = prepared()
     state = ag.AdamState.of(case.optimizer)
     held = {k: p.detach().clone() for k, p in case.params.items()}
-    for p in case.params.values():
-        p.data = {"current": p, "lookahead": state.empty_weights(p), "midpoint": state.mid_weights(p, p.grad)}[at].detach()
-    val = gradients(case.val_loss(), case.params)
-    for k, p in case.params.items():
-        p.data = held[k]
+    vals = []
+    for way in {"gauss": (0.5 - 12**-0.5, 0.5 + 12**-0.5)}.get(at, (0.5,)):
+        for p in case.params.values():
+            empty, full = state.empty_weights(p), state.weights(p, p.grad)
+            p.data = {"current": p, "lookahead": empty}.get(at, empty + way * (full - empty)).detach()
+        vals.append(gradients(case.val_loss(), case.params))
+        for k, p in case.params.items():
+            p.data = held[k]
+    val = {k: sum(v[k] for v in vals) / len(vals) for k in held}
     P = {k: 1e-2 * val[k] * state.scaling(p, p.grad, rule) for k, p in case.params.items()}
     close(case.attribute(rule=rule, at=at), torch.stack([inner(P, g) for g in gradients_one_by_one(case)]))
 

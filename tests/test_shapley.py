@@ -171,13 +171,14 @@ def test_the_method_on_a_language_model():
             assert found[other, step][0] < r and found[other, step][1] > 5 * error, found
 
 
-def test_sum_of_scores_is_the_steps_loss_change():
-    """Up to the third order in lr: halving lr divides the difference by eight."""
+@pytest.mark.parametrize("at, order", [("midpoint", 3), ("gauss", 5)])
+def test_sum_of_scores_is_the_steps_loss_change(at, order):
+    """Up to the order of the quadrature in lr: halving lr divides the difference by two to its power, at least."""
     gaps = []
-    for lr in (4e-3, 2e-3, 1e-3):
+    for lr in (0.2, 0.1, 0.05) if at == "gauss" else (4e-3, 2e-3, 1e-3):
         case = problem(lambda: Fn(lambda s, x: s.b(torch.tanh(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2)), "x").warm()
         for group in case.optimizer.param_groups:
             group["lr"] = lr
         case.record()
-        gaps.append(float((case.attribute().sum() - Game(case).utility(range(case.n))).abs()))
-    assert all(6 < big / less < 10 for big, less in itertools.pairwise(gaps)), gaps
+        gaps.append(float((case.attribute(at=at).sum() - Game(case).utility(range(case.n))).abs()))
+    assert all(big / less > 0.75 * 2**order for big, less in itertools.pairwise(gaps)), gaps

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, unattended, in under nine minutes: builds the extension, runs the tests on the hardware, measures,
+# and looks for memory errors and races. Writes JSON and logs to $OUT. A stage that fails or takes too long loses only itself.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-runs/device}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+
+stage() {  # name, seconds, command
+  local name=$1 limit=$2 started=$SECONDS
+  shift 2
+  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
+  local status=$?
+  echo "$name: exit $status after $((SECONDS - started)) s" | tee -a "$OUT/stages.txt"
+}
+
+nvidia-smi >"$OUT/gpu.txt" 2>&1
+stage build 100 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
+stage doctor 10 "$PYTHON" -m adam_ghost doctor
+stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_variance_correction.py tests/test_contract.py \
+  tests/test_wgrad_score.py tests/test_ghost_gram.py tests/test_embedding.py tests/test_norm.py tests/test_ops.py tests/test_impl.py
+stage kernels 50 "$PYTHON" -m bench kernels --json "$OUT/kernels-gpu.json"
+stage ops 30 "$PYTHON" -m bench ops --device cuda --json "$OUT/ops-gpu.json"
+stage throughput 50 "$PYTHON" -m bench throughput --device cuda --gpt2 --rounds 15 --json "$OUT/throughput-gpu.json"
+stage throughput-compiled 70 "$PYTHON" -m bench throughput --device cuda --gpt2 --compile --rounds 15 --json "$OUT/throughput-compiled-gpu.json"
+stage fidelity 40 "$PYTHON" -m bench fidelity --device cuda --quick --json "$OUT/fidelity-gpu.json"
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    stage "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
+      tests/test_contract.py tests/test_wgrad_score.py tests/test_ghost_gram.py tests/test_embedding.py tests/test_norm.py -k "odd and float32"
+  done
+fi
+cat "$OUT/stages.txt"

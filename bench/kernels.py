@@ -1,0 +1,118 @@
+"""Every Triton kernel against the library call it competes with, at the shapes of known models, beside its floor.
+
+The floor is the larger of operations over the matrix ceiling and bytes over the bandwidth (``cost.H200``). Without a GPU only
+floors are told.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adam_ghost import ops
+from adam_ghost.cost import H200
+from bench.ops import seconds
+
+HALF = 2  # bytes
+
+
+class Case(NamedTuple):
+    op: str
+    shape: str
+    flops: float
+    moved: float  # bytes that have to be read or written
+    inputs: Callable[[], tuple[Tensor, ...]]
+    ours: Callable[..., Any]
+    library: Callable[..., Any]
+    rival: str  # what ``library`` is
+
+    @property
+    def floor(self) -> float:
+        """Seconds."""
+        return max(self.flops / H200.matrix_flops, self.moved / H200.bandwidth)
+
+
+LINEARS = {  # n, T, d_in, d_out
+    "GPT-2 124M qkv": (16, 1024, 768, 2304),
+    "GPT-2 124M projection": (16, 1024, 768, 768),
+    "GPT-2 124M up": (16, 1024, 768, 3072),
+    "GPT-2 124M down": (16, 1024, 3072, 768),
+    "GPT-2 124M head": (16, 1024, 768, 50304),
+    "Llama-1B attention": (8, 2048, 2048, 2048),
+    "Llama-1B up": (8, 2048, 2048, 8192),
+    "Llama-1B down": (8, 2048, 8192, 2048),
+    "MLP": (4096, 1, 1024, 1024),
+}
+PAIRS = {"n 64, T 256": (64, 256, 768, 768), "n 64, T 16": (64, 16, 768, 3072), "MLP": (4096, 1, 1024, 1024)}
+
+
+def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    generator = torch.Generator("cuda").manual_seed(0)
+    return tuple(torch.randn(s, device="cuda", generator=generator).to(dtype) for s in shapes)
+
+
+def weight_gradient(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
+    return b.flatten(0, 1).mT @ a.flatten(0, 1)
+
+
+def forward(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
+    return F.linear(a, P[0])
+
+
+def two_einsums(a: Tensor, b: Tensor) -> Tensor:
+    return (torch.einsum("itd,jud->ijtu", a, a) * torch.einsum("itd,jud->ijtu", b, b)).sum((2, 3))
+
+
+def normalized(x: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (F.layer_norm(x, x.shape[-1:], weight[0], bias[0]) * b).sum((1, 2))
+
+
+def looked_up(indices: Tensor, b: Tensor, P: Tensor) -> Tensor:
+    return (P[0][indices] * b).sum((1, 2))
+
+
+def cases() -> Iterator[Case]:
+    for name, (n, T, d_in, d_out) in LINEARS.items():
+        shape = f"{name}: {n} x {T}, {d_in} to {d_out}"
+        inputs = partial(draw, (n, T, d_in), (n, T, d_out), (1, d_out, d_in))
+        product, read = 2 * n * T * d_in * d_out, HALF * (n * T * (d_in + d_out) + d_in * d_out)
+        yield Case("contract", shape, product, read, inputs, ops.contract, forward, "forward product")
+        # the gradient is written in float32
+        moved = read + 2 * HALF * d_in * d_out
+        fused = partial(ops.wgrad_score, impl="triton")
+        yield Case("wgrad_score", shape, product, moved, inputs, fused, weight_gradient, "weight gradient")
+    for name, (n, T, d_in, d_out) in PAIRS.items():
+        flops, moved = n * (n + 1) * T * T * (d_in + d_out), HALF * n * T * (d_in + d_out)
+        inputs, shape = partial(draw, (n, T, d_in), (n, T, d_out)), f"{name}: {d_in} to {d_out}"
+        yield Case("ghost_gram", shape, flops, moved, inputs, ops.ghost_gram, two_einsums, "two einsums")
+    n, T, d, rows = 16, 1024, 768, 50257
+    moved = n * T * (8 + HALF * d + 4 * d)
+
+    def tokens() -> tuple[Tensor, ...]:
+        return torch.randint(rows, (n, T), device="cuda"), *draw((n, T, d)), *draw((1, rows, d), dtype=torch.float32)
+
+    yield Case("embedding_score", f"{n} x {T}, {rows} rows of {d}", 0, moved, tokens, ops.embedding_score, looked_up, "unfused")
+
+    def rows_of() -> tuple[Tensor, ...]:
+        return draw((n, T, d), (n, T, d), (1, d), (1, d))
+
+    norm = lambda x, b, weight, bias: ops.norm_score(x, b, weight, bias, 1e-5, "layer")  # noqa: E731
+    yield Case("norm_score", f"{n} x {T} rows of {d}", 0, HALF * 2 * n * T * d, rows_of, norm, normalized, "unfused")
+
+
+def measure(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+    """One row per case; times in milliseconds, ``ratio`` is ours over the library's."""
+    rows = []
+    for case in cases():
+        row: dict[str, Any] = {"op": case.op, "shape": case.shape, "against": case.rival, "floor_ms": case.floor * 1e3}
+        if torch.cuda.is_available():
+            inputs = case.inputs()
+            ours, library = (seconds(partial(f, *inputs), "cuda", rounds=9, calls=20) for f in (case.ours, case.library))
+            row |= {"ms": ours * 1e3, "library_ms": library * 1e3, "ratio": ours / library}
+            row |= {"tflop_per_s": case.flops / ours / 1e12, "gb_per_s": case.moved / ours / 1e9}
+        rows.append(row)
+        report(row)
+    return rows
