@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adam_ghost import cpu, ops
 from adam_ghost.calls import Call
@@ -76,14 +75,14 @@ class _ScoredLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, P_weight, P_bias, offsets)
         ctx.n = len(slot)
-        return F.linear(x, weight, bias)
+        return cpu.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, P_weight, P_bias, offsets = ctx.saved_tensors
         d_input = None
         if ctx.needs_input_grad[0]:
-            d_input = cpu.linear(grad.reshape(-1, grad.shape[-1]), weight.t()).view(x.shape)
+            d_input = cpu.linear(grad, weight.t())
         shape = (ctx.n, -1) if offsets is None else (-1,)
         a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
         d_weight = d_bias = None
