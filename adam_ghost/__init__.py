@@ -1,7 +1,8 @@
 """In-run data attribution for Adam and AdamW: what each training sample did to a validation target, while training."""
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 _root = Path(__file__).resolve().parent.parent
 _checkout = (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir()
@@ -9,12 +10,15 @@ if _checkout:
     # in a checkout `adam_ghost.kernels` is the repository's top-level kernels/; a wheel holds it inside the package
     __path__.append(str(_root))
 
-from adam_ghost.attribute import attribute
-from adam_ghost.gram import gram
-from adam_ghost.inrun import InRun
-from adam_ghost.layer_cache import LayerCache
-from adam_ghost.shapley import ShapleyValues, exact_shapley
-from adam_ghost.state import AdamState
+if TYPE_CHECKING:
+    from adam_ghost.attribution import attribute
+    from adam_ghost.inrun import InRun
+    from adam_ghost.layer_cache import LayerCache
+    from adam_ghost.ledger.reader import open_ledger
+    from adam_ghost.ledger.writer import LedgerWriter
+    from adam_ghost.pairwise import gram
+    from adam_ghost.shapley import ShapleyValues, exact_shapley
+    from adam_ghost.state import AdamState
 
 __all__ = [
     "AdamState",
@@ -28,15 +32,22 @@ __all__ = [
     "open_ledger",
 ]
 
+# loaded when they are asked for: who reads a ledger needs no PyTorch, and who trains needs no ledger's libraries
+_HOMES = {
+    "AdamState": "state",
+    "InRun": "inrun",
+    "LayerCache": "layer_cache",
+    "LedgerWriter": "ledger.writer",
+    "ShapleyValues": "shapley",
+    "attribute": "attribution",
+    "exact_shapley": "shapley",
+    "gram": "pairwise",
+    "open_ledger": "ledger.reader",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # the ledger's libraries are optional
-    if name == "open_ledger":
-        from adam_ghost.ledger.reader import open_ledger
-
-        return open_ledger
-    if name == "LedgerWriter":
-        from adam_ghost.ledger.writer import LedgerWriter
-
-        return LedgerWriter
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adam_ghost.attribute import attribute
+from adam_ghost.attribution import attribute
 from adam_ghost.demo.model import GPT
 from adam_ghost.direction import form_direction, validation_gradient
 from adam_ghost.layer_cache import LayerCache

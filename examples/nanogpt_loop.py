@@ -19,7 +19,7 @@ from adam_ghost.demo.model import GPT
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-parser.add_argument("--schedule", choices=adam_ghost.inrun.SCHEDULES, default="midpoint")
+parser.add_argument("--schedule", choices=("midpoint", "gauss", "lookahead"), default="midpoint")
 options = parser.parse_args()
 
 # data: 256 fixed samples, so that each is met several times

@@ -17,6 +17,7 @@ import adam_ghost as ag
 from adam_ghost.demo.model import GPT
 from adam_ghost.direction import form_direction, validation_gradient
 from adam_ghost.state import AdamState
+from adam_ghost.validation import Validation
 
 VOCABULARY, CONTEXT, N = 19, 8, 6
 SCHEDULES = pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
@@ -95,7 +96,7 @@ class Loop:
         recording, self.run._recorder.recording = self.run._recorder.recording, None
         if self.schedule != "lookahead":
             state = AdamState.of(optimizer)
-            run = ag.inrun.Validation(self.val, self.model)
+            run = Validation(self.val, self.model)
             val = validation_gradient(state, params, grads, run, self.schedule)
             P = form_direction(state, params, grads, val, "secant").P
         else:

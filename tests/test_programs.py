@@ -67,4 +67,4 @@ def test_nanogpt_loop(schedule, dtype):
 
 def test_imports_from_elsewhere(tmp_path):
     code = "import adam_ghost; print(adam_ghost.attribute.__module__)"
-    assert run("-c", code, env={"PATH": ""} | {"PYTHONPATH": str(ROOT)}).strip() == "adam_ghost.attribute"
+    assert run("-c", code, env={"PATH": ""} | {"PYTHONPATH": str(ROOT)}).strip() == "adam_ghost.attribution"

@@ -1,7 +1,5 @@
 """Targets, tokens, places and rules of ``attribute``, and the pairwise products of ``gram``."""
 
-import sys
-
 import pytest
 import torch
 from oracles import close, gradients, gradients_one_by_one, inner
@@ -10,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adam_ghost as ag
+from adam_ghost import pairwise
 
 
 def prepared(name="nanogpt", **options):
@@ -124,7 +123,7 @@ def test_gram(name, preconditioner):
 def test_gram_in_blocks(monkeypatch):
     case = prepared()
     whole = ag.gram(case.cache, case.optimizer)
-    monkeypatch.setattr(sys.modules["adam_ghost.gram"], "_BLOCK_BYTES", 300)
+    monkeypatch.setattr(pairwise, "_BLOCK_BYTES", 300)
     close(ag.gram(case.cache, case.optimizer), whole, 1e-13)
 
 

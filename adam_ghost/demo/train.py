@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adam_ghost.attribute import attribute
+from adam_ghost.attribution import attribute
 from adam_ghost.demo.data import DOMAINS, VOCABULARY, Corpus
 from adam_ghost.demo.model import GPT
 from adam_ghost.inrun import InRun
