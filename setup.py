@@ -17,7 +17,7 @@ CSRC = Path("csrc")
 CUDA = os.environ.get("ADAM_GHOST_CUDA", "auto")
 ARCHES = os.environ.get("ADAM_GHOST_ARCH", "80 90a 100").split()
 # no trapping or errno: lets conditional divisions and roots be vectorised; NaN and infinity keep their meaning
-CXX = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
 def say(text):
@@ -63,7 +63,7 @@ def extension():
             if nvcc:
                 made = Path(self.build_temp, "cuda.o")
                 made.parent.mkdir(parents=True, exist_ok=True)
-                flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", f"-I{CSRC}", f'-DADAM_GHOST_TARGETS="{" ".join(ARCHES)}"']
+                flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC", f"-I{CSRC}", f'-DADAM_GHOST_TARGETS="{" ".join(ARCHES)}"']
                 subprocess.check_call([nvcc, *flags, *gencode(), "-c", str(CSRC / "cuda.cu"), "-o", str(made)])
                 ext.extra_objects.append(str(made))
                 ext.define_macros.append(("ADAM_GHOST_WITH_CUDA", None))
@@ -73,7 +73,7 @@ def extension():
 
     ext = CppExtension(
         "adam_ghost._C",
-        [str(CSRC / name) for name in ("bind.cpp", "cpu.cpp")],
+        [str(CSRC / name) for name in ("bind.cpp", "read.cpp", "cpu.cpp")],
         depends=[str(p) for p in CSRC.iterdir()],
         py_limited_api=True,
         extra_compile_args=CXX + os.environ.get("ADAM_GHOST_CXXFLAGS", "").split(),

@@ -1,14 +1,9 @@
 // The Python binding: reads lists of tensors into plain pointers, checks them, and runs the kernels on the caller's stream.
-// Tensors are read through DLPack's C exchange API: some nanoseconds each, no C++ of the framework, one binary for every torch
-// that has it. What the kernels do not take is answered by a status before anything is written; ops.py explains or falls back.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include <ATen/dlpack.h>
-
+// What the kernels do not take is answered by a status before anything is written; ops.py explains or falls back.
 #include <new>
 
 #include "job.h"
+#include "read.h"
 #ifdef ADAM_GHOST_WITH_CUDA
 #include "cuda.h"
 #endif
@@ -24,22 +19,13 @@ struct Refused {
   Status status;
 };
 
-const DLPackExchangeAPI* exchange = nullptr;
-PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;
-
 void require(bool holds, Status otherwise) {
   if (!holds) throw Refused{otherwise};
 }
 
-// Plain tensors only: a subclass may not hold the memory that it shows (fake tensors, DTensor), and goes through the dispatcher.
 DLTensor view(PyObject* object) {
-  require(Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type, NOT_PLAIN);
   DLTensor x;
-  if (exchange->dltensor_from_py_object_no_sync(object, &x) != 0) {  // sparse, meta and the like
-    PyErr_Clear();
-    throw Refused{NOT_PLAIN};
-  }
-  x.data = static_cast<char*>(x.data) + x.byte_offset;
+  require(read_tensor(object, x), NOT_PLAIN);
   return x;
 }
 
@@ -330,34 +316,15 @@ PyObject* built(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s}", "cpu", cpu_capability(), "cuda", cuda);
 }
 
+PyObject* set_read_in_place(PyObject*, PyObject* wanted) { return PyBool_FromLong(read_in_place(PyObject_IsTrue(wanted) == 1)); }
+
 PyMethodDef methods[] = {{"variance_correction", variance_correction, METH_VARARGS, nullptr},
                          {"weight_points", weight_points, METH_VARARGS, nullptr},
                          {"built", built, METH_NOARGS, nullptr},
+                         {"read_in_place", set_read_in_place, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
-PyTypeObject* find_type(const char* module_name, const char* name) {
-  PyObject* owner = PyImport_ImportModule(module_name);
-  PyObject* type = owner ? PyObject_GetAttrString(owner, name) : nullptr;
-  Py_XDECREF(owner);
-  return reinterpret_cast<PyTypeObject*>(type);
-}
-
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() {
-  tensor_type = find_type("torch", "Tensor");
-  parameter_type = tensor_type ? find_type("torch.nn", "Parameter") : nullptr;
-  if (!parameter_type) return nullptr;
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(tensor_type), "__dlpack_c_exchange_api__");
-  if (!capsule) return nullptr;
-  exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);
-  if (!exchange) return nullptr;
-  if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync) {
-    PyErr_Format(PyExc_ImportError, "this torch speaks DLPack %d, the extension was built for %d",
-                 int(exchange->header.version.major), DLPACK_MAJOR_VERSION);
-    return nullptr;
-  }
-  return PyModule_Create(&module);
-}
+PyMODINIT_FUNC PyInit__C() { return prepare_reading() ? PyModule_Create(&module) : nullptr; }
