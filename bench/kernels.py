@@ -4,6 +4,7 @@ The floor is the larger of operations over the matrix ceiling and bytes over the
 floors are told.
 """
 
+import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from adam_ghost import ops
 from adam_ghost.cost import H200
-from bench.ops import seconds
+from bench.ops import ratio, turns
 
 HALF = 2  # bytes
 
@@ -110,8 +111,9 @@ def measure(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list
         row: dict[str, Any] = {"op": case.op, "shape": case.shape, "against": case.rival, "floor_ms": case.floor * 1e3}
         if torch.cuda.is_available():
             inputs = case.inputs()
-            ours, library = (seconds(partial(f, *inputs), "cuda", rounds=9, calls=20) for f in (case.ours, case.library))
-            row |= {"ms": ours * 1e3, "library_ms": library * 1e3, "ratio": ours / library}
+            times = turns([partial(f, *inputs) for f in (case.ours, case.library)], "cuda", rounds=9, calls=20)
+            ours, library = map(statistics.median, times)
+            row |= {"ms": ours * 1e3, "library_ms": library * 1e3, "ratio": ratio(*times)}
             row |= {"tflop_per_s": case.flops / ours / 1e12, "gb_per_s": case.moved / ours / 1e9}
         rows.append(row)
         report(row)

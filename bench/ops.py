@@ -27,22 +27,31 @@ def state(shapes: list[tuple[int, ...]], device: str) -> dict[str, list[torch.Te
     return lists
 
 
-def seconds(f: Callable[[], Any], device: str, rounds: int, calls: int = 1) -> float:
-    """The median time of one call, over rounds of some calls each."""
-    times = []
+def turns(functions: list[Callable[[], Any]], device: str, rounds: int, calls: int = 1) -> list[list[float]]:
+    """Seconds of one call of each function, round by round: they take turns, since the speed of a machine changes."""
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):  # the first warms up
-        if device != "cpu":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(calls):
-            f()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) / calls)
-    return statistics.median(times[1:])
+        for f, found in zip(functions, times, strict=True):
+            _wait(device)
+            started = time.perf_counter()
+            for _ in range(calls):
+                f()
+            _wait(device)
+            found.append((time.perf_counter() - started) / calls)
+    return [found[1:] for found in times]
 
 
-def measure(device: str, rounds: int = 7) -> dict[str, Any]:
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """The median of the rounds' own ratios."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def measure(device: str, rounds: int = 11) -> dict[str, Any]:
     """Ratios and, on a GPU, absolute numbers; the overhead is of one call, in microseconds."""
     lists = state(LARGE, device)
     elements = sum(x.numel() for x in lists["params"])
@@ -50,25 +59,25 @@ def measure(device: str, rounds: int = 7) -> dict[str, Any]:
     compiled = "cpp" if device == "cpu" else None
     source, target = (torch.empty(elements, device=device) for _ in range(2))
     source.zero_()
-    copy = seconds(lambda: target.copy_(source), device, rounds)
-    bandwidth = 2 * FLOAT * elements / copy
+    calls = [partial(ops.variance_correction, **lists, steps=steps, rule=rule, out=out) for rule in RULES]
+    copy, *ours = turns([lambda: target.copy_(source), *(partial(f, impl=compiled) for f in calls)], device, rounds)
     rows = []
-    for rule in RULES:
-        call = partial(ops.variance_correction, **lists, steps=steps, rule=rule, out=out)
-        eager, ours = seconds(partial(call, impl="reference"), device, 1), seconds(partial(call, impl=compiled), device, rounds)
-        reached = TOUCHED * FLOAT * elements / ours
-        rows.append({"rule": rule, "of_eager": eager / ours, "of_copy_bandwidth": reached / bandwidth})
+    for rule, call, times in zip(RULES, calls, ours, strict=True):
+        (eager,) = turns([partial(call, impl="reference")], device, 1)
+        share = TOUCHED / 2 * ratio(copy, times)  # a copy reads and writes each element
+        rows.append({"rule": rule, "of_eager": eager[0] / statistics.median(times), "of_copy_bandwidth": share})
         if device != "cpu":
-            rows[-1] |= {"ms": ours * 1e3, "gb_per_s": reached / 1e9}
+            took = statistics.median(times)
+            rows[-1] |= {"ms": took * 1e3, "gb_per_s": TOUCHED * FLOAT * elements / took / 1e9}
     return {"elements": elements, "rules": rows, "overhead_us": overhead(device, compiled)}
 
 
-def overhead(device: str, impl: str | None, calls: int = 200) -> float:
+def overhead(device: str, impl: str | None, rounds: int = 25, calls: int = 200) -> float:
     """Microseconds of a call for many small tensors, beyond those of a call for one tensor of as many elements."""
-    times = {}
-    for name, shapes in {"many": [(SIZE,)] * SMALL, "one": [(SIZE * SMALL,)]}.items():
+    functions = []
+    for shapes in [(SIZE,)] * SMALL, [(SIZE * SMALL,)]:
         lists, steps = state(shapes, device), [STEP] * len(shapes)
         out = [torch.empty_like(x) for x in lists["val_grads"]]
-        call = partial(ops.variance_correction, **lists, steps=steps, out=out, impl=impl)
-        times[name] = seconds(call, device, rounds=15, calls=calls)
-    return (times["many"] - times["one"]) * 1e6
+        functions.append(partial(ops.variance_correction, **lists, steps=steps, out=out, impl=impl))
+    many, one = turns(functions, device, rounds, calls)
+    return statistics.median(a - b for a, b in zip(many, one, strict=True)) * 1e6
