@@ -20,8 +20,8 @@ c10::TensorImpl* pointed_at(PyObject* object, Py_ssize_t offset) {
   return impl;
 }
 
-// The exchange takes five times as long to come to the same: it asks about subclasses and takes the interpreter's lock anew. Whatever is in
-// some way unusual (functional wrappers, sparse, symbolic sizes) is left to it.
+// The exchange takes five times as long to come to the same: it asks about subclasses and takes the interpreter's lock anew.
+// Whatever is in some way unusual (functional wrappers, sparse, symbolic sizes) is left to it.
 bool read_fields(c10::TensorImpl* x, DLTensor& out) {
   using c10::DispatchKey;
   static const uint64_t usual =
