@@ -21,7 +21,8 @@ c10::TensorImpl* pointed_at(PyObject* object, Py_ssize_t offset) {
 }
 
 // The exchange takes five times as long to come to the same: it asks about subclasses and takes the interpreter's lock anew.
-// Whatever is in some way unusual (functional wrappers, sparse, symbolic sizes) is left to it.
+// Whatever is in some way unusual (functional wrappers, sparse, symbolic sizes) is left to it. No function is called that other
+// versions lack: the library has to load beside them.
 bool read_fields(c10::TensorImpl* x, DLTensor& out) {
   using c10::DispatchKey;
   static const uint64_t usual =
@@ -31,16 +32,14 @@ bool read_fields(c10::TensorImpl* x, DLTensor& out) {
   if ((x->key_set().raw_repr() & ~usual) || x->has_symbolic_sizes_strides()) return false;
   c10::StorageImpl* storage = x->unsafe_storage().unsafeGetStorageImpl();
   if (!storage) return false;
+  const at::DataPtr& memory = storage->_mutable_data_ptr_no_checks();
+  if (memory.get() != memory.get_context()) return false;  // not from an allocator: a copy yet to be made, a file, another library
+  out.data = memory.get();
   if (x->dtype() == caffe2::TypeMeta::Make<float>()) {
     out.dtype = {kDLFloat, 32, 1};
   } else if (x->dtype() == caffe2::TypeMeta::Make<c10::BFloat16>()) {
     out.dtype = {kDLBfloat, 16, 1};
   } else {
-    return false;
-  }
-  try {
-    out.data = storage->mutable_data();
-  } catch (const std::exception&) {  // memory that must not be touched
     return false;
   }
   const c10::Device device = x->device();
