@@ -18,8 +18,8 @@ def batch_of(step):
     return torch.randint(0, SAMPLES, (BATCH,), generator=torch.Generator().manual_seed(step))
 
 
-def train(folder, steps):
-    """Trains up to ``steps``, from the checkpoint in ``folder`` if one is there."""
+def train(folder, steps, made=None):
+    """Trains up to ``steps``, from the checkpoint in ``folder`` if one is there; counts the steps in ``made``, a shared value."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     folder = Path(folder)
@@ -30,7 +30,6 @@ def train(folder, steps):
     saved = folder / "checkpoint.pt"
     writer = ag.LedgerWriter(folder / "ledger", flush_seconds=0.03, restart=not saved.exists())
     run = ag.InRun(model, optimizer, lambda: (model(x[:8]) - y[:8]).square().mean(), ledger=writer)
-    (folder / "alive").write_text("")
     if saved.exists():
         state = torch.load(saved, weights_only=False)
         model.load_state_dict(state["model"])
@@ -42,6 +41,8 @@ def train(folder, steps):
         (model(x[ids]) - y[ids]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if made is not None:
+            made.value += 1
         if run.step % CHECKPOINT == 0:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run.state_dict()}
             torch.save(state, folder / "making.pt")
@@ -95,6 +96,6 @@ def fill_the_disk(folder, on_error, answer):
                     run.ledger.flush()
         except OSError as error:
             raised = str(error)
-        said = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+        said = [str(w.message) for w in caught if "ledger" in str(w.message)]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     answer.put((trained, said, raised))
