@@ -30,9 +30,12 @@ class Batch:
     def lost(self, x: Tensor) -> bool:
         return x in self._tags and self._tags[x] is None
 
+    def fits(self, x: Tensor, tag: Tag) -> bool:
+        return tag[0] < x.ndim and x.shape[tag[0]] == self.n * tag[1]
+
     def tag(self, x: Tensor, tag: Tag | None) -> None:
         """Tags ``x`` if the tag fits its shape. Without one, ``x`` is lost if it has a graph that scores would follow."""
-        if tag is not None and tag[0] < x.ndim and x.shape[tag[0]] == self.n * tag[1]:
+        if tag is not None and self.fits(x, tag):
             self._tags[x] = tag
         elif x.requires_grad:
             self._tags[x] = None
@@ -58,9 +61,7 @@ class Batch:
             tag = self._infer(name, args, kwargs, tensors, out)
         except (TypeError, ValueError, IndexError, RuntimeError):  # called in a way that no rule foresees
             return None
-        if tag is None or not 0 <= tag[0] < out.ndim or out.shape[tag[0]] != self.n * tag[1]:
-            return None
-        return tag
+        return tag if tag is not None and tag[0] >= 0 and self.fits(out, tag) else None
 
     def _infer(self, name: str, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor) -> Tag | None:
         if name in _MIXING:

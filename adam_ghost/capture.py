@@ -141,6 +141,7 @@ class Recorder(TorchFunctionMode):
         self.batch = Batch()
         self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
         self.inner = WeakIdKeyDictionary()  # the same, within the layer now running
+        self.entries: dict[tuple[nn.Module, int], set[Tag]] = {}  # where the batch was in a layer's i-th argument
         self.follow = False  # whether the layer now running is followed function by function
         self.buffers: dict[str, Tensor] = {}
         self.inside_model = self.inside_layer = 0
@@ -159,6 +160,10 @@ class Recorder(TorchFunctionMode):
         self.__exit__(None, None, None)
 
     @property
+    def in_forward(self) -> bool:
+        return self.open and not _in_backward()
+
+    @property
     def active(self) -> bool:
         return self.open or (self.recording is not None and _in_backward())
 
@@ -166,7 +171,7 @@ class Recorder(TorchFunctionMode):
 
     @unseen
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not self.open:
+        if not self.in_forward:
             return
         self.inside_model += 1
         if self.inside_model == 1:
@@ -179,7 +184,7 @@ class Recorder(TorchFunctionMode):
 
     @unseen
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not self.open or self.inside_model > 1:
+        if not self.in_forward or self.inside_model > 1:
             return
         for x in pytree.tree_leaves(output):
             # made by ways that carry no tags (through numpy, say): exact all the same, as one long replay
@@ -188,7 +193,7 @@ class Recorder(TorchFunctionMode):
                 self._watch(call, 0, x, (0, 1))
 
     def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.inside_model -= self.open
+        self.inside_model -= self.in_forward
 
     def _untagged(self, leaves: list[Any]) -> list[Tensor]:
         return [x for x in leaves if isinstance(x, Tensor) and x.ndim and x not in self.batch and not self._is_source(x)]
@@ -209,9 +214,10 @@ class Recorder(TorchFunctionMode):
         if not self.active:
             return
         self.inside_layer += 1
-        new = self._untagged(pytree.tree_leaves((args, kwargs)))
-        if _in_backward():  # a checkpoint's recomputation, with functions out of sight
-            self._tag_by_size([x for x in new if x.requires_grad])
+        leaves = pytree.tree_leaves((args, kwargs))
+        new = self._untagged(leaves)
+        if _in_backward():
+            self._tag_again(module, leaves, new)
         elif self.inside_model:
             # the batch is followed from the model's arguments; a tensor with a graph but no tag took a way unseen
             for x in new:
@@ -219,6 +225,10 @@ class Recorder(TorchFunctionMode):
                     self.batch.tag_unseen(x)
         else:
             self._tag_by_size(new)
+        if self.in_forward:
+            for i, x in enumerate(leaves):
+                if isinstance(x, Tensor) and self.batch[x]:
+                    self.entries.setdefault((module, i), set()).add(self.batch[x])
         self.rng, self.buffers, self.follow = None, {}, False
         if layer_kind(module) is None:
             self.rng = rng_state(next(module.parameters()).device)
@@ -227,6 +237,16 @@ class Recorder(TorchFunctionMode):
             # what torch.nn does to the batch is known; any other code is followed
             self.follow = not type(module).__module__.startswith("torch.nn.")
             self.inner = WeakIdKeyDictionary()
+
+    def _tag_again(self, module: nn.Module, leaves: list[Any], new: list[Tensor]) -> None:
+        """A checkpoint's recomputation, with functions out of sight: the batch is where it was when the checkpoint first ran."""
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor) and x.requires_grad and any(x is y for y in new):
+                tags = [tag for tag in self.entries.get((module, i), ()) if self.batch.fits(x, tag)]
+                if tags:
+                    self.batch.tag(x, tags[0] if len(tags) == 1 else None)
+                else:
+                    self.batch.tag_unseen(x)
 
     def _close_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_layer -= self.active
@@ -275,8 +295,6 @@ class Recorder(TorchFunctionMode):
         if name == "__get__" and func not in _TENSOR_PROPERTIES:
             return func(*args, **kwargs)
         tensors = _tensors(args[:1] if name in _LIKE else args, kwargs)
-        if _in_backward():  # a checkpoint's recomputation: its inputs come without tags
-            self._tag_by_size([x for x in self._untagged(tensors) if x.requires_grad])
         batched = any(x in self.batch for x in tensors)
         meets_parameters = torch.is_grad_enabled() and any(self._is_source(x) for x in tensors)
         if not batched and not meets_parameters:
