@@ -51,6 +51,15 @@ bool read_fields(c10::TensorImpl* x, DLTensor& out) {
   return true;
 }
 
+// The exchange shows what lies in memory, even if the tensor is the negative of it.
+bool negated(PyObject* object) {
+  static PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* answer = PyObject_CallMethodObjArgs(object, is_neg, nullptr);
+  const bool result = answer != Py_False;
+  Py_XDECREF(answer);
+  return result;
+}
+
 PyObject* get(const char* module_name, const char* name) {
   PyObject* owner = PyImport_ImportModule(module_name);
   PyObject* value = owner ? PyObject_GetAttrString(owner, name) : nullptr;
@@ -115,9 +124,8 @@ bool prepare_reading() {
 bool read_tensor(PyObject* object, DLTensor& out) {
   // a subclass may not hold the memory that it shows (fake tensors, DTensor), and goes through the dispatcher
   if (Py_TYPE(object) != tensor_type && Py_TYPE(object) != parameter_type) return false;
-  c10::TensorImpl* fields = place ? pointed_at(object, place) : nullptr;
-  if (fields && fields->is_neg()) return false;  // the exchange shows what lies in memory, which is the negative
-  if (!(fields && read_fields(fields, out)) && exchange->dltensor_from_py_object_no_sync(object, &out) != 0) {
+  if (!(place && read_fields(pointed_at(object, place), out)) &&
+      (negated(object) || exchange->dltensor_from_py_object_no_sync(object, &out) != 0)) {
     PyErr_Clear();
     return false;
   }

@@ -22,5 +22,6 @@ ADAM_GHOST_CUDA=0 ADAM_GHOST_CXXFLAGS="$sanitizers" LDFLAGS="-fsanitize=address,
   "$python" setup.py -q build --build-base "$build" --build-lib "$build/package"
 cd "$build"
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-  OMP_NUM_THREADS=1 PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider "$root/tests/test_variance_correction.py" \
-  -k "cpp and (dtypes or layouts or in_place or absent or small or nonfinite or untouched) or errors" --rootdir "$root"
+  OMP_NUM_THREADS=1 PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider --rootdir "$root" \
+  "$root/tests/test_variance_correction.py" "$root/tests/test_reading.py" \
+  -k "cpp and (dtypes or layouts or in_place or absent or small or nonfinite or untouched) or errors or reading"

@@ -32,6 +32,8 @@ TENSORS = {
     "empty": lambda: torch.randn(0, 4),
     "seven dimensions": lambda: torch.randn(1, 2, 1, 2, 1, 3, 2),
     "inference": _inference,
+    "negated": lambda: torch._neg_view(torch.randn(6, 4)),
+    "zero": lambda: torch._efficientzerotensor(6, 4),
     "lazy copy": lambda: torch._lazy_clone(torch.randn(6, 4)),
     "subclass": lambda: torch.randn(6, 4).as_subclass(Subclass),
     "sparse": lambda: torch.randn(6, 4).to_sparse(),
@@ -69,7 +71,9 @@ def test_both_ways_see_the_same(in_place, make):
     assert torch.equal(found[0][2], found[1][2])
 
 
-def test_negated_view_is_read_as_what_it_is_worth():
+@pytest.mark.parametrize("way", [True, False])
+def test_negated_view_is_read_as_what_it_is_worth(in_place, way):
+    in_place(way)
     w, g = torch.zeros(4), torch.randn(4)
     sums = []
     for x in (torch._neg_view(g), -g):
