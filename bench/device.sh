@@ -19,7 +19,7 @@ nvidia-smi >"$OUT/gpu.txt" 2>&1
 stage build 100 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
 stage doctor 10 "$PYTHON" -m adam_ghost doctor
 stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_variance_correction.py tests/test_contract.py \
-  tests/test_wgrad_score.py tests/test_ghost_gram.py tests/test_embedding.py tests/test_norm.py tests/test_ops.py tests/test_impl.py
+  tests/test_wgrad_score.py tests/test_ghost_gram.py tests/test_embedding.py tests/test_norm.py tests/test_ops.py tests/test_impl.py tests/test_reading.py
 stage kernels 50 "$PYTHON" -m bench kernels --json "$OUT/kernels-gpu.json"
 stage ops 30 "$PYTHON" -m bench ops --device cuda --json "$OUT/ops-gpu.json"
 stage throughput 50 "$PYTHON" -m bench throughput --device cuda --gpt2 --rounds 15 --json "$OUT/throughput-gpu.json"

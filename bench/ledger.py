@@ -9,6 +9,7 @@ import numpy as np
 
 from adam_ghost.ledger.reader import open_ledger
 from adam_ghost.ledger.writer import LedgerWriter
+from adam_ghost.report import write_report
 
 BATCH, GROUPS = 32, 8
 
@@ -18,18 +19,24 @@ def write(folder: Path, rows: int, samples: int) -> dict[str, float]:
     random = np.random.default_rng(0)
     writer = LedgerWriter(folder, restart=True)
     writer.begin([0], dict)
-    scores = random.normal(0, 1e-3, (BATCH, 1))
-    total = [float(scores.sum())]
     steps = rows // BATCH
     ids = random.integers(0, samples, (steps, BATCH))
+    scores = random.normal(0, 1e-3, (steps, BATCH, 1))  # all different: equal ones would cost neither time nor room
+    totals = scores.sum(1).tolist()
     handed, cpu = 0.0, time.process_time()
     for step in range(steps):
         names = ids[step].tolist()
         record = SimpleNamespace(step=step + 1, samples=BATCH, lr=[1e-3], coverage=1.0, skipped=False, refreshed=True)
-        record.seconds, record.val_loss, record.score_sum, record.total, record.history = 1e-3, [1.0], total, total, [0.0]
+        record.seconds, record.val_loss, record.score_sum, record.total, record.history = (
+            1e-3,
+            [1.0],
+            totals[step],
+            totals[step],
+            [0.0],
+        )
         record.audit = None
         started = time.perf_counter()
-        writer.add(record, names, scores, None, 0, (1, 1))
+        writer.add(record, names, scores[step], None, 0, (1, 1))
         handed += time.perf_counter() - started
     writer.close()
     size = sum(p.stat().st_size for p in folder.rglob("*.parquet"))
@@ -46,6 +53,7 @@ def ask(folder: Path, samples: int) -> dict[str, float]:
             "top, standardized": lambda: ledger.top(10, value="standardized"),
             "groups": lambda: ledger.groups(groups, bootstrap=0),
             "groups, with intervals": lambda: ledger.groups(groups),
+            "report": lambda: write_report(ledger, folder / "report.html"),
         }.items():
             started = time.perf_counter()
             question()
