@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from adam_ghost.layer_cache import LayerCache
     from adam_ghost.ledger.reader import open_ledger
     from adam_ghost.ledger.writer import LedgerWriter
+    from adam_ghost.optim.adam import AdamState
     from adam_ghost.pairwise import gram
     from adam_ghost.shapley import ShapleyValues, exact_shapley
-    from adam_ghost.state import AdamState
 
 __all__ = [
     "AdamState",
@@ -34,7 +34,7 @@ __all__ = [
 
 # loaded when they are asked for: who reads a ledger needs no PyTorch, and who trains needs no ledger's libraries
 _HOMES = {
-    "AdamState": "state",
+    "AdamState": "optim.adam",
     "InRun": "inrun",
     "LayerCache": "layer_cache",
     "LedgerWriter": "ledger.writer",

@@ -3,16 +3,14 @@
 import torch
 from torch import Tensor
 
-from adam_ghost.direction import PLACES, find_direction
-from adam_ghost.layer_cache import LayerCache
-from adam_ghost.reference import RULES
-from adam_ghost.state import AdamState
-from adam_ghost.step import open_step
+from adam_ghost.layer_cache import LayerCache, open_step
+from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.step.direction import PLACES, find_direction
 
 
 def attribute(
     layer_cache: LayerCache,
-    opt_state: "torch.optim.Optimizer | AdamState",
+    opt_state: torch.optim.Optimizer | OptState,
     *,
     rule: str = "secant",
     at: str = "midpoint",
@@ -28,7 +26,7 @@ def attribute(
 
     Args:
         layer_cache: what ``with layer_cache:`` recorded of the forward and backward pass of ``n`` samples.
-        opt_state: the ``torch.optim.Adam`` or ``AdamW`` about to step, or an ``AdamState``.
+        opt_state: the ``torch.optim.Adam`` or ``AdamW`` about to step, or its state.
         rule: how Adam's nonlinearity is linearized: ``secant`` (exact along the step), ``tangent``, ``frozen`` (the state
             before the step, arXiv 2602.00329) or ``sgd`` (none, arXiv 2406.11011).
         at: where the validation gradient is taken: ``midpoint`` of the step (second order), ``gauss`` (fourth order: the mean
@@ -48,12 +46,14 @@ def attribute(
         RuntimeError: under ``strict``, if a parameter's gradient cannot be attributed, or the scores do not add up to the
             step's gradient (otherwise a warning, once).
     """
-    for name, value, allowed in (("rule", rule, RULES), ("at", at, PLACES)):
+    opt_state = read_optimizer(opt_state)
+    for name, value, allowed in (("rule", rule, opt_state.linearizations), ("at", at, PLACES)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     step = open_step(layer_cache, opt_state)
     direction = find_direction(step, layer_cache.validation, rule, at)
     scores = step.scores(direction.P, per_token)
     layer_cache.mark_weights()
-    layer_cache.coverage.check(scores, direction.total)
+    if scores.device.type == "cpu":  # where looking costs no synchronisation
+        layer_cache.coverage.check(scores.detach().numpy(), direction.total.numpy())
     return scores if direction.val_loss.ndim else scores.squeeze(-1)

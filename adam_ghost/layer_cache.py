@@ -1,18 +1,17 @@
 """The thin layer's recorder: a `with` block around one step's forward and backward pass."""
 
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from adam_ghost.capture import Recorder, Recording
-from adam_ghost.fingerprint import Fingerprint
-from adam_ghost.validation import Validation
-
-# of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
-SELF_CHECK = 0.02
+from adam_ghost.capture.recorder import Recorder
+from adam_ghost.capture.recording import Recording
+from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
+from adam_ghost.step.fingerprint import EDITED, Fingerprint
+from adam_ghost.step.step import Step, gather_step
+from adam_ghost.step.validation import Validation
 
 
 class LayerCache:
@@ -49,7 +48,6 @@ class LayerCache:
         self.recorded = Recording()
         self.used = False
         self._fingerprint: Fingerprint | None = None
-        self._with_gradient: list[nn.Parameter] = []
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __enter__(self) -> "LayerCache":
@@ -71,9 +69,9 @@ class LayerCache:
         if exc[0] is not None:
             self.clear()
             return
-        self._with_gradient = [p for p in self.model.parameters() if p.grad is not None and p.grad.layout is torch.strided]
-        if self._with_gradient:
-            self._fingerprint = Fingerprint.of([p.grad for p in self._with_gradient])
+        grads = self._grads()
+        if grads:
+            self._fingerprint = Fingerprint.of(grads)
         self.mark_weights()
 
     def mark_weights(self) -> None:
@@ -83,70 +81,45 @@ class LayerCache:
     def same_weights(self) -> bool:
         return all(p._version == version for p, version in self._versions)
 
-    def scaled_since(self) -> dict[int, Tensor] | None:
-        """By parameter id, what the gradients were multiplied by since the block ended (clipped, unscaled); None if by nothing.
+    def _grads(self) -> dict[str, Tensor]:
+        named = self.model.named_parameters()
+        return {name: p.grad for name, p in named if p.grad is not None and p.grad.layout is torch.strided}
+
+    def scaled_since(self) -> dict[str, Tensor] | None:
+        """What the gradients were multiplied by since the block ended (clipped, unscaled); None if by nothing.
 
         Raises ValueError if they were changed in any other way.
         """
-        if self._fingerprint is None or self._fingerprint.untouched([p.grad for p in self._with_gradient]):
+        grads = self._grads()
+        if self._fingerprint is None or self._fingerprint.untouched(grads):
             return None
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        edited = len(grads) != len(self._with_gradient)
-        if not edited:
-            scale, edits = self._fingerprint.scale_to(Fingerprint.of(grads))
-            edited = grads[0].device.type == "cpu" and bool(edits.any())
-        if edited:
-            raise ValueError(
-                "gradients were changed since the `with cache` block by more than one factor each (clipped by value, masked, added"
-                " to): scores of the step's gradient cannot be had from the recorded calls"
-            )
-        return dict(zip(map(id, self._with_gradient), scale.unbind(), strict=True))
+        changes = self._fingerprint.changes(grads)
+        if changes.edited.device.type == "cpu" and bool(changes.edited.any()):
+            raise ValueError(EDITED)
+        return changes.scale
 
     @property
     def recording(self) -> bool:
         return self._recorder is not None
 
 
-class Coverage:
-    """What share of the gradient the scores explain; names the parameters left out, once."""
-
-    def __init__(self, strict: bool):
-        self.strict, self.share = strict, 1.0
-        self._warned = False
-
-    def check(self, scores: Tensor, total: Tensor) -> None:
-        """Whether scores ``[..., K]`` add up to the step's ``total [K]``, where parameters left out do not explain it; off the GPU,
-        where looking costs no synchronisation. Warns once, raises RuntimeError under ``strict``."""
-        if self.share < 1 or (self._warned and not self.strict) or scores.device.type != "cpu":
-            return
-        scores = scores.flatten(0, -2)
-        size = torch.maximum(total.abs(), scores.norm(dim=0))
-        if bool(((scores.sum(0) - total).abs() > SELF_CHECK * size).any()):
-            self._tell(
-                f"the scores add up to {scores.sum(0).tolist()}, but the step's gradient to {total.tolist()}: part of the gradient"
-                " did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from before)"
-            )
-
-    def report(self, missing: list[str], share: float) -> None:
-        """Takes the names of parameters whose gradient no recorded call explains; raises RuntimeError under ``strict``."""
-        self.share = share
-        if not missing:
-            return
-        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        self._tell(f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient")
-
-    def _tell(self, message: str) -> None:
-        if self.strict:
-            raise RuntimeError(message)
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, UserWarning, stacklevel=6)
-
-
-def refuse_mixed_samples(model: nn.Module) -> None:
-    """Raises ValueError, by name, if a layer in its present mode mixes the samples of a batch."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            why = "in training mode" if module.training else "without running statistics"
-            cure = "put it in eval()" if module.training else "use track_running_stats=True, or another norm"
-            raise ValueError(f"'{name}' is a {type(module).__name__} {why}: it mixes the samples of a batch; {cure}")
+def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) -> Step:
+    """The step that ``cache`` recorded, checked before anything is computed or changed. Errors as in ``attribute``."""
+    if not isinstance(cache, LayerCache):
+        raise TypeError(f"layer_cache must be an adam_ghost.LayerCache, got {type(cache).__name__}")
+    opt_state = read_optimizer(opt_state)
+    if cache.recording:
+        raise ValueError("the scores are computed after the `with cache` block, not inside it")
+    if not cache.recorded.calls:
+        raise ValueError("nothing was recorded: run the model's forward and backward pass inside `with cache`")
+    if not cache.same_weights():
+        raise ValueError("the weights changed since `with cache`: compute the scores before optimizer.step()")
+    for name, p in cache.model.named_parameters():
+        # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
+        looked_at = p.grad is not None and p.grad.device.type == "cpu" and p.grad.layout is torch.strided
+        if looked_at and not bool(p.grad.isfinite().all()):
+            raise ValueError(f"the gradient of '{name}' is not finite")
+    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage)
+    step.scale = cache.scaled_since()
+    cache.used = True
+    return step

@@ -1,22 +1,20 @@
 """Pairwise products of the samples' gradients under Adam's preconditioner: who pulls with whom in this step."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adam_ghost import ops
-from adam_ghost.calls import Call
-from adam_ghost.layer_cache import LayerCache
-from adam_ghost.layers import layer_kind
-from adam_ghost.sample_gradients import samples_first
-from adam_ghost.state import AdamState
-from adam_ghost.step import Step, open_step
+from adam_ghost.capture.calls import Call
+from adam_ghost.capture.kinds import is_transposed, layer_kind
+from adam_ghost.layer_cache import LayerCache, open_step
+from adam_ghost.optim import OptState
+from adam_ghost.scores import ops
+from adam_ghost.scores.shapes import samples_first
+from adam_ghost.step.step import Step
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
 
 
-def gram(
-    layer_cache: LayerCache, opt_state: "torch.optim.Optimizer | AdamState", *, preconditioner: str | None = "exact"
-) -> Tensor:
+def gram(layer_cache: LayerCache, opt_state: torch.optim.Optimizer | OptState, *, preconditioner: str | None = "exact") -> Tensor:
     """``< D * g_i , g_j >`` for all pairs of the recorded batch, ``[n, n]``, at least float32.
 
     With Adam's preconditioner ``D = lr * S`` (secant) entry ``[i, j]`` is, to first order, how much sample ``i``'s share of
@@ -24,7 +22,7 @@ def gram(
 
     Args:
         layer_cache: what ``with layer_cache:`` recorded, with the final ``.grad`` in place.
-        opt_state: the optimizer about to step, or an ``AdamState``.
+        opt_state: the optimizer about to step, or its state.
         preconditioner: ``exact`` (elementwise, from blocks of per-sample gradient rows, at most 64 MB at once), ``factored``
             (linear layers by the best rank-one ``D = r c^T`` and ghost Grams, no per-sample gradient; others exact), or
             None (``D = 1``: the plain Gram matrix, without lr).
@@ -36,26 +34,25 @@ def gram(
         raise ValueError(f"preconditioner must be 'exact', 'factored' or None, got {preconditioner!r}")
     step = open_step(layer_cache, opt_state)
     total: Tensor | int = 0
-    for p, g in zip(step.params, step.grads, strict=True):
-        D = None
-        if preconditioner is not None:
-            D = step.state.scaling(p, g) * step.state[p].scalars.lr
-        calls = [call for call in layer_cache.recorded.calls if any(q is p for q in call.parameters())]
-        if calls and preconditioner == "factored" and p.ndim == 2 and all(layer_kind(c.fn) in ("linear", "conv1d") for c in calls):
-            D = D if step.scale is None else D * step.scale[id(p)] ** 2
-            total = total + _factored(calls, D, layer_cache.recorded.batch_size)
+    n = layer_cache.recorded.batch_size
+    for name, p in step.params.items():
+        D = None if preconditioner is None else step.opt_state.metric(p, step.grads[name])
+        calls = [call for call in layer_cache.recorded.calls if name in call.parameters()]
+        if calls and preconditioner == "factored" and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls):
+            total = total + _factored(calls, D if step.scale is None else D * step.scale[name] ** 2, n)
         else:
-            total = total + _exact(step, p, D, layer_cache.recorded.batch_size)
+            total = total + _exact(step, name, D, n)
     return total
 
 
-def _exact(step: Step, p: nn.Parameter, D: Tensor | None, n: int) -> Tensor:
+def _exact(step: Step, name: str, D: Tensor | None, n: int) -> Tensor:
+    p = step.params[name]
     per_row = max(1, n * p[:1].numel() * 4) if p.ndim else 1
     rows = max(1, _BLOCK_BYTES // per_row)
     total: Tensor | int = 0
     for start in range(0, p.shape[0] if p.ndim else 1, rows):
         block = slice(start, start + rows)
-        G = step.sample_gradients(p, block).reshape(n, -1)
+        G = step.sample_gradients(name, block).reshape(n, -1)
         scaled = G if D is None else G * (D[block] if p.ndim else D).reshape(-1)
         total = total + scaled @ G.mT
     return total
@@ -63,7 +60,7 @@ def _exact(step: Step, p: nn.Parameter, D: Tensor | None, n: int) -> Tensor:
 
 def _factored(calls: list[Call], D: Tensor, n: int) -> Tensor:
     row, col = _rank_one(D)
-    if layer_kind(calls[0].fn) == "conv1d":
+    if is_transposed(calls[0].fn):
         row, col = col, row
     sides = [[samples_first(x, c.outputs[0], n).flatten(1, -2).to(D.dtype) for x in (c.input, c.grad_output[0])] for c in calls]
     total: Tensor | int = 0

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adam_ghost.layer_cache import LayerCache
-from adam_ghost.state import AdamState
-from adam_ghost.step import Step, open_step
-from adam_ghost.validation import Validation
+from adam_ghost.layer_cache import LayerCache, open_step
+from adam_ghost.optim import OptState
+from adam_ghost.step.step import Step
+from adam_ghost.step.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ShapleyValues:
 
 
 def exact_shapley(
-    layer_cache: LayerCache, opt_state: "torch.optim.Optimizer | AdamState", *, permutations: int = 8, seed: int = 0
+    layer_cache: LayerCache, opt_state: torch.optim.Optimizer | OptState, *, permutations: int = 8, seed: int = 0
 ) -> ShapleyValues:
     """Shapley values of the true step: Adam's whole nonlinearity and the true validation loss, nothing linearized.
 
@@ -40,7 +40,7 @@ def exact_shapley(
 
     Args:
         layer_cache: what ``with layer_cache:`` recorded, with the final ``.grad`` in place.
-        opt_state: the optimizer about to step, or an ``AdamState``.
+        opt_state: the optimizer about to step, or its state.
         permutations: random orders, at least 2 for a standard error.
         seed: of the orders.
 
@@ -56,7 +56,7 @@ def exact_shapley(
 
 def play(step: Step, validation: Validation, permutations: int, seed: int) -> ShapleyValues:
     """The sampled values of ``step``'s game, with the random numbers that the next validation gradient will draw."""
-    with validation.weights_kept(step.params):
+    with validation.weights_kept(list(step.params.values())):
         return _sample(_Game(step, validation), permutations, torch.Generator().manual_seed(seed))
 
 
@@ -80,15 +80,16 @@ class _Game:
 
     def __init__(self, step: Step, validation: Validation):
         self.step, self.validation, self.evaluations = step, validation, 0
-        self.start = [p.detach().clone() for p in step.params]
-        self.shares = [step.sample_gradients(p) for p in step.params]
+        self.params = list(step.params.values())
+        self.start = [p.detach().clone() for p in self.params]
+        self.shares = [step.sample_gradients(name) for name in step.params]
         self.n = len(self.shares[0])
         self.empty = self._loss([torch.zeros_like(s[0]) for s in self.shares])
 
     def _loss(self, grads: Sequence[Tensor]) -> Tensor:
-        for p, w, g in zip(self.step.params, self.start, grads, strict=True):
+        for p, w, g in zip(self.params, self.start, grads, strict=True):
             p.data.copy_(w)
-            p.data.copy_(self.step.state.weights(p, g))
+            p.data.copy_(self.step.opt_state.weights(p, g))
         self.evaluations += 1
         return self.validation.loss().double()
 

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from adam_ghost.attribution import attribute
 from adam_ghost.demo.model import GPT
-from adam_ghost.direction import form_direction, validation_gradient
-from adam_ghost.layer_cache import LayerCache
+from adam_ghost.layer_cache import LayerCache, open_step
 from adam_ghost.shapley import exact_shapley
-from adam_ghost.step import open_step
+from adam_ghost.step.direction import form_direction, validation_gradient
 
 METHODS = {
     "sgd at w": ("sgd", "current"),
@@ -85,9 +84,9 @@ def audited_steps(
 def predicted(cache: LayerCache, optimizer: torch.optim.Optimizer) -> Tensor:
     """The scores that InRun's lookahead gives: the scaling at the gradient that history lets expect."""
     step = open_step(cache, optimizer)
-    expected = [step.state.expected_gradient(p) for p in step.params]
-    val = validation_gradient(step.state, step.params, expected, cache.validation, "lookahead")
-    return step.scores(form_direction(step.state, step.params, expected, val, "secant").P).squeeze(-1)
+    expected = {name: step.opt_state.expected_gradient(p) for name, p in step.params.items()}
+    val = validation_gradient(step.opt_state, step.params, expected, cache.validation, "lookahead")
+    return step.scores(form_direction(step.opt_state, step.params, expected, val, "secant").P).squeeze(-1)
 
 
 def measure(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adam_ghost import ops
-from adam_ghost.cost import H200
+from adam_ghost.scores import ops
+from adam_ghost.scores.cost import H200
 from bench.ops import ratio, turns
 
 HALF = 2  # bytes

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from adam_ghost import ops
-from adam_ghost.reference import RULES, StepScalars
+from adam_ghost.optim import adam_op
+from adam_ghost.optim.adam_definition import RULES, StepScalars
 
 STEP = StepScalars(100, 3e-4, 0.9, 0.95, 1e-8, 0.1, decoupled=True)
 LARGE = [(2048, 2048)] * 24  # 100.7 million parameters
@@ -59,7 +59,7 @@ def measure(device: str, rounds: int = 11) -> dict[str, Any]:
     compiled = "cpp" if device == "cpu" else None
     source, target = (torch.empty(elements, device=device) for _ in range(2))
     source.zero_()
-    calls = [partial(ops.variance_correction, **lists, steps=steps, rule=rule, out=out) for rule in RULES]
+    calls = [partial(adam_op.variance_correction, **lists, steps=steps, rule=rule, out=out) for rule in RULES]
     copy, *ours = turns([lambda: target.copy_(source), *(partial(f, impl=compiled) for f in calls)], device, rounds)
     rows = []
     for rule, call, times in zip(RULES, calls, ours, strict=True):
@@ -78,6 +78,6 @@ def overhead(device: str, impl: str | None, rounds: int = 25, calls: int = 200) 
     for shapes in [(SIZE,)] * SMALL, [(SIZE * SMALL,)]:
         lists, steps = state(shapes, device), [STEP] * len(shapes)
         out = [torch.empty_like(x) for x in lists["val_grads"]]
-        functions.append(partial(ops.variance_correction, **lists, steps=steps, out=out, impl=impl))
+        functions.append(partial(adam_op.variance_correction, **lists, steps=steps, out=out, impl=impl))
     many, one = turns(functions, device, rounds, calls)
     return statistics.median(a - b for a, b in zip(many, one, strict=True)) * 1e6

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adam_ghost.direction import form_direction, validation_gradient
-from adam_ghost.layer_cache import LayerCache
-from adam_ghost.state import AdamState
-from adam_ghost.step import Step, open_step
+from adam_ghost import AdamState
+from adam_ghost.layer_cache import LayerCache, open_step
+from adam_ghost.step.direction import form_direction, validation_gradient
+from adam_ghost.step.step import Step
 from bench.fidelity import SETTINGS, STEPS, trained
 
 Predict = Callable[[AdamState, Tensor], Tensor]
@@ -44,10 +44,10 @@ VARIANTS: dict[str, tuple[Predict | None, Predict]] = {
 
 
 def scores(cache: LayerCache, step: Step, where: Predict | None, at: Predict) -> Tensor:
-    going = [at(step.state, p) if where is None else where(step.state, p) for p in step.params]
-    val = validation_gradient(step.state, step.params, going, cache.validation, "lookahead" if where is None else "midpoint")
-    expected = [at(step.state, p) for p in step.params]
-    return step.scores(form_direction(step.state, step.params, expected, val, "secant").P).squeeze(-1)
+    going = {name: (where or at)(step.opt_state, p) for name, p in step.params.items()}
+    val = validation_gradient(step.opt_state, step.params, going, cache.validation, "lookahead" if where is None else "midpoint")
+    expected = {name: at(step.opt_state, p) for name, p in step.params.items()}
+    return step.scores(form_direction(step.opt_state, step.params, expected, val, "secant").P).squeeze(-1)
 
 
 def measure(report: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:

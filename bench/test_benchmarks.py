@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from adam_ghost import cpu, ops
-from adam_ghost.wgrad_cpu import wgrad_score
+from adam_ghost.scores import cpu, ops
+from adam_ghost.scores.cpu import wgrad_score
 from bench.kernels import cases
 from bench.ops import STEP, state
 

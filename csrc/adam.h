@@ -1,5 +1,5 @@
 // Adam's step and its linearizations for one element, shared by the CPU and the CUDA kernels (shared symbols: method of the package).
-// The definitions are adam_ghost/reference.py; here everything is float32 and small denominators are divided by one after another.
+// The definitions are adam_ghost/optim/adam_definition.py; here everything is float32 and small denominators are divided by one after another.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,9 +12,9 @@
 
 namespace adam_ghost {
 
-enum Rule : int { SECANT, TANGENT, FROZEN, SGD };  // order of adam_ghost.reference.RULES
+enum Rule : int { SECANT, TANGENT, FROZEN, SGD };  // order of adam_ghost.optim.adam_definition.RULES
 
-// One row of the step table: the fields of adam_ghost.reference.StepScalars, in order.
+// One row of the step table: the fields of adam_ghost.optim.adam_definition.StepScalars, in order.
 struct StepRow {
   double t, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize;
 };

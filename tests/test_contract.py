@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, assert_accurate, dtypes, normal, poisoned, ragged, wide  # noqa: F401
 
-from adam_ghost import ops, reference
 from adam_ghost.kernels import contract as kernel
+from adam_ghost.scores import definition, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = {  # n, T, d_in, d_out, K
@@ -22,8 +22,8 @@ def check(a, b, P, offsets=None, **options):
     per_token = options.get("per_token", False)
 
     def form(a, b, P):
-        scores = reference.contract(a, b, P)
-        return scores if per_token else reference.sum_samples(scores.float() if scores.dtype != torch.float64 else scores, offsets)
+        scores = definition.contract(a, b, P)
+        return scores if per_token else definition.sum_samples(scores.float() if scores.dtype != torch.float64 else scores, offsets)
 
     got = ops.contract(a, b, P, offsets=offsets, impl="triton", **options)
     tokens = 1 if per_token else a.shape[-2]
@@ -65,7 +65,7 @@ ALL = sorted({c for arch in (80, 90, 100) for able in (True, False) for c in ker
 def test_configurations(config):
     a, b, P = (normal(*s, dtype=torch.bfloat16) for s in ((1, 150, 72), (1, 150, 264), (2, 264, 72)))
     got = kernel.contract(a, b, P, config=config)
-    exact = reference.contract(*wide(a, b, P)).sum(1)
+    exact = definition.contract(*wide(a, b, P)).sum(1)
     assert_accurate(got, exact, exact, 150 * 72 * 264)
 
 

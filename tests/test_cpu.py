@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import adam_ghost as ag
-from adam_ghost import cpu, reference
+from adam_ghost.scores import cpu, definition
 
 needs_bfloat16 = pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
 
@@ -15,7 +15,7 @@ def operands(n=4, T=64, d_in=256, d_out=1024, K=2, dtype=torch.float32):
 
 
 def exact(a, b, P):
-    return reference.contract(a.double(), b.double(), P.double()).sum(1)
+    return definition.contract(a.double(), b.double(), P.double()).sum(1)
 
 
 def error(found, want):

@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DEVICE, assert_accurate, dtypes, normal, poisoned, ragged, wide  # noqa: F401
 from torch.nn import functional as F
 
-from adam_ghost import ops, reference
+from adam_ghost.scores import definition, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = {
@@ -19,8 +19,8 @@ SHAPES = {
 
 def check(indices, b, P, padding_idx=None, offsets=None, per_token=False):
     def form(b, P):
-        scores = reference.embedding_score(indices, b, P, padding_idx)
-        return scores if per_token else reference.sum_samples(scores.to(torch.promote_types(scores.dtype, torch.float32)), offsets)
+        scores = definition.embedding_score(indices, b, P, padding_idx)
+        return scores if per_token else definition.sum_samples(scores.to(torch.promote_types(scores.dtype, torch.float32)), offsets)
 
     got = ops.embedding_score(indices, b, P, padding_idx=padding_idx, offsets=offsets, per_token=per_token, impl="triton")
     assert_accurate(got, form(*wide(b, P)), form(b, P.to(b.dtype)), b.shape[-1] * (1 if per_token else b.shape[-2]))
@@ -46,7 +46,7 @@ def test_views():
 def test_definition_is_that_of_autograd(padding_idx):
     indices, b, P = torch.randint(5, (4, 6)), torch.randn(4, 6, 3).double(), torch.randn(1, 5, 3).double()
     indices[0, :2] = torch.tensor([0, 4])
-    scores = reference.embedding_score(indices, b, P, padding_idx).sum(1)
+    scores = definition.embedding_score(indices, b, P, padding_idx).sum(1)
     for i in range(4):
         weight = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
         (F.embedding(indices[i], weight, padding_idx) * b[i]).sum().backward()

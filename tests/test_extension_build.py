@@ -86,13 +86,15 @@ USE = """
 import json, sys, warnings
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]  # it would find the checkout's
 import torch
-from adam_ghost import doctor, extension, ops, reference
+from adam_ghost import doctor, extension
+from adam_ghost.optim import adam_op
+from adam_ghost.optim.adam_definition import StepScalars
 warnings.simplefilter("always")
 x = [torch.ones(3)]
-s = reference.StepScalars(1, 1e-3, 0.9, 0.999, 1e-8)
+s = StepScalars(1, 1e-3, 0.9, 0.999, 1e-8)
 with warnings.catch_warnings(record=True) as seen:
     for _ in range(3):
-        P, sums = ops.variance_correction(x, x, x, x, x, x, [s])
+        P, sums = adam_op.variance_correction(x, x, x, x, x, x, [s])
 kept = [str(w.message) for w in seen if "adam_ghost" in str(w.message)]
 print(json.dumps([extension.__file__, kept, [list(f) for f in doctor.report()], P[0].tolist()]))
 """

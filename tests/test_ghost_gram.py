@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, assert_accurate, dtypes, normal, poisoned, ragged, wide  # noqa: F401
 
-from adam_ghost import ops, reference
 from adam_ghost.kernels import ghost_gram as kernel
+from adam_ghost.scores import definition, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = {  # n, T, m, U, d_in, d_out
@@ -24,11 +24,11 @@ def sides(n, T, d_in, d_out, dtype):
 
 def check(first, second=None, row=None, col=None, offsets=None, offsets2=None, run=None):
     other, theirs = (first, offsets) if second is None else (second, offsets2)
-    exact = reference.ghost_gram(*wide(*first, *other, row, col), offsets, theirs)
+    exact = definition.ghost_gram(*wide(*first, *other, row, col), offsets, theirs)
     # an eager float16 user would have to bring the scales to its range
     largest = [1.0 if x is None else x.max() for x in (row, col)]
     low = [None if x is None else (x / s).to(first[0].dtype) for x, s in zip((row, col), largest, strict=True)]
-    eager = reference.ghost_gram(*first, *other, *low, offsets, theirs).double() * largest[0] * largest[1]
+    eager = definition.ghost_gram(*first, *other, *low, offsets, theirs).double() * largest[0] * largest[1]
     call = run or ops.ghost_gram
     options = {} if run else {"impl": "triton"}
     got = call(*first, *(second or (None, None)), row=row, col=col, offsets=offsets, offsets2=offsets2, **options)
@@ -84,4 +84,4 @@ def test_definition_is_that_of_per_sample_gradients():
     (a, b), (a2, b2) = (wide(*sides(n, T, 5, 4, torch.float32)) for n, T in ((3, 7), (2, 6)))
     D = torch.outer(row := normal(4).double().exp(), col := normal(5).double().exp())
     exact = torch.einsum("noi,oi,moi->nm", b.mT @ a, D, b2.mT @ a2)
-    torch.testing.assert_close(reference.ghost_gram(a, b, a2, b2, row, col), exact)
+    torch.testing.assert_close(definition.ghost_gram(a, b, a2, b2, row, col), exact)

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import adam_ghost as ag
-from adam_ghost import ops
 from adam_ghost.demo.model import GPT
+from adam_ghost.scores import ops
 
 if not torch.cuda.is_available():
     pytest.importorskip("triton")

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import adam_ghost as ag
+from adam_ghost import AdamState
 from adam_ghost.demo.model import GPT
-from adam_ghost.direction import form_direction, validation_gradient
-from adam_ghost.state import AdamState
-from adam_ghost.validation import Validation
+from adam_ghost.step.direction import form_direction, validation_gradient
+from adam_ghost.step.validation import Validation
 
 VOCABULARY, CONTEXT, N = 19, 8, 6
 SCHEDULES = pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
@@ -89,20 +89,22 @@ class Loop:
         self.shares = []
 
     def oracle(self, optimizer, args, kwargs):
-        params = [p for p in self.model.parameters() if p.grad is not None]
+        params = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
         twins = [q for p, q in zip(self.model.parameters(), self.oracle_model.parameters(), strict=True) if p.grad is not None]
-        grads = [p.grad / getattr(optimizer, "grad_scale", 1.0) for p in params]  # which a fused step unscales itself
+        factor = getattr(optimizer, "grad_scale", 1.0)
+        grads = {name: p.grad / factor for name, p in params.items()}  # which a fused step unscales itself
         if getattr(optimizer, "found_inf", torch.zeros(1)).any():
             return
         # what the oracle runs is not the loop's
-        recording, self.run._recorder.recording = self.run._recorder.recording, None
+        recorder = getattr(self.run._schedule, "recorder", None)
+        recording, recorder.recording = recorder.recording, None
         if self.schedule != "lookahead":
             state = AdamState.of(optimizer)
             run = Validation(self.val, self.model)
             val = validation_gradient(state, params, grads, run, self.schedule)
             P = form_direction(state, params, grads, val, "secant").P
         else:
-            P = {k: x.clone() for k, x in self.run._direction.P.items()}
+            P = {k: x.clone() for k, x in self.run._schedule._direction.P.items()}
         found = {}
         with torch.random.fork_rng():
             for shares, seed, ids in self.shares:
@@ -111,9 +113,9 @@ class Loop:
                     parts = shares(self.oracle_model.train())
                 for i, part in zip(ids, parts, strict=True):
                     gs = torch.autograd.grad(part, twins, retain_graph=True, allow_unused=True)
-                    score = sum((P[id(p)] * g).sum() for p, g in zip(params, gs, strict=True) if g is not None)
+                    score = sum((P[name] * g).sum() for name, g in zip(params, gs, strict=True) if g is not None)
                     found[i] = found.get(i, 0.0) + float(score * self.factor)
-        self.run._recorder.recording = recording
+        recorder.recording = recording
         self.expected.append(found)
 
     def check(self, tolerance=1e-10):
@@ -331,14 +333,12 @@ def test_compiled_model_in_lookahead():
     compiled = torch.compile(model, fullgraph=True)  # a graph break is an error
     loop = Loop(compiled, "lookahead")
     loop.oracle_model = copy.deepcopy(model)  # compiled graphs cannot be differentiated twice
-    names = {id(p): name for name, p in model.named_parameters()}
     with pytest.warns(UserWarning, match=r"not attributed: _orig_mod.positions.weight; the scores cover"):
         for step in range(2):
             for k in range(2):
                 loop.backward(lambda m, s=2 * step + k: mean_shares(m, tokens(seed=s)) / 2, range(N))
             # the oracle leaves out what the run names as not covered
-            for key in (k for k, name in names.items() if name == "positions.weight"):
-                loop.run._direction.P[key].zero_()
+            loop.run._schedule._direction.P["_orig_mod.positions.weight"].zero_()
             loop.oracle_model.load_state_dict(model.state_dict())
             loop.step()
     loop.check()

@@ -5,7 +5,7 @@ import torch
 from kernel_checks import assert_accurate, dtypes, normal, poisoned, ragged, wide  # noqa: F401
 from torch.nn import functional as F
 
-from adam_ghost import ops, reference
+from adam_ghost.scores import definition, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = {
@@ -20,8 +20,8 @@ kinds = pytest.mark.parametrize("kind", ["layer", "rms"])
 
 def check(x, b, P_weight, P_bias, kind, offsets=None, per_token=False, eps=1e-5):
     def form(x, b, P_weight, P_bias):
-        scores = reference.norm_score(x, b, P_weight, P_bias, eps, kind)
-        return scores if per_token else reference.sum_samples(scores.to(torch.promote_types(scores.dtype, torch.float32)), offsets)
+        scores = definition.norm_score(x, b, P_weight, P_bias, eps, kind)
+        return scores if per_token else definition.sum_samples(scores.to(torch.promote_types(scores.dtype, torch.float32)), offsets)
 
     got = ops.norm_score(x, b, P_weight, P_bias, eps, kind, offsets=offsets, per_token=per_token, impl="triton")
     low = form(x, b, *(None if P is None else P.to(x.dtype) for P in (P_weight, P_bias)))
@@ -55,7 +55,7 @@ def test_views():
 def test_definition_is_that_of_autograd(kind):
     x, b, P, P_bias = (torch.randn(*s).double() for s in ((4, 6, 5), (4, 6, 5), (1, 5), (1, 5)))
     P_bias = P_bias if kind == "layer" else None
-    scores = reference.norm_score(x, b, P, P_bias, 1e-5, kind).sum(1)
+    scores = definition.norm_score(x, b, P, P_bias, 1e-5, kind).sum(1)
     for i in range(4):
         weight, bias = (torch.ones(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
         out = F.layer_norm(x[i], (5,), weight, bias) if kind == "layer" else F.rms_norm(x[i], (5,), weight, 1e-5)

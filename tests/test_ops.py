@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DEVICE, normal, ragged
 from torch.library import opcheck
 
-from adam_ghost import cost, ops
+from adam_ghost.scores import cost, ops
 
 a, b, P = normal(3, 6, 8), normal(3, 6, 4), normal(2, 4, 8)
 flat, offsets = (a.flatten(0, 1), b.flatten(0, 1)), ragged(5, 0, 13)

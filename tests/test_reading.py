@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from adam_ghost import extension, ops
-from adam_ghost.reference import StepScalars
+from adam_ghost import extension
+from adam_ghost.optim import adam_op
+from adam_ghost.optim.adam_definition import StepScalars
 
 pytestmark = pytest.mark.skipif(bool(extension.reason("cpu")), reason=extension.reason("cpu") or "built")
 
@@ -78,5 +79,5 @@ def test_negated_view_is_read_as_what_it_is_worth(in_place, way):
     sums = []
     for x in (torch._neg_view(g), -g):
         step = StepScalars(3, 1e-3, 0.9, 0.999, 1e-8)
-        sums.append(ops.variance_correction([w], [x], [None], [None], [None], [torch.ones_like(w)], [step]).sums.table)
+        sums.append(adam_op.variance_correction([w], [x], [None], [None], [None], [torch.ones_like(w)], [step]).sums.table)
     torch.testing.assert_close(*sums)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from oracles import close
 
-from adam_ghost import AdamState, reference
-from adam_ghost.reference import StepScalars
+from adam_ghost import AdamState
+from adam_ghost.optim import adam_definition as definition
+from adam_ghost.optim.adam_definition import StepScalars
 
 KINDS = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
 IMPLEMENTATIONS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
@@ -147,7 +148,7 @@ def test_reading_changes_nothing():
     before = copy.deepcopy(opt.state_dict())
     state = AdamState.of(opt)
     assert AdamState.of(state) is state and all(p in state for p in params) and len(list(state)) == 3
-    for rule in reference.RULES:
+    for rule in definition.RULES:
         state.scaling(params[0], params[0].grad, rule)
     after = opt.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -159,7 +160,7 @@ SIZES = [0.0, 1e-45, 1e-42, 1e-38, 1e-30, 1e-20, 1e-8, 1.0, 1e6, 1e15]  # the fi
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1], ids=["plain", "L2"])
-@pytest.mark.parametrize("rule", reference.RULES)
+@pytest.mark.parametrize("rule", definition.RULES)
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_first_steps_in_float32(t, rule, decay):
     """Where v is zero, or was touched by one tiny gradient: finite, and as in float64 up to rounding."""
@@ -167,8 +168,8 @@ def test_first_steps_in_float32(t, rule, decay):
     v = torch.zeros_like(v) if t == 1 else (1 - 0.999) * v.clamp(max=1e15) ** 2
     m = torch.zeros_like(v) if t == 1 else 0.1 * (v / (1 - 0.999)).sqrt()
     s = StepScalars(t, 1e-3, 0.9, 0.999, 1e-8, decay)
-    got = reference.scaling(rule, s, w, g, m, v)
-    want = reference.scaling(rule, s, *(x.double() for x in (w, g, m, v)))
+    got = definition.scaling(rule, s, w, g, m, v)
+    want = definition.scaling(rule, s, *(x.double() for x in (w, g, m, v)))
     assert got.isfinite().all()
     # each of about ten roundings may be amplified by the difference in the numerator, whose parts are bounded by these
     parts = (1 - s.beta1) / s.bc1 / (v.double() / s.bc2).sqrt().add(s.eps)

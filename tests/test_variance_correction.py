@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adam_ghost import extension, ops, reference
-from adam_ghost.reference import RULES, StepScalars
+from adam_ghost import extension
+from adam_ghost.optim import adam_definition as definition
+from adam_ghost.optim import adam_op
+from adam_ghost.optim.adam_definition import RULES, StepScalars
 
 needs_cpp = pytest.mark.skipif(bool(extension.reason("cpu")), reason=extension.reason("cpu") or "built")
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "reference"]
@@ -70,15 +72,15 @@ def assert_as_good(got, low, exact, bound):
 
 
 def assert_correct(lists, s, rule, impl, out_dtype=None):
-    call = lambda lists, **how: ops.variance_correction(**lists, steps=[s] * len(lists["params"]), rule=rule, **how)  # noqa: E731
+    call = lambda lists, **how: adam_op.variance_correction(**lists, steps=[s] * len(lists["params"]), rule=rule, **how)  # noqa: E731
     got, low = call(lists, impl=impl, out_dtype=out_dtype), call(lists, impl="reference", out_dtype=torch.float32)
     exact, unit = call(wide(lists), impl="reference"), torch.finfo(got.P[0].dtype).eps / 2
     for i, (val, w, g, m, v, v_max) in enumerate(zip(*(wide(lists)[k] for k in ("val_grads", *STATE)), strict=True)):
-        of_P = spread(lambda *x: reference.direction(rule, s, *x), [val, w, g, m, v, v_max], unit)
-        path = reference._path(s, w, g, m, v, v_max)  # S is a difference of which this is the first term
+        of_P = spread(lambda *x: definition.direction(rule, s, *x), [val, w, g, m, v, v_max], unit)
+        path = definition._path(s, w, g, m, v, v_max)  # S is a difference of which this is the first term
         of_P = of_P + 8 * EPS * (val * s.lr * (1 - s.beta1) / s.bc1 / (path.root(path.start + path.g) + s.eps)).abs()
         of_moved = spread(
-            lambda w, *x: s.decoupled * s.lr * s.weight_decay * w + s.lr * reference.adam_update(s, w, None, *x),
+            lambda w, *x: s.decoupled * s.lr * s.weight_decay * w + s.lr * definition.adam_update(s, w, None, *x),
             [w, m, v, v_max],
             0,
         )
@@ -159,7 +161,7 @@ def test_nonfinite_gradients_are_counted(impl):
     lists = draw([(2000,), (50,)])
     lists["grads"][0][[3, 700]] = math.nan
     lists["grads"][0][1999] = -math.inf
-    got = ops.variance_correction(**lists, steps=[STEPS["adam"]] * 2, impl=impl)
+    got = adam_op.variance_correction(**lists, steps=[STEPS["adam"]] * 2, impl=impl)
     assert got.sums.nonfinite.tolist() == [3, 0] and got.sums.total().nonfinite == 3
     assert got.P[0].isfinite().sum() == 1997 and got.P[1].isfinite().all() and got.sums.table[1].isfinite().all()
 
@@ -169,17 +171,17 @@ def test_absent_state_is_zero(impl):
     lists = draw([(300,), (4, 5), (7,)])
     held = {k: [None if (i + j) % 2 else x for i, x in enumerate(lists[k])] for j, k in enumerate(STATE[1:])}
     zeros = {k: [torch.zeros_like(p) if x is None else x for x, p in zip(held[k], lists["params"], strict=True)] for k in held}
-    got, want = (ops.variance_correction(**{**lists, **x}, steps=[STEPS["amsgrad"]] * 3, impl=impl) for x in (held, zeros))
+    got, want = (adam_op.variance_correction(**{**lists, **x}, steps=[STEPS["amsgrad"]] * 3, impl=impl) for x in (held, zeros))
     assert all(map(torch.equal, got.P, want.P)) and torch.equal(got.sums.table, want.sums.table)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_in_place_and_other_gradient_in_the_dot(impl):
     lists, dot = draw(SHAPES, K=2), draw(SHAPES, seed=1)["grads"]
-    want = ops.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), dot_grads=dot, impl=impl)
+    want = adam_op.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), dot_grads=dot, impl=impl)
     for P, d, row in zip(want.P, dot, want.sums.reached, strict=True):
         torch.testing.assert_close(row, (P.double() * d).reshape(2, -1).sum(1) if P.numel() else torch.zeros(2).double())
-    got = ops.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), dot_grads=dot, out=lists["val_grads"], impl=impl)
+    got = adam_op.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), dot_grads=dot, out=lists["val_grads"], impl=impl)
     assert all(a is b for a, b in zip(got.P, lists["val_grads"], strict=True))
     assert all(map(torch.equal, got.P, want.P)) and torch.equal(got.sums.table, want.sums.table)
 
@@ -197,14 +199,14 @@ def views(x):
 def test_layouts(kind, only, impl):
     lists = draw([(33, 65), (64, 48)])
     laid = {k: [views(x)[kind] for x in xs] if only in (None, k) else xs for k, xs in lists.items()}
-    want = ops.variance_correction(**lists, steps=[STEPS["l2"]] * 2, impl=impl)
-    got = ops.variance_correction(**laid, steps=[STEPS["l2"]] * 2, impl=impl, out=laid["val_grads"])
+    want = adam_op.variance_correction(**lists, steps=[STEPS["l2"]] * 2, impl=impl)
+    got = adam_op.variance_correction(**laid, steps=[STEPS["l2"]] * 2, impl=impl, out=laid["val_grads"])
     for a, b in zip(got.P, want.P, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     torch.testing.assert_close(got.sums.table, want.sums.table, rtol=1e-6, atol=1e-6)
     mid = [x.clone() for x in laid["params"]]
-    ops.weight_points(*(laid[k] for k in STATE), [STEPS["l2"]] * 2, mid=mid, impl=impl)
-    ops.weight_points(*(lists[k] for k in STATE), [STEPS["l2"]] * 2, mid=lists["params"], impl=impl)
+    adam_op.weight_points(*(laid[k] for k in STATE), [STEPS["l2"]] * 2, mid=mid, impl=impl)
+    adam_op.weight_points(*(lists[k] for k in STATE), [STEPS["l2"]] * 2, mid=lists["params"], impl=impl)
     for a, b in zip(mid, lists["params"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
@@ -214,9 +216,9 @@ def test_layouts(kind, only, impl):
 def test_many_small_parameters_with_their_own_steps(n, impl):
     lists = draw([(i % 5,) for i in range(n)])
     own = [StepScalars(1 + i % 7, 1e-3 * (1 + i % 3), 0.9, 0.999, 1e-8, maximize=bool(i % 2)) for i in range(n)]
-    got = ops.variance_correction(**lists, steps=own, impl=impl)
+    got = adam_op.variance_correction(**lists, steps=own, impl=impl)
     for i in range(0, n, 97):
-        want = ops.variance_correction(**{k: xs[i : i + 1] for k, xs in lists.items()}, steps=own[i : i + 1], impl=impl)
+        want = adam_op.variance_correction(**{k: xs[i : i + 1] for k, xs in lists.items()}, steps=own[i : i + 1], impl=impl)
         assert torch.equal(got.P[i], want.P[0]) and torch.equal(got.sums.table[i], want.sums.table[0])
     assert len(got.P) == n and got.sums.total().reached.shape == (1,)
 
@@ -228,7 +230,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(ops.variance_correction(**lists, steps=[STEPS["adamw"]] * 3))
+            found.append(adam_op.variance_correction(**lists, steps=[STEPS["adamw"]] * 3))
     finally:
         torch.set_num_threads(before)
     for a, b in pairwise(found):
@@ -243,8 +245,8 @@ def test_weight_points(s, dtype, impl):
     state, n = [lists[k] for k in STATE], len(SHAPES)
     state64 = [wide(lists)[k] for k in STATE]
     made = {k: [torch.full_like(w, math.nan) for w in state[0]] for k in ("empty", "mid")}
-    ops.weight_points(*state, [s] * n, **made, impl=impl)
-    points = {"empty": lambda w, g, *x: reference.empty_weights(s, w, *x), "mid": lambda *x: reference.mid_weights(s, *x)}
+    adam_op.weight_points(*state, [s] * n, **made, impl=impl)
+    points = {"empty": lambda w, g, *x: definition.empty_weights(s, w, *x), "mid": lambda *x: definition.mid_weights(s, *x)}
     for i, columns in enumerate(zip(*state64, strict=True)):
         for k, f in points.items():
             low, bound = f(*(x[i] for x in state)), spread(f, columns, torch.finfo(dtype).eps / 2)
@@ -252,7 +254,7 @@ def test_weight_points(s, dtype, impl):
     # in place, and each alone
     for k in made:
         moved = [w.clone() for w in state[0]]
-        ops.weight_points(moved, *state[1:], [s] * n, **{k: moved}, impl=impl)
+        adam_op.weight_points(moved, *state[1:], [s] * n, **{k: moved}, impl=impl)
         assert all(map(torch.equal, moved, made[k]))
 
 
@@ -260,7 +262,7 @@ def test_weight_points(s, dtype, impl):
 def test_scalars_in_tensors(impl):
     lists, s = draw(SHAPES), STEPS["adamw"]
     held = s._replace(t=torch.tensor(float(s.t)), lr=torch.tensor(s.lr, dtype=torch.float64))
-    got, want = (ops.variance_correction(**lists, steps=[x] * len(SHAPES), impl=impl) for x in (held, s))
+    got, want = (adam_op.variance_correction(**lists, steps=[x] * len(SHAPES), impl=impl) for x in (held, s))
     for a, b in zip(got.P, want.P, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
@@ -283,24 +285,24 @@ def test_errors_name_the_argument_and_change_nothing(name, change, message, impl
     good = {**lists, "steps": [STEPS["adam"]] * 2, "rule": "secant", "dot_grads": lists["grads"]}
     good["out"] = [torch.full_like(x, math.nan) for x in lists["val_grads"]]
     with pytest.raises(ValueError, match=message):
-        ops.variance_correction(**{**good, name: change(good[name])}, impl=impl)
+        adam_op.variance_correction(**{**good, name: change(good[name])}, impl=impl)
     assert all(x.isnan().all() for x in good["out"])
 
 
 def test_float64_and_unknown_implementations():
     lists = wide(draw([(3,)]))
-    assert ops.variance_correction(**lists, steps=[STEPS["adam"]]).P[0].dtype == torch.float64
+    assert adam_op.variance_correction(**lists, steps=[STEPS["adam"]]).P[0].dtype == torch.float64
     with pytest.raises(ValueError, match="impl: expected None, 'cpp' or 'reference', got 'cuda'"):
-        ops.variance_correction(**lists, steps=[STEPS["adam"]], impl="cuda")
+        adam_op.variance_correction(**lists, steps=[STEPS["adam"]], impl="cuda")
     if not extension.reason("cpu"):
         with pytest.raises(TypeError, match="impl='cpp': float32 and bfloat16 only"):
-            ops.variance_correction(**lists, steps=[STEPS["adam"]], impl="cpp")
+            adam_op.variance_correction(**lists, steps=[STEPS["adam"]], impl="cpp")
 
 
 def test_past_2_31_elements_on_meta():
     big = torch.empty(3, 2**30, device="meta")
     lists = {k: [big] for k in STATE}
-    got = ops.variance_correction(**lists, val_grads=[big.expand(2, -1, -1)], steps=[STEPS["adam"]])
+    got = adam_op.variance_correction(**lists, val_grads=[big.expand(2, -1, -1)], steps=[STEPS["adam"]])
     assert got.P[0].shape == (2, 3, 2**30) and got.sums.table.shape == (1, 8) and got.sums.table.device.type == "meta"
 
 
@@ -334,7 +336,7 @@ def test_compiles_without_a_graph_break():
 
     def f(lists, lr):
         s = STEPS["adamw"]._replace(lr=lr)
-        P, sums = ops.variance_correction(**lists, steps=[s, s])
+        P, sums = adam_op.variance_correction(**lists, steps=[s, s])
         return P, sums.reached
 
     got, want = torch.compile(f, fullgraph=True, backend="aot_eager")(lists, lr), f(lists, lr)

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from adam_ghost import reference
-from adam_ghost.wgrad_cpu import wgrad_score
+from adam_ghost.scores import definition
+from adam_ghost.scores.cpu import wgrad_score
 
 EPS = torch.finfo(torch.float32).eps
 SHAPES = [  # n, T, d_in, d_out, K
@@ -35,8 +35,8 @@ def assert_as_good(got, exact, magnitude, length, unit):
 
 
 def check(got, a, b, P, grad_unit=EPS):
-    exact = reference.wgrad_score(a.double(), b.double(), P.double())
-    size = reference.wgrad_score(*(x.double().abs() for x in (a, b, P)))
+    exact = definition.wgrad_score(a.double(), b.double(), P.double())
+    size = definition.wgrad_score(*(x.double().abs() for x in (a, b, P)))
     assert_as_good(got[0], exact[0], size[0], a.shape[0] * a.shape[1], grad_unit)
     assert_as_good(got[1], exact[1], size[1], a.shape[1] * P[0].numel(), EPS)
 
@@ -61,7 +61,7 @@ def test_ragged(lengths, margin):
     check((grad, scores.sum(0, keepdim=True)), a[None, inside], b[None, inside], P)
     for score, (begin, end) in zip(scores, pairwise(offsets), strict=True):
         x, y = a[None, begin:end], b[None, begin:end]
-        check((reference.wgrad_score(x, y, P)[0], score[None]), x, y, P)
+        check((definition.wgrad_score(x, y, P)[0], score[None]), x, y, P)
 
 
 @pytest.mark.parametrize("T", [4, 40])

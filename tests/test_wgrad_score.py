@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_checks import DEVICE, assert_accurate, dtypes, normal, poisoned, ragged, wide  # noqa: F401
 
-from adam_ghost import ops, reference
 from adam_ghost.kernels import wgrad_score as kernel
+from adam_ghost.scores import definition, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = {  # n, T, d_in, d_out, K
@@ -21,10 +21,10 @@ SHAPES = {  # n, T, d_in, d_out, K
 
 
 def check(a, b, P, offsets=None, grad=None, run=None):
-    exact_G, exact = reference.wgrad_score(*wide(a, b, P), offsets)
+    exact_G, exact = definition.wgrad_score(*wide(a, b, P), offsets)
     low_G = (b.flatten(0, -2).mT @ a.flatten(0, -2)).double()
-    low = reference.contract(a, b, P.to(a.dtype))
-    low = reference.sum_samples(low.float(), offsets)
+    low = definition.contract(a, b, P.to(a.dtype))
+    low = definition.sum_samples(low.float(), offsets)
     if grad is not None:
         exact_G, low_G = exact_G + grad.double(), grad + low_G.to(grad.dtype)
     G, scores = (run or (lambda: ops.wgrad_score(a, b, P, offsets=offsets, grad=grad, impl="triton")))()
@@ -80,7 +80,7 @@ def test_prefixes_do_not_drown_a_small_sample():
     a, b, P = normal(8, 64, 64), normal(8, 64, 64), normal(1, 64, 64)
     b[-1] *= 1e-5
     scores = ops.wgrad_score(a, b, P, impl="triton")[1][-1]
-    exact = reference.wgrad_score(*wide(a, b, P))[1][-1]
+    exact = definition.wgrad_score(*wide(a, b, P))[1][-1]
     assert (scores.double() - exact).abs() <= 1e-4 * exact.abs() + 1e-7 * exact.abs().max()
 
 

@@ -17,8 +17,8 @@ from adam_ghost.demo.data import DOMAINS, VOCABULARY, Corpus
 from adam_ghost.demo.model import GPT
 from adam_ghost.inrun import InRun
 from adam_ghost.layer_cache import LayerCache
+from adam_ghost.run.totals import SampleScores
 from adam_ghost.shapley import exact_shapley
-from adam_ghost.totals import SampleScores
 
 if TYPE_CHECKING:
     from adam_ghost.ledger.writer import LedgerWriter

@@ -218,22 +218,22 @@ def test_lora():
 
 def plain_steps(model, optimizer, batches):
     """Scores by ``< P , g_i >`` with one backward pass per sample, from the parts that are not under test."""
-    from adam_ghost.direction import form_direction, validation_gradient
-    from adam_ghost.state import AdamState
-    from adam_ghost.totals import Totals
-    from adam_ghost.validation import Validation
+    from adam_ghost import AdamState
+    from adam_ghost.run.totals import Totals
+    from adam_ghost.step.direction import form_direction, validation_gradient
+    from adam_ghost.step.validation import Validation
 
     x, y = data()
-    params, totals = [p for p in model.parameters() if p.requires_grad], Totals()
+    params, totals = {name: p for name, p in model.named_parameters() if p.requires_grad}, Totals()
     for ids in batches:
-        each = [torch.autograd.grad(model(x=x[[i]], labels=y[[i]])["loss"] / len(ids), params) for i in ids]
-        grads = [sum(g) for g in zip(*each, strict=True)]
+        each = [torch.autograd.grad(model(x=x[[i]], labels=y[[i]])["loss"] / len(ids), list(params.values())) for i in ids]
+        grads = {name: sum(g) for name, g in zip(params, zip(*each, strict=True), strict=True)}
         state, validation = AdamState.of(optimizer), Validation(lambda: val_loss(model), model)
         val = validation_gradient(state, params, grads, validation, "midpoint")
         P = form_direction(state, params, grads, val, "secant").P
-        scores = [[sum(float((P[id(p)] * g).sum()) for p, g in zip(params, gs, strict=True))] for gs in each]
+        scores = [[sum(float((P[name] * g).sum()) for name, g in zip(params, gs, strict=True))] for gs in each]
         totals.add(ids, np.array(scores))
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
+        for name, p in params.items():
+            p.grad = grads[name]
         optimizer.step()
     return totals.read(True)

@@ -5,7 +5,7 @@ come through other calls that no sample entered (a position embedding, a generat
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from adam_ghost.batching import Tag
-from adam_ghost.layers import layer_kind
+from adam_ghost.capture.batch import Tag
+from adam_ghost.capture.kinds import layer_kind
 
 
 class Ref:
@@ -56,6 +56,7 @@ class Call:
     """One call of ``fn`` (a module or a torch function), with the tensors it was given.
 
     ``own`` maps a module's local parameter names to parameters; functions have their parameters among the arguments.
+    ``names`` has the model's names of all its trainable parameters.
     ``rng`` and ``buffers`` are the random state and a module's buffers as the call met them, where it may change them.
     """
 
@@ -66,11 +67,13 @@ class Call:
         args: tuple,
         kwargs: dict,
         own: dict[str, nn.Parameter],
+        names: Mapping[Tensor, str],
         rng: RngState | None = None,
         inplace: bool = False,
         buffers: dict[str, Tensor] | None = None,
     ):
         self.name, self.fn, self.own, self.rng, self.inplace = name, fn, own, rng, inplace
+        self._names = names
         self.buffers = buffers or {}  # of a module that may write them, as the call found them
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._leaves = [x if isinstance(x, nn.Parameter) or not isinstance(x, Tensor) else x.detach() for x in self._leaves]
@@ -82,7 +85,7 @@ class Call:
         """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
         self.outputs[index] = tag
         shape = out.shape
-        if self.fn is F.linear or layer_kind(self.fn) in ("linear", "conv1d"):
+        if self.fn is F.linear or layer_kind(self.fn) == "linear":
             # the product of more than two dimensions is a view; an in-place function on it leaves its own node aside
             out = out if out._base is None or out._base.numel() != out.numel() else out._base
         out.register_hook(lambda grad: receive(self, index, grad.detach().reshape(shape)))
@@ -105,24 +108,36 @@ class Call:
                 raise RuntimeError(f"an input of '{self.name}' was modified in place after the call: its scores cannot be computed")
         return self._leaves
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter the outputs depend on through this call, each once."""
-        seen: dict[int, nn.Parameter] = {id(p): p for p in self.own.values()}
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every trainable parameter the outputs depend on through this call, by its name in the model."""
+        found = {self._names[p]: p for p in self.own.values() if p in self._names}
         for x in self._leaves:
-            if isinstance(x, nn.Parameter):
-                seen[id(x)] = x
+            if isinstance(x, nn.Parameter) and x in self._names:
+                found[self._names[x]] = x
             elif isinstance(x, Ref):
-                seen.update((id(p), p) for p in x.call.parameters())
-        return iter(seen.values())
+                found |= x.call.parameters()
+        return found
 
-    def replay(self, values: dict[int, Tensor]) -> list[Any]:
-        """The call's output leaves with parameter ``p`` replaced by ``values[id(p)]`` where given, without side effects."""
+    def name_of(self, p: Tensor | None) -> str | None:
+        """The model's name of one of this call's parameters; None where it is not trained."""
+        return None if p is None else self._names.get(p)
+
+    def replay(self, values: Mapping[str, Tensor], others: Callable[[Tensor], Tensor] = Tensor.detach) -> list[Any]:
+        """The call's output leaves with parameters replaced by ``values``, by name, and the rest by ``others`` of them.
+
+        Without side effects, and in at least float32.
+        """
+
+        def value(p: Tensor) -> Tensor:
+            name = self._names.get(p)
+            return values[name] if name in values else others(p.detach())
+
         leaves = []
         for x in self.arguments():
             if isinstance(x, Ref):
-                x = x.call.replay(values)[x.index]
+                x = x.call.replay(values, others)[x.index]
             elif isinstance(x, nn.Parameter):
-                x = values.get(id(x), x.detach())
+                x = value(x)
             leaves.append(_wide(x))
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         with ExitStack() as stack:
@@ -138,7 +153,7 @@ class Call:
                 if device is not None:
                     torch.cuda.set_rng_state(device_state, device)
             if isinstance(self.fn, nn.Module):
-                held = {f"module.{k}": _wide(values.get(id(p), p.detach())) for k, p in self.fn.named_parameters()}
+                held = {f"module.{k}": _wide(value(p)) for k, p in self.fn.named_parameters()}
                 held |= {f"module.{k}": _wide(self.buffers.get(k, x).clone()) for k, x in self.fn.named_buffers()}
                 out = torch.func.functional_call(_Bare(self.fn), held, args, kwargs)
             elif self.inplace:

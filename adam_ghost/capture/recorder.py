@@ -1,6 +1,5 @@
 """Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -12,40 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from adam_ghost.batching import Batch, Tag
-from adam_ghost.calls import Call, Ref, RngState, rng_state
-from adam_ghost.layers import keeps_apart, layer_kind, output_axes
-
-
-class Recording:
-    """What was recorded of one forward and backward pass over ``batch_size`` rows.
-
-    A row is a sample; with ``offsets [n + 1]`` sample ``i`` is the tokens ``offsets[i]:offsets[i + 1]`` of all rows in a line.
-    """
-
-    def __init__(self, offsets: Tensor | None = None):
-        self.offsets = offsets
-        self.calls: list[Call] = []
-        self.batch_size: int | None = None
-        self.unattributed: set[int] = set()  # parameters used where no sample can be told apart
-        self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
-        self.outgoing: deque[Tensor] = deque()  # the step before's gradients, let go of one for one as these arrive
-
-    def receive(self, call: Call, index: int, grad: Tensor) -> None:
-        """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
-        if torch.is_grad_enabled():
-            return  # a pass for higher derivatives (create_graph=True): its gradients are not what .grad adds up
-        if self.on_arrival is not None:
-            self.on_arrival()
-        if not call.grad_output:
-            self.calls.append(call)
-        call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
-        if self.outgoing:
-            self.outgoing.popleft()
-
-    def covered(self) -> set[int]:
-        """The parameters, by id, whose gradient the recorded calls explain."""
-        return {id(p) for call in self.calls for p in call.parameters()} - self.unattributed
+from adam_ghost.capture.batch import Batch, Tag
+from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
+from adam_ghost.capture.kinds import batch_axis, keeps_apart, layer_kind, output_axes
+from adam_ghost.capture.recording import Recording
 
 
 def unseen(hook: Callable) -> Callable:
@@ -112,6 +81,7 @@ class Recorder(TorchFunctionMode):
         self.recording: Recording | None = None
         self.open = False
         self.handles: list[Any] = []
+        self.names: dict[Tensor, str] = {}  # of the parameters that are trained now
         self._reset()
 
     def attach(self) -> None:
@@ -151,7 +121,7 @@ class Recorder(TorchFunctionMode):
     def begin(self, recording: Recording) -> None:
         self._reset()
         self.recording = recording
-        self.trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
+        self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.open = True
         self.__enter__()
 
@@ -189,7 +159,7 @@ class Recorder(TorchFunctionMode):
         for x in pytree.tree_leaves(output):
             # made by ways that carry no tags (through numpy, say): exact all the same, as one long replay
             if isinstance(x, Tensor) and x in self.sources and x.ndim and x.shape[0] == self.batch.n:
-                call = Call("output", Tensor.clone, (self.sources[x],), {}, {})
+                call = Call("output", Tensor.clone, (self.sources[x],), {}, {}, self.names)
                 self._watch(call, 0, x, (0, 1))
 
     def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -205,7 +175,7 @@ class Recorder(TorchFunctionMode):
             self.batch.tag(x, (0, 1))
 
     def _is_source(self, x: Tensor) -> bool:
-        return x.requires_grad and (id(x) in self.trainable or x in self.sources or x in self.inner)
+        return x.requires_grad and (x in self.names or x in self.sources or x in self.inner)
 
     # layers
 
@@ -260,7 +230,7 @@ class Recorder(TorchFunctionMode):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         first = next((x for x in tensors if self.batch[x]), None)
         tag = None if first is None else self.batch[first]
-        if tag is not None and tag[0] != _batch_axis(module, tag[0]):
+        if tag is not None and tag[0] != batch_axis(module, tag[0]):
             raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag[0]}")
         if self.scored:
             self.batch.tag(output, tag)
@@ -277,7 +247,7 @@ class Recorder(TorchFunctionMode):
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
-        call = Call(name, module, *self._recorded(args, kwargs), own, rng=self.rng, buffers=self.buffers)
+        call = Call(name, module, *self._recorded(args, kwargs), own, self.names, rng=self.rng, buffers=self.buffers)
         if any(isinstance(x, Tensor) and x.requires_grad for x in vars(module).values()):
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
         self._classify(call, tensors, outs, place)
@@ -308,7 +278,7 @@ class Recorder(TorchFunctionMode):
             recorded_args, recorded_kwargs = self._recorded(args, kwargs)
             if first is not None:
                 recorded_args = (first, *recorded_args[1:])
-            call = Call(name, func, recorded_args, recorded_kwargs, {}, rng=rng, inplace=inplace)
+            call = Call(name, func, recorded_args, recorded_kwargs, {}, self.names, rng=rng, inplace=inplace)
         tagged = any(self.batch[x] for x in tensors)
         out = func(*args, **kwargs)
         outs = pytree.tree_leaves(args[0] if out is None else out)
@@ -372,11 +342,4 @@ class Recorder(TorchFunctionMode):
         self.batch.tag(x, None)
 
     def _give_up(self, call: Call) -> None:
-        self.recording.unattributed.update(id(p) for p in call.parameters())
-
-
-def _batch_axis(module: nn.Module, axis: int) -> int:
-    """Where a layer that mixes positions expects the batch; any axis will do for the others."""
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-        return 0 if module.batch_first else 1
-    return axis
+        self.recording.unattributed.update(call.parameters())

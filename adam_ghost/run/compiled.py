@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from adam_ghost.layers import layer_kind
-from adam_ghost.lookahead import ContractingRecording, own_parameters, scored_linear
+from adam_ghost.capture.kinds import layer_kind
+from adam_ghost.run.lookahead import ContractingRecording
+from adam_ghost.scores.linear import own_parameters, scored_linear
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -23,8 +24,9 @@ def is_compiled(model: nn.Module) -> bool:
 class _Site:
     """One layer, and what the forward pass now running needs to score it."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, names: dict[Tensor, str]):
         self.layer, self.kind = layer, layer_kind(layer)
+        self.names = tuple(None if p is None else names[p] for p in own_parameters(layer))
         self.slot: Tensor | None = None
         self.P: tuple[Tensor | None, ...] = ()
         self.seen = False  # whether it scored
@@ -35,7 +37,8 @@ class CompiledLayers:
 
     def __init__(self, model: nn.Module):
         layers = [m for m in model.modules() if _has_form(m) and "forward" not in vars(m)]
-        self.sites = [_Site(m) for m in layers if any(p is not None for p in own_parameters(m))]
+        names = {p: name for name, p in model.named_parameters()}
+        self.sites = [_Site(m, names) for m in layers if any(p is not None for p in own_parameters(m))]
 
     def attach(self) -> None:
         for site in self.sites:
@@ -49,14 +52,14 @@ class CompiledLayers:
         """The forward passes from now on belong to ``recording``."""
         for site in self.sites:
             site.slot, site.seen = recording.slot, False
-            site.P = tuple(None if p is None else recording.P[id(p)] for p in own_parameters(site.layer))
+            site.P = tuple(None if name is None else recording.P[name] for name in site.names)
 
     def end(self, recording: ContractingRecording) -> None:
         """No forward pass is scored from now on."""
         for site in self.sites:
             site.slot = None
             if site.seen:
-                recording.scored.update(id(p) for p in own_parameters(site.layer) if p is not None)
+                recording.scored.update(name for name in site.names if name is not None)
 
 
 def _has_form(module: nn.Module) -> bool:
@@ -68,7 +71,7 @@ def _has_form(module: nn.Module) -> bool:
         return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
     if isinstance(module, _ConvNd):
         return not module.transposed
-    return kind in ("linear", "conv1d") or isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
+    return kind in ("linear", "norm") or isinstance(module, nn.GroupNorm)
 
 
 def _forward(site: _Site, x: Tensor) -> Tensor:
@@ -78,7 +81,7 @@ def _forward(site: _Site, x: Tensor) -> Tensor:
     if slot is None or without or not torch.is_grad_enabled():
         return type(layer).forward(layer, x)
     site.seen = True
-    if site.kind in ("linear", "conv1d"):
+    if site.kind == "linear":
         return scored_linear(layer, x, slot, site.P, None)
     y = type(layer).forward(layer, x)
     for k in range(slot.shape[1]):

@@ -1,4 +1,4 @@
-"""Reads a torch.optim.Adam or AdamW as what it is to one step: per parameter, moments and scalars; copies nothing."""
+"""Adam and AdamW: a ``torch.optim.Adam`` or ``AdamW`` read as what it is to one step; copies nothing."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adam_ghost import reference
-from adam_ghost.reference import StepScalars
+from adam_ghost.optim import adam_definition as definition
+from adam_ghost.optim import adam_op
+from adam_ghost.optim.adam_definition import RULES, StepScalars
+from adam_ghost.optim.protocol import Linearized, register
 
 
 class ParamState(NamedTuple):
@@ -32,8 +34,10 @@ class AdamState:
     parameter ``p`` held by the state and a gradient ``g`` of its shape; results are in at least float32.
     """
 
+    linearizations = RULES
+
     def __init__(self, params: Iterable[ParamState]):
-        self._params = {id(s.param): s for s in params}
+        self._params = {s.param: s for s in params}
 
     @classmethod
     def of(cls, opt_state: "torch.optim.Optimizer | AdamState") -> "AdamState":
@@ -43,46 +47,78 @@ class AdamState:
         """
         if isinstance(opt_state, cls):
             return opt_state
+        step = getattr(type(opt_state), "step", None)
         # step is wrapped anew in each class by the optimizer's profiling hooks: compare what they wrap
-        if inspect.unwrap(getattr(type(opt_state), "step", None) or AdamState.of) is not inspect.unwrap(torch.optim.Adam.step):
+        if step is None or inspect.unwrap(step) is not inspect.unwrap(torch.optim.Adam.step):
             raise TypeError(
                 f"opt_state must be a torch.optim.Adam, torch.optim.AdamW or adam_ghost.AdamState, got {type(opt_state).__name__}"
             )
         return cls(_read(opt_state))
 
-    def __iter__(self) -> Iterator[ParamState]:
-        return iter(self._params.values())
-
     def __contains__(self, p: Tensor) -> bool:
-        return id(p) in self._params
+        return p in self._params
 
     def __getitem__(self, p: Tensor) -> ParamState:
-        return self._params[id(p)]
+        return self._params[p]
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(self._params)
 
     def lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list]:
         """``exp_avgs``, ``exp_avg_sqs``, ``max_exp_avg_sqs`` and scalars of ``params``, as the ops take them."""
         states = [self[p] for p in params]
         return tuple(list(column) for column in zip(*((*s.moments, s.scalars) for s in states), strict=True))
 
+    def weight_points(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        *,
+        empty: list[Tensor] | None = None,
+        mid: list[Tensor] | None = None,
+    ) -> None:
+        adam_op.weight_points([p.data for p in params], list(grads), *self.lists(params), empty=empty, mid=mid)
+
+    def linearize(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        val_grads: Sequence[Tensor],
+        rule: str,
+        out: list[Tensor],
+    ) -> Linearized:
+        *moments, steps = self.lists(params)
+        data = [p.data for p in params]
+        P, sums = adam_op.variance_correction(data, list(grads), *moments, list(val_grads), steps, rule=rule, out=out)
+        sums = sums.total()
+        return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))
+
+    def metric(self, p: Tensor, g: Tensor) -> Tensor:
+        return self.scaling(p, g) * self[p].scalars.lr
+
+    def steps_taken(self, default: int) -> int:
+        started = [s.scalars.t for s in self._params.values() if s.exp_avg is not None]
+        return max((default if isinstance(t, Tensor) else int(t) - 1 for t in started), default=0)
+
     def update(self, p: Tensor, g: Tensor | None) -> Tensor:
         """What a step with gradient ``g`` subtracts from ``p``, over lr, decoupled decay aside; ``g=None`` means zeros."""
         s = self[p]
-        return reference.adam_update(s.scalars, p, g, *s.moments)
+        return definition.adam_update(s.scalars, p, g, *s.moments)
 
     def scaling(self, p: Tensor, g: Tensor | None, rule: str = "secant") -> Tensor:
         """``S``, the slope of ``update`` along the gradient, by ``rule``: secant, tangent, frozen or sgd."""
         s = self[p]
-        return reference.scaling(rule, s.scalars, p, g, *s.moments)
+        return definition.scaling(rule, s.scalars, p, g, *s.moments)
 
     def empty_weights(self, p: Tensor) -> Tensor:
         """``w(empty)``: the weights after the step that momentum and weight decay would take alone."""
         s = self[p]
-        return reference.empty_weights(s.scalars, p, *s.moments)
+        return definition.empty_weights(s.scalars, p, *s.moments)
 
     def mid_weights(self, p: Tensor, g: Tensor) -> Tensor:
         """``w_mid``: halfway from ``w(empty)`` to the weights after the step with ``g``."""
         s = self[p]
-        return reference.mid_weights(s.scalars, p, g, *s.moments)
+        return definition.mid_weights(s.scalars, p, g, *s.moments)
 
     def weights(self, p: Tensor, g: Tensor) -> Tensor:
         """``w(S)``: the weights after the step with ``g``."""
@@ -129,3 +165,6 @@ def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
                 maximize=bool(group["maximize"]),
             )
             yield ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
+
+
+register(torch.optim.Adam, AdamState.of)

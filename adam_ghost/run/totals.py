@@ -1,11 +1,9 @@
-"""Scores added up per sample id while a run goes on, and read back from the device without making it wait."""
+"""Scores added up per sample id while a run goes on."""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 
 class SampleScores(NamedTuple):
@@ -54,27 +52,3 @@ class Totals:
     def load_state_dict(self, state: dict) -> None:
         self._rows = {i: k for k, i in enumerate(state["ids"])}
         self._sums, self._steps = state["sums"].copy(), state["steps"].copy()
-
-
-class Readback:
-    """A tensor on its way to the host: copied without blocking, asked for when it has arrived."""
-
-    def __init__(self, x: Tensor):
-        self._event = None
-        if x.device.type == "cuda":
-            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            self._host.copy_(x, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._host = x.detach().cpu()
-
-    @property
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def get(self) -> np.ndarray:
-        """The values; waits for the copy if need be."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.numpy()

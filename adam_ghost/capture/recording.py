@@ -1,0 +1,41 @@
+"""What one forward and backward pass leaves behind: layer calls, each with its output gradient."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adam_ghost.capture.calls import Call
+
+
+class Packing(NamedTuple):
+    """Samples packed in rows: sample ``i`` is the tokens ``offsets[i]:offsets[i + 1]`` of all rows in a line."""
+
+    offsets: Tensor  # [n + 1], on the batch's device
+    tokens: int  # where the last sample ends, known to the host
+
+
+class Recording:
+    """What was recorded of one forward and backward pass over ``batch_size`` rows; a row is a sample unless ``packing`` says."""
+
+    def __init__(self, packing: Packing | None = None):
+        self.packing = packing
+        self.calls: list[Call] = []
+        self.batch_size: int | None = None
+        self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
+        self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
+
+    def receive(self, call: Call, index: int, grad: Tensor) -> None:
+        """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
+        if torch.is_grad_enabled():
+            return  # a pass for higher derivatives (create_graph=True): its gradients are not what .grad adds up
+        if self.on_arrival is not None:
+            self.on_arrival()
+        if not call.grad_output:
+            self.calls.append(call)
+        call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
+
+    def covered(self) -> set[str]:
+        """The names of the parameters whose gradient the recorded calls explain."""
+        return {name for call in self.calls for name in call.parameters()} - self.unattributed

@@ -1,0 +1,101 @@
+"""The protocol of an optimizer: the step that it is about to take, as a function of the gradient."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+class Linearized(NamedTuple):
+    """A step linearized along its gradient, for ``K`` targets (one where validation gradients have no leading dimension)."""
+
+    P: list[Tensor]  # per parameter, shaped like its validation gradients: < P , g_i > is sample i's score
+    history: Tensor  # [K]: < val_grad , w - w(empty) >, what history alone takes off the loss, to first order
+    total: Tensor  # [K]: < P , g >, what the scores of all samples add up to
+
+
+@runtime_checkable
+class OptState(Protocol):
+    """What an optimizer will do to any gradient in the step about to be taken, without doing it.
+
+    Lists have one entry per parameter; a gradient of None counts as zeros. ``w(g)`` are the weights after a step with gradient
+    ``g``, ``w(empty) = w(0)`` what history (momentum, weight decay) does alone. Nothing is assumed of the step's form: an
+    optimizer may couple the elements of a parameter, and a class may hold several optimizers that share the parameters out.
+    """
+
+    linearizations: tuple[str, ...]  # the rules that ``linearize`` knows, the exact one first
+
+    def __contains__(self, p: Tensor) -> bool:
+        """Whether the optimizer trains ``p``."""
+        ...
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Every parameter that the optimizer trains."""
+        ...
+
+    def weight_points(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        *,
+        empty: list[Tensor] | None = None,
+        mid: list[Tensor] | None = None,
+    ) -> None:
+        """Writes ``w(empty)``, and ``w_mid``, halfway from there to ``w(g)``; either may be the parameters' own memory."""
+        ...
+
+    def linearize(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        val_grads: Sequence[Tensor],
+        rule: str,
+        out: list[Tensor],
+    ) -> Linearized:
+        """The direction ``P`` by ``rule`` for ``val_grads`` ``[*shape]`` or ``[K, *shape]``, written to ``out`` (may be those)."""
+        ...
+
+    def weights(self, p: Tensor, g: Tensor) -> Tensor:
+        """``w(g)`` of one parameter, at least float32."""
+        ...
+
+    def metric(self, p: Tensor, g: Tensor) -> Tensor:
+        """``D`` of one parameter: ``D * g_i`` is, to first order, what a share ``g_i`` of ``g`` adds to the step downhill.
+
+        Raises TypeError where the step has no elementwise form.
+        """
+        ...
+
+    def expected_gradient(self, p: Tensor) -> Tensor | None:
+        """The gradient that history lets expect before the backward pass, in memory of its own; None without history."""
+        ...
+
+    def steps_taken(self, default: int) -> int:
+        """How many steps the longest history among the parameters holds; ``default`` where only the device knows."""
+        ...
+
+
+_READERS: dict[type[torch.optim.Optimizer], Callable[[Any], OptState]] = {}
+
+
+def register(optimizer: type[torch.optim.Optimizer], read: Callable[[Any], OptState]) -> None:
+    """Has optimizers that step as this class does read by ``read``, which copies nothing."""
+    _READERS[optimizer] = read
+
+
+def read_optimizer(opt_state: Any, name: str = "opt_state") -> OptState:
+    """The state of an optimizer about to step; an ``OptState`` is returned as it is.
+
+    Raises TypeError for an optimizer that nobody registered, also for subclasses that step differently.
+    """
+    if isinstance(opt_state, torch.optim.Optimizer):
+        for kind, read in _READERS.items():
+            # step is wrapped anew in each class by the optimizer's profiling hooks: compare what they wrap
+            if inspect.unwrap(type(opt_state).step) is inspect.unwrap(kind.step):
+                return read(opt_state)
+    elif isinstance(opt_state, OptState):
+        return opt_state
+    known = ", ".join(f"torch.optim.{k.__name__}" if k.__module__.startswith("torch.") else k.__name__ for k in _READERS)
+    raise TypeError(f"{name} must be one of {known}, or an optimizer's state, got {type(opt_state).__name__}")

@@ -1,0 +1,88 @@
+"""Scores while gradients are formed: with ``P`` known before the backward pass, no layer call outlives its own backward.
+
+Linear layers yield weight gradient and scores in one product; every other call is contracted when its gradient arrives.
+The scores come as the gradient of ``slot``, a tensor of zeros that each linear layer takes along: autograd itself adds them
+up, over layers, checkpoints and compiled graphs.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from adam_ghost.capture.calls import Call
+from adam_ghost.capture.kinds import layer_kind
+from adam_ghost.capture.recorder import Recorder, unseen
+from adam_ghost.capture.recording import Packing, Recording
+from adam_ghost.scores.contract import contract
+from adam_ghost.scores.forms import Asked, Directions
+from adam_ghost.scores.linear import own_parameters, scored_linear
+
+
+class ContractingRecording(Recording):
+    """Contracts each call with ``P`` on arrival and keeps only the sum, ``[n, K]``; with ``keep`` the calls as well."""
+
+    def __init__(self, P: Directions, n: int, packing: Packing | None = None, keep: bool = False):
+        super().__init__(packing)
+        self.P, self.keep = P, keep
+        some = next(iter(P.values()))
+        self.slot = some.new_zeros(n, len(some)).requires_grad_()
+        self.slot.register_hook(lambda grad: self._tell())
+        self._arrived: Tensor | None = None
+        self.scored: set[str] = set()  # names of the parameters that the scores cover
+
+    def _tell(self) -> None:
+        if self.on_arrival is not None:
+            self.on_arrival()
+
+    @property
+    def scores(self) -> Tensor:
+        """``[n, K]``, of all backward passes so far."""
+        parts = [x for x in (self._arrived, self.slot.grad) if x is not None]
+        return sum(parts) if parts else torch.zeros_like(self.slot)
+
+    def receive(self, call: Call, index: int, grad: Tensor) -> None:
+        self._tell()
+        if self.keep:
+            super().receive(call, index, grad)
+        params = self.P.keys() & call.parameters().keys()
+        if not params:
+            return
+        scores = contract(call.with_gradient(index, grad), self.P, Asked(self.batch_size, self.packing))
+        self._arrived = scores if self._arrived is None else self._arrived + scores
+        self.scored |= params
+
+    def covered(self) -> set[str]:
+        return self.scored - self.unattributed
+
+
+class ScoredLinears:
+    """While attached, the model's linear layers score their samples in the weight gradient's product."""
+
+    def __init__(self, model: nn.Module, recorder: Recorder):
+        self.recorder = recorder
+        self.layers = [m for m in model.modules() if layer_kind(m) == "linear" and "forward" not in vars(m)]
+
+    def attach(self) -> None:
+        for layer in self.layers:
+            layer.forward = partial(self._forward, layer)
+
+    def detach(self) -> None:
+        for layer in self.layers:
+            del layer.forward
+
+    @unseen
+    def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        recorder = self.recorder
+        recording = recorder.recording
+        own = own_parameters(layer)
+        names = [recorder.names.get(p) for p in own if p is not None]
+        ours = isinstance(recording, ContractingRecording) and not recording.keep and recorder.active and torch.is_grad_enabled()
+        tag = recorder.batch[x] if ours and names else None
+        if tag is None or tag[0] != 0 or any(name not in recording.P for name in names):
+            return type(layer).forward(layer, x)
+        recorder.scored = True
+        recording.scored.update(names)
+        P = tuple(None if p is None else recording.P[recorder.names[p]] for p in own)
+        offsets = None if recording.packing is None else recording.packing.offsets
+        return scored_linear(layer, x, recording.slot, P, offsets)

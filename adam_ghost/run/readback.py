@@ -1,0 +1,98 @@
+"""A step's numbers on their way from the device to the books, which wait for them; the device never does."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adam_ghost.ledger.books import StepRecord
+from adam_ghost.step.coverage import Coverage
+from adam_ghost.step.fingerprint import EDITED
+
+
+class Readback:
+    """A tensor on its way to the host: copied without blocking, asked for when it has arrived."""
+
+    def __init__(self, x: Tensor):
+        self._event = None
+        if x.device.type == "cuda":
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = x.detach().cpu()
+
+    @property
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def get(self) -> np.ndarray:
+        """The values; waits for the copy if need be."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy()
+
+
+@dataclass
+class Pending:
+    """A step's results on their way."""
+
+    ids: list[Hashable]
+    record: StepRecord
+    scores: Readback  # [n, K]
+    numbers: Readback  # [4, K]: val_loss, total, history, 1 where the step is void
+    edited: Readback  # bool, per gradient
+    losses: Readback | None = None  # [n]
+    epoch: int | None = None
+
+
+@dataclass
+class Arrived:
+    """A step as it is booked; no scores where it was skipped."""
+
+    record: StepRecord
+    epoch: int | None = None
+    ids: list[Hashable] | None = None
+    scores: np.ndarray | None = None  # [n, K], float64
+    losses: np.ndarray | None = None  # [n]
+
+
+class Books:
+    """Takes steps in their order and hands each to ``book`` when its numbers have arrived and were checked."""
+
+    def __init__(self, coverage: Coverage, book: Callable[[Arrived], None]):
+        self.coverage, self._book = coverage, book
+        self._pending: list[Pending | Arrived] = []
+
+    def add(self, step: Pending | Arrived) -> None:
+        self._pending.append(step)
+
+    def drain(self, wait: bool = False) -> None:
+        """Books the steps whose numbers have arrived; ``wait`` for all.
+
+        Raises ValueError where a step's gradients turn out to have been edited.
+        """
+        while self._pending:
+            step = self._pending[0]
+            if isinstance(step, Pending) and not (wait or step.numbers.ready):
+                return
+            self._pending.pop(0)
+            self._book(self._read(step) if isinstance(step, Pending) else step)
+            if isinstance(step, Pending) and not step.record.skipped:
+                scores = step.scores.get().astype(np.float64)
+                self.coverage.check(scores, np.array(step.record.total), f"step {step.record.step}: ")
+
+    def _read(self, step: Pending) -> Arrived:
+        record, scores = step.record, step.scores.get().astype(np.float64)
+        val_loss, total, history, void = step.numbers.get().astype(np.float64)
+        record.skipped = bool(void.any())
+        if record.skipped:
+            return Arrived(record, step.epoch)
+        if step.edited.get().any():
+            raise ValueError(EDITED)
+        record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
+        record.score_sum = scores.sum(0).tolist()
+        return Arrived(record, step.epoch, step.ids, scores, None if step.losses is None else step.losses.get())

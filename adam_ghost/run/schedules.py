@@ -1,0 +1,281 @@
+"""Schedules: when the direction ``P`` is formed, and what a micro-batch leaves behind to be scored with it.
+
+A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adam_ghost.capture.recorder import Recorder
+from adam_ghost.capture.recording import Packing, Recording
+from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.run.compiled import CompiledLayers, is_compiled
+from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
+from adam_ghost.step.fingerprint import GradientWatch
+from adam_ghost.step.step import Step
+from adam_ghost.step.validation import Validation
+
+SCHEDULES = ("midpoint", "gauss", "lookahead")
+# optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
+_HISTORY = 10
+
+
+@dataclass
+class MicroBatch:
+    """The samples of one forward and backward pass, and what was recorded of it."""
+
+    ids: list[Hashable]
+    packing: Packing | None
+    audit: bool  # whether its step will be played exactly, which needs the calls themselves
+    recording: Recording | None = None
+    losses: Tensor | None = None  # [n], as the loop told them
+
+
+@dataclass
+class Loop:
+    """What every schedule works with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    params: dict[str, nn.Parameter]
+    validation: Validation
+    watch: GradientWatch
+    rule: str
+    refresh: int
+    half: bool
+    step: int = 0  # of the optimizer, counted from the construction
+    attributed: int = 0  # steps
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether this step takes a new validation gradient."""
+        return self.attributed % self.refresh == 0
+
+
+class Scored(NamedTuple):
+    """A step's scores, and the numbers that they are booked with."""
+
+    scores: Tensor  # [n, K]
+    val_loss: Tensor  # [] or [K]
+    total: Tensor  # [K]: < P , g(B) >
+    history: Tensor  # [K]
+    edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
+
+
+class Schedule(Protocol):
+    """What the loop asks of a schedule."""
+
+    def attach(self) -> None:
+        """Hangs its hooks on the model."""
+
+    def detach(self) -> None:
+        """Takes them off again and forgets what it holds."""
+
+    def open(self, micro: MicroBatch, first: bool) -> None:
+        """The next forward pass is ``micro``'s, ``first`` of its step."""
+
+    def forget(self) -> None:
+        """Whatever was announced has no part in the step."""
+
+    def collect(self) -> list[MicroBatch] | None:
+        """The step's micro-batches in their order, handed over; None where this step cannot be scored."""
+
+    def pending(self) -> list[MicroBatch]:
+        """Those collected so far."""
+
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+        """The scores of a step about to be taken."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class After:
+    """``midpoint`` and ``gauss``: layer calls are kept until the gradients are final, and contracted with ``P`` then."""
+
+    def __init__(self, loop: Loop, place: str):
+        self.loop, self.place = loop, place
+        self.recorder = Recorder(loop.model)
+        self._val: ValidationGradient | None = None
+        self._armed: MicroBatch | None = None
+        self._micro: list[MicroBatch] = []
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        model = self.loop.model
+        # ours see the forward pass first and last
+        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        self.recorder.attach()
+        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
+
+    def detach(self) -> None:
+        if self.recorder.open:
+            self.recorder.end()
+        self.recorder.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._armed, self._micro, self._val = None, [], None
+
+    def open(self, micro: MicroBatch, first: bool) -> None:
+        micro.recording = Recording(micro.packing)
+        self._arm(micro)
+
+    def _arm(self, micro: MicroBatch) -> None:
+        micro.recording.on_arrival = self.loop.watch.arrived
+        self._armed = micro
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        if self._armed is not None and torch.is_grad_enabled() and not self.recorder.open:
+            self.loop.watch.forward_begins()
+            self.recorder.begin(self._armed.recording)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self.recorder.open or self.recorder.inside_model:
+            return
+        self.recorder.end()
+        micro, self._armed = self._armed, None
+        if output is None:  # the forward pass raised
+            return
+        rows = micro.recording.batch_size
+        if micro.packing is None and rows != len(micro.ids):
+            raise ValueError(f"run.batch got {len(micro.ids)} ids, but the model was called with a batch of {rows}")
+        self._micro.append(micro)
+
+    def forget(self) -> None:
+        self._micro = []
+
+    def pending(self) -> list[MicroBatch]:
+        return self._micro
+
+    def collect(self) -> list[MicroBatch] | None:
+        self.recorder.recording, self._armed = None, None
+        micro, self._micro = self._micro, []
+        return micro
+
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+        grads = {name: step.grads.get(name) for name in self.loop.params}
+        direction = self._form(step.opt_state, step.params, grads, self.place)
+        scores = step.scores(direction.P, half=self.loop.half)
+        return Scored(scores, direction.val_loss, direction.total, direction.history, edited)
+
+    def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
+        """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
+        loop = self.loop
+        val = self._val
+        if val is None or loop.refreshes:
+            val = validation_gradient(opt_state, loop.params, grads, loop.validation, at)
+        keep = loop.refresh > 1
+        self._val = val if keep else None
+        return form_direction(opt_state, params, grads, val, loop.rule, keep)
+
+    def state_dict(self) -> Any:
+        return None if self._val is None else (self._val.loss, self._val.grads)
+
+    def load_state_dict(self, state: Any) -> None:
+        self._val = None if state is None else ValidationGradient(*state)
+
+
+class Ahead(After):
+    """``lookahead``: ``P`` is foreseen before the backward pass, and every layer is scored as its gradient is formed.
+
+    The first ten steps of an optimizer, whose history foresees nothing yet, go the midpoint's way.
+    """
+
+    def __init__(self, loop: Loop):
+        super().__init__(loop, "midpoint")
+        self._direction: Direction | None = None
+        self._layers = ScoredLinears(loop.model, self.recorder)
+
+    def attach(self) -> None:
+        super().attach()
+        self._layers.attach()
+
+    def detach(self) -> None:
+        self._layers.detach()
+        super().detach()
+        self._direction = None
+
+    def open(self, micro: MicroBatch, first: bool) -> None:
+        if first:
+            # a step that was skipped left it; the validation pass is not to be recorded
+            self.recorder.recording = None
+            self._direction = self._foresee()
+        if self._direction is None:
+            super().open(micro, first)
+        else:
+            micro.recording = ContractingRecording(self._direction.P, len(micro.ids), micro.packing, keep=micro.audit)
+            self._arm(micro)
+
+    def _foresee(self) -> Direction | None:
+        """``P`` from the gradient that history lets expect; None where it is too short."""
+        loop = self.loop
+        opt_state = read_optimizer(loop.optimizer)
+        if not self._foreseeable(opt_state):
+            return None
+        expected = {name: opt_state.expected_gradient(p) for name, p in loop.params.items()}
+        return self._form(opt_state, loop.params, expected, "lookahead")
+
+    def _foreseeable(self, opt_state: OptState) -> bool:
+        # a step count on the device is not read; ours is never the larger
+        return opt_state.steps_taken(default=self.loop.step) >= _HISTORY
+
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+        direction, self._direction = self._direction, None
+        if direction is None:
+            return super().score(step, micro, edited)
+        scale = torch.stack(list(step.scale.values()))
+        # the layers' scores are added up already: one factor has to serve all
+        edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
+        if edited.device.type == "cpu" and bool(edited.any()):
+            raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
+        scores = torch.cat([m.recording.scores for m in micro]) * scale.mean()
+        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited)
+
+
+class AheadCompiled(Ahead):
+    """``lookahead`` in a model under torch.compile: no hooks; the first step, which has no history at all, is not attributed."""
+
+    def __init__(self, loop: Loop):
+        After.__init__(self, loop, "midpoint")
+        self._direction: Direction | None = None
+        self._layers = CompiledLayers(loop.model)
+
+    def attach(self) -> None:
+        self._layers.attach()
+
+    def open(self, micro: MicroBatch, first: bool) -> None:
+        self._end()
+        if first:
+            self._direction = self._foresee()
+        if self._direction is None:
+            return
+        micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
+        micro.recording.on_arrival = self.loop.watch.arrived
+        micro.recording.batch_size = len(micro.ids)
+        self._layers.begin(micro.recording)
+        self._micro.append(micro)
+
+    def _end(self) -> None:
+        if self._micro:
+            self._layers.end(self._micro[-1].recording)
+
+    def _foreseeable(self, opt_state: OptState) -> bool:
+        return opt_state.steps_taken(default=self.loop.step) > 0
+
+    def collect(self) -> list[MicroBatch] | None:
+        self._end()
+        micro = super().collect()
+        return micro or (None if not self._foreseeable(read_optimizer(self.loop.optimizer)) else [])
+
+
+def make_schedule(name: str, loop: Loop) -> Schedule:
+    if name != "lookahead":
+        return After(loop, name)
+    return AheadCompiled(loop) if is_compiled(loop.model) else Ahead(loop)

@@ -1,0 +1,112 @@
+"""Any code: its derivative along P times the output gradients; or, without forward mode, one backward pass per sample."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from adam_ghost.capture.calls import Call
+from adam_ghost.capture.kinds import layer_kind
+from adam_ghost.scores.forms import Asked, Directions, Form, register
+from adam_ghost.scores.shapes import by_token, sum_samples
+
+
+def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
+    params = {name: p for name, p in call.parameters().items() if name in P}
+    # an argument made of parameters makes it a product of two
+    affine = layer_kind(call.fn) in ("affine", "norm") and set(call.parameters()) == {call.name_of(p) for p in call.own.values()}
+    per_token = asked.per_token or asked.packing is not None
+    outputs = _derivative(call, P, params, asked.n, affine, per_token)
+    if outputs is None:
+        if per_token:
+            raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
+        return _by_sample(call, P, params, asked.n)
+    if asked.per_token and len({x.shape for x in outputs}) > 1:
+        raise ValueError(f"per_token=True: the outputs of '{call.name}' have different numbers of tokens")
+    if asked.packing is not None:
+        outputs = [sum_samples(x, asked.packing) for x in outputs]
+    elif not asked.per_token:
+        outputs = [x.sum(1) for x in outputs]
+    return sum(outputs)
+
+
+class _TrueForwardMode(TorchFunctionMode):
+    """Refuses functions whose gradient is by intent not their derivative, which forward mode would take."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.embedding:
+            options = dict(zip(("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args[2:], strict=False)) | kwargs
+            if options.get("padding_idx") is not None or options.get("scale_grad_by_freq"):
+                raise NotImplementedError("embedding leaves out or scales gradients")
+        return func(*args, **kwargs)
+
+
+def _derivative(
+    call: Call, P: Directions, params: Mapping[str, Tensor], n: int, affine: bool, per_token: bool
+) -> list[Tensor] | None:
+    """The call's derivative along P, times the output gradients, per output; None if it has no forward mode.
+
+    ``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for and the product need not be kept to be summed.
+
+    A layer linear in its parameters is its own derivative: it is run with P in their place.
+    """
+    names = list(params)
+    tags, grads = call.outputs, call.grad_output
+    found: dict[int, list[Tensor]] = {i: [] for i in grads}
+    for k in range(len(P[names[0]])):
+        tangents = {name: P[name][k] for name in names}
+        if affine:
+            outs = dict(enumerate(call.replay(tangents, others=torch.zeros_like)))
+        else:
+
+            def outputs(*values: Tensor) -> dict[int, Tensor]:
+                outs = call.replay(dict(zip(names, values, strict=True)))
+                return {i: outs[i] for i in grads}
+
+            primals = tuple(params[name].detach().to(t.dtype) for name, t in tangents.items())
+            try:
+                with _TrueForwardMode():
+                    _, outs = torch.func.jvp(outputs, primals, tuple(tangents.values()))
+            except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
+                return None
+        for i in grads:
+            out, grad = outs[i], grads[i].to(outs[i].dtype)
+            if per_token or tags[i] != (0, 1):
+                found[i].append(by_token(out * grad, tags[i], n))
+            else:
+                found[i].append(torch.linalg.vecdot(out.reshape(n, -1), grad.reshape(n, -1)).unsqueeze(1))
+    return [torch.stack(x, -1) for x in found.values()]
+
+
+def _by_sample(call: Call, P: Directions, params: Mapping[str, Tensor], n: int) -> Tensor:
+    """``[n, K]`` from one backward pass of the call per sample: slow, and right for any differentiable code."""
+    names = list(params)
+    dtype = P[names[0]].dtype
+    rows = [
+        sum((P[name] * g.to(dtype)).flatten(1).sum(1) for name, g in zip(names, grads, strict=True) if g is not None)
+        for grads in call_gradients(call, names, n)
+    ]
+    return torch.stack(rows)
+
+
+def call_gradients(call: Call, names: Sequence[str], n: int) -> Iterator[tuple[Tensor | None, ...]]:
+    """Per sample, the gradients of the named parameters through this call: its backward pass, the other samples' share zeroed."""
+    params = call.parameters()
+    with torch.enable_grad():
+        leaves = [params[k].detach().to(torch.promote_types(params[k].dtype, torch.float32)).requires_grad_() for k in names]
+        replayed = call.replay(dict(zip(names, leaves, strict=True)))
+        outs = [replayed[i] for i in call.grad_output]
+    for i in range(n):
+        shares = []
+        for (k, grad), out in zip(call.grad_output.items(), outs, strict=True):
+            axis, rows = call.outputs[k]
+            share = torch.zeros_like(out)
+            share.narrow(axis, i * rows, rows).copy_(grad.narrow(axis, i * rows, rows))
+            shares.append(share)
+        yield torch.autograd.grad(outs, leaves, shares, retain_graph=i < n - 1, allow_unused=True)
+
+
+register("affine", Form(scores))

@@ -1,0 +1,49 @@
+"""From recorded calls and the direction ``P`` to every sample's ``< P , g_i >``, without per-sample gradients."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# importing a kind registers its form
+from adam_ghost.capture.calls import Call
+from adam_ghost.capture.recording import Recording
+from adam_ghost.scores import anything, linear, lookup, norm  # noqa: F401
+from adam_ghost.scores.forms import Asked, Directions, form_of
+
+
+def contract(call: Call, P: Directions, asked: Asked) -> Tensor:
+    """Scores of one call's share of the gradient: ``[n, K]``, or ``[n, T, K]`` per token. Sums in P's dtype.
+
+    Raises ValueError where ``per_token`` is asked of a call whose outputs have no token dimension.
+    """
+    form = form_of(call.fn)
+    scores = (anything.scores if form is None else form.scores)(call, P, asked)
+    if asked.per_token:
+        rows = {tag[1] for tag in call.outputs.values()}
+        shapes = {grad.ndim for grad in call.grad_output.values()}
+        if (isinstance(call.fn, nn.Module) and "conv" in type(call.fn).__module__) or (rows == {1} and min(shapes) < 3):
+            raise ValueError(f"per_token=True needs tokens at dimension 1 of every layer's output; '{call.name}' has none")
+    return scores
+
+
+def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
+    """``contract`` summed over each recording's calls; the recordings' samples one after another."""
+    return torch.cat([_contract_recording(r, P, per_token, half) for r in recordings])
+
+
+def _contract_recording(recording: Recording, P: Directions, per_token: bool, half: bool) -> Tensor:
+    asked = Asked(recording.batch_size, recording.packing, per_token, half)
+    scores: Tensor | None = None
+    for call in recording.calls:
+        if P.keys().isdisjoint(call.parameters()):
+            continue
+        part = contract(call, P, asked)
+        if scores is not None and scores.shape != part.shape:
+            raise ValueError(
+                f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"
+            )
+        scores = part if scores is None else scores + part
+    if scores is None:
+        raise ValueError("none of the recorded calls explains a gradient: was it computed inside `with cache`?")
+    return scores

@@ -1,0 +1,118 @@
+"""A linear layer: its scores by one product of forward size, its samples' gradients, and the backward pass that scores."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adam_ghost.capture.calls import Call
+from adam_ghost.capture.kinds import is_transposed
+from adam_ghost.scores import cpu, ops
+from adam_ghost.scores.forms import Asked, Directions, Form, register
+from adam_ghost.scores.shapes import samples_first, sum_samples, tokens
+
+
+def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
+    weight, bias = (P.get(call.name_of(p) or "") for p in (call.fn.weight, call.fn.bias))  # [K, d_out, d_in], [K, d_out]
+    a, b = (samples_first(x, call.outputs[0], asked.n) for x in (call.input, call.grad_output[0]))  # [n, T, ..., d]
+    if weight is not None and is_transposed(call.fn):
+        weight = weight.mT
+    packing = asked.packing
+    if packing is not None and (asked.per_token or b.ndim > 3 or packing.tokens != b[..., 0].numel()):
+        return sum_samples(_by_token(a, b, weight, bias, asked.half), packing)
+    if asked.per_token:
+        return _by_token(a, b, weight, bias, asked.half)
+    # one sample, one run of rows
+    rows = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
+    offsets = None if packing is None else packing.offsets
+    total: Tensor | int = 0
+    if weight is not None:
+        total = ops.contract(*rows, weight, offsets=offsets, half=asked.half)
+    if bias is not None:
+        total = total + sample_sums(rows[1], offsets, bias.dtype) @ bias.mT
+    return total
+
+
+def _by_token(a: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None, half: bool) -> Tensor:
+    total: Tensor | int = 0
+    if weight is not None:
+        total = ops.contract(a.flatten(1, -2), b.flatten(1, -2), weight, per_token=True, half=half)
+    if bias is not None:
+        total = total + b.flatten(1, -2).to(bias.dtype) @ bias.mT
+    return tokens(total, b)
+
+
+def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[n, d]``: every sample's rows of ``b [n, T, d]``, or ``[N, d]`` with ``offsets``, summed in ``dtype``."""
+    if offsets is None:
+        return b.sum(1, dtype=dtype)
+    return torch.segment_reduce(b.to(dtype), "sum", offsets=offsets)
+
+
+def sample_gradients(call: Call, name: str, n: int, block: slice) -> Tensor:
+    weight, bias = call.fn.weight, call.fn.bias
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a, b = (samples_first(x, call.outputs[0], n).flatten(1, -2).to(dtype) for x in (call.input, call.grad_output[0]))  # [n, T, d]
+    if name == call.name_of(bias):
+        return b.sum(1)[:, block]
+    rows, columns = (a, b) if is_transposed(call.fn) else (b, a)
+    return rows[..., block].mT @ columns
+
+
+register("linear", Form(scores, sample_gradients))
+
+
+class _ScoredLinear(torch.autograd.Function):
+    """``x @ weight.T + bias``; the gradient of ``slot [n, K]`` is the samples' scores.
+
+    Samples are the leading dimension of ``x``, in equal shares, or ``offsets`` into its tokens. ``P``: ``[K, *shape]``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        slot: Tensor,
+        P_weight: Tensor | None,
+        P_bias: Tensor | None,
+        offsets: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, P_weight, P_bias, offsets)
+        ctx.n = len(slot)
+        return cpu.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, P_weight, P_bias, offsets = ctx.saved_tensors
+        d_input = None
+        if ctx.needs_input_grad[0]:
+            d_input = cpu.linear(grad, weight.t())
+        shape = (ctx.n, -1) if offsets is None else (-1,)
+        a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
+        d_weight = d_bias = None
+        scores: Tensor | int = 0
+        if ctx.needs_input_grad[1]:
+            d_weight, scores = ops.wgrad_score(a, b, P_weight, offsets=offsets)
+        if ctx.needs_input_grad[2]:
+            sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
+            scores, d_bias = scores + sums @ P_bias.mT, sums.sum(0)
+        return d_input, d_weight, d_bias, scores, None, None, None
+
+
+def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | None, ...], offsets: Tensor | None) -> Tensor:
+    """The layer's forward, whose backward adds the samples' scores to the gradient of ``slot [n, K]``; ``P`` of weight and bias."""
+    weight, bias, P_weight = layer.weight, layer.bias, P[0]
+    if is_transposed(layer):
+        weight, P_weight = weight.t(), None if P_weight is None else P_weight.mT
+    if torch.is_autocast_enabled(x.device.type):
+        # casts that autograd sees: the backward pass runs without autocast, on what the product really saw
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets)
+
+
+def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """The layer's weight and bias, None where it has none or it is frozen."""
+    return tuple(p if p is not None and p.requires_grad else None for p in (layer.weight, getattr(layer, "bias", None)))

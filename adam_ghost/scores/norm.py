@@ -1,0 +1,29 @@
+"""A layer or RMS norm: one fused kernel where there is one; elsewhere its own forward, with P in its parameters' place, is as fast."""
+
+from torch import Tensor, nn
+
+from adam_ghost.capture.calls import Call
+from adam_ghost.scores import anything, ops
+from adam_ghost.scores.forms import Asked, Directions, Form, register
+from adam_ghost.scores.shapes import samples_first, sum_samples, tokens
+
+
+def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
+    module = call.fn
+    weight, bias = (P.get(call.name_of(p) or "") for p in (module.weight, getattr(module, "bias", None)))  # [K, d]
+    fused = (
+        len(module.normalized_shape) == 1 and weight is not None and ops.has_kernel("norm_score", call.input, call.grad_output[0])
+    )
+    if not fused:
+        return anything.scores(call, P, asked)
+    x, b = (samples_first(t, call.outputs[0], asked.n) for t in (call.input, call.grad_output[0]))  # [n, T, ..., d]
+    per_token = asked.per_token or asked.packing is not None
+    kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+    found = ops.norm_score(x.flatten(1, -2), b.flatten(1, -2), weight, bias, module.eps, kind, per_token=per_token)
+    if not per_token:
+        return found
+    found = tokens(found, b)
+    return found if asked.packing is None else sum_samples(found, asked.packing)
+
+
+register("norm", Form(scores))

@@ -1,0 +1,27 @@
+"""Per-sample gradients from recorded calls, a block at a time: for pairwise matrices and for the exact game."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adam_ghost.capture.calls import Call
+from adam_ghost.scores.anything import call_gradients
+from adam_ghost.scores.forms import form_of
+
+
+def sample_gradients(calls: Sequence[Call], name: str, p: Tensor, n: int, block: slice = slice(None)) -> Tensor:
+    """``[n, *p[block].shape]``: each sample's share of ``p.grad`` through all of ``calls``, for a block of p's first dimension."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    total = p.new_zeros((n, *p[block].shape), dtype=dtype) if p.ndim else p.new_zeros((n,), dtype=dtype)
+    for call in calls:
+        if name not in call.parameters():
+            continue
+        form = form_of(call.fn)
+        if form is not None and form.sample_gradients is not None:
+            total += form.sample_gradients(call, name, n, block)
+        else:
+            for i, (g,) in enumerate(call_gradients(call, [name], n)):
+                if g is not None:
+                    total[i] += g[block] if p.ndim else g
+    return total

@@ -1,0 +1,1 @@
+"""One step, checked and put together: its gradients, its direction, what its scores explain."""

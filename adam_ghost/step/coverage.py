@@ -1,0 +1,60 @@
+"""What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
+
+import warnings
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+# of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
+SELF_CHECK = 0.02
+
+
+class Coverage:
+    """Tells, once, of parameters that no recorded call explains and of scores that do not add up; raises under ``strict``."""
+
+    def __init__(self, strict: bool):
+        self.strict, self.share = strict, 1.0
+        self._told: set[str] = set()
+
+    def check(self, scores: np.ndarray, total: np.ndarray, where: str = "") -> None:
+        """Whether scores ``[..., K]`` add up to the step's ``total [K]``, where parameters left out do not explain it.
+
+        Raises RuntimeError under ``strict``; NaN fails.
+        """
+        if self.share < 1:
+            return
+        scores = scores.reshape(-1, scores.shape[-1])
+        size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
+        gap = np.abs(scores.sum(0) - total)
+        if not np.all(gap <= SELF_CHECK * size):
+            self._tell(
+                "sum",
+                f"{where}the scores add up to {scores.sum(0).tolist()}, but the step's gradient to {total.tolist()}: part of the"
+                " gradient did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from"
+                " before)",
+            )
+
+    def report(self, missing: list[str], share: float) -> None:
+        """Takes the names of parameters whose gradient no recorded call explains; raises RuntimeError under ``strict``."""
+        self.share = share
+        if not missing:
+            return
+        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        self._tell("missing", f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient")
+
+    def _tell(self, what: str, message: str) -> None:
+        if self.strict:
+            raise RuntimeError(message)
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(f"adam_ghost: {message}", UserWarning, stacklevel=5)
+
+
+def refuse_mixed_samples(model: nn.Module) -> None:
+    """Raises ValueError, by name, if a layer in its present mode mixes the samples of a batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            why = "in training mode" if module.training else "without running statistics"
+            cure = "put it in eval()" if module.training else "use track_running_stats=True, or another norm"
+            raise ValueError(f"'{name}' is a {type(module).__name__} {why}: it mixes the samples of a batch; {cure}")
