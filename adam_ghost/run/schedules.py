@@ -14,7 +14,7 @@ from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
-from adam_ghost.run.compiled import CompiledLayers, is_compiled
+from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import GradientWatch
