@@ -62,7 +62,7 @@ def double(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vect
 
 
 def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
-    """The gradient of the loss' derivative along ``vector``: exact, for code with forward-mode derivatives."""
+    """The derivative of the gradient along ``vector``: exact, for code with forward-mode derivatives."""
     total = [torch.zeros_like(p) for p in rerun.params]
     for batch in batches:
 
@@ -73,8 +73,8 @@ def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vec
         with sdpa_kernel(SDPBackend.MATH):  # the one attention with a forward mode
             held = {k: p.detach() for k, p in zip(rerun.names, rerun.params, strict=True)}
             along = dict(zip(rerun.names, vector, strict=True))
-            slope = lambda held, along=along: torch.func.jvp(loss, (held,), (along,))[1]  # noqa: E731
-            found = torch.func.grad(slope)(held)
+            # forward over reverse: the other order is silently wrong through layer_norm (PyTorch 2.13)
+            _, found = torch.func.jvp(torch.func.grad(loss), (held,), (along,))
         for x, h in zip(total, found.values(), strict=True):
             x += h
     return total
