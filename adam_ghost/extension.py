@@ -32,5 +32,5 @@ def reason(device: str) -> str:
 
 @functools.cache
 def warn_once(device: str) -> None:
-    """Say that reference code stands in for the kernels; called on first use, not on import."""
-    warnings.warn(f"adam_ghost: {reason(device)}; slower reference code serves {device} tensors", RuntimeWarning, stacklevel=4)
+    """Say that reference code stands in for the kernels; called on first use, not on import, and at no line of the caller's."""
+    warnings.warn(f"adam_ghost: {reason(device)}; slower reference code serves {device} tensors", RuntimeWarning, stacklevel=1)
