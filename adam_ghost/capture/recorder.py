@@ -104,6 +104,7 @@ class Recorder:
                 ]
 
     def detach(self) -> None:
+        self.end()
         for handle in self.handles:
             handle.remove()
         self.handles = []

@@ -15,7 +15,7 @@ from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
-from adam_ghost.run.compiled import CompiledLayers, is_compiled
+from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import GradientWatch
@@ -139,7 +139,6 @@ class After:
         self._handles.append(model.register_forward_hook(Hook(self._after_forward), always_call=True))
 
     def detach(self) -> None:
-        self.recorder.end()
         self.recorder.detach()
         for handle in self._handles:
             handle.remove()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.optim import OptState
 from adam_ghost.optim.protocol import Adjoint
@@ -24,6 +25,7 @@ from adam_ghost.run.rerun import KeptBatch, Rerun
 from adam_ghost.run.schedules import Entry, Loop, MicroBatch, Scored
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step, report_coverage
+import itertools
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
@@ -75,8 +77,8 @@ class Window:
     def attach(self) -> None:
         model = self.loop.model
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_pre_hook(Hook(self._before_forward)),
+            model.register_forward_hook(Hook(self._after_forward)),
         ]
 
     def detach(self) -> None:
@@ -237,7 +239,7 @@ class Sweep:
     def _states(self, segment: list[KeptStep]) -> list[OptState]:
         """The state before each step of a segment."""
         states = [segment[0].state]
-        for step, after in zip(segment, segment[1:], strict=False):
+        for step, after in itertools.pairwise(segment):
             states.append(states[-1].advanced(step.grads, after.scalars))
         return states
 

@@ -28,11 +28,13 @@ def test_a_layer_with_a_forward_of_its_own_is_another_layer():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 4))], ids=["scripted", "traced"])
+@pytest.mark.parametrize(
+    "make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 4).double())], ids=["scripted", "traced"]
+)
 @pytest.mark.parametrize("part", [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())], ids=["layer", "block"])
 def test_scripted_modules_are_named(part, make):
     """They take no hooks, and show no functions."""
-    model = nn.Sequential(nn.Linear(3, 4), make(part), nn.Linear(4, 2)).double()
+    model = nn.Sequential(nn.Linear(3, 4), make(part.double()), nn.Linear(4, 2)).double()
     case = Problem(model, (torch.randn(N, 3).double(),), (torch.randn(2, 3).double(),)).warm().record()
     with pytest.raises(RuntimeError, match=r"not attributed: 1\.(0\.)?weight, 1\.(0\.)?bias; "):
         case.attribute()
