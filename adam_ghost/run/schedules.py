@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
@@ -133,13 +134,11 @@ class After:
     def attach(self) -> None:
         model = self.loop.model
         # ours see the forward pass first and last
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward))]
         self.recorder.attach()
-        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
+        self._handles.append(model.register_forward_hook(Hook(self._after_forward), always_call=True))
 
     def detach(self) -> None:
-        if self.recorder.open:
-            self.recorder.end()
         self.recorder.detach()
         for handle in self._handles:
             handle.remove()
@@ -159,6 +158,7 @@ class After:
         self._arm(micro)
 
     def _arm(self, micro: MicroBatch) -> None:
+        self.recorder.end()
         micro.recording.on_arrival = self.loop.watch.arrived
         self._armed = micro
 
@@ -186,6 +186,7 @@ class After:
         return self._micro
 
     def collect(self) -> list[MicroBatch] | None:
+        self.recorder.end()
         self.recorder.recording, self._armed = None, None
         micro, self._micro = self._micro, []
         return micro

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.optim import OptState
 from adam_ghost.optim.protocol import Adjoint
@@ -75,9 +76,9 @@ class Window:
     def attach(self) -> None:
         model = self.loop.model
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward),
-            self.rerun.head.register_forward_hook(self._output),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_pre_hook(Hook(self._before_forward)),
+            self.rerun.head.register_forward_hook(Hook(self._output)),
+            model.register_forward_hook(Hook(self._after_forward)),
         ]
 
     def detach(self) -> None:
