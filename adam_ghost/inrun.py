@@ -14,13 +14,14 @@ from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Audit, StepRecord
 from adam_ghost.optim import read_optimizer
 from adam_ghost.run.compiled import is_compiled
+from adam_ghost.run.ids import normalise
 from adam_ghost.run.readback import Arrived, Books, Pending, Readback
 from adam_ghost.run.schedules import SCHEDULES, Loop, MicroBatch, make_schedule
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import play
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, GradientWatch
+from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.validation import Validation
 
@@ -104,7 +105,11 @@ class InRun:
         self._seconds = 0.0  # of the host, in this step
         self._closed = False
         self.ledger = _open_writer(ledger)
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._scored: Seen | None = None  # the gradients of the step about to be taken
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         self._schedule.attach()
 
     @property
@@ -124,8 +129,8 @@ class InRun:
             return
         self._closed = True
         self._schedule.detach()
-        self._handle.remove()
-        self._loop.watch.fingerprint = None
+        for handle in self._handles:
+            handle.remove()
         try:
             self._books.drain(wait=True)
         finally:
@@ -147,7 +152,7 @@ class InRun:
         """
         if self._closed:
             raise RuntimeError("this run is closed")
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        ids = normalise(ids)
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
         if self.step % self.every:
@@ -182,42 +187,61 @@ class InRun:
         return self.audit_every is not None and self._loop.attributed % self.audit_every == self.audit_every - 1
 
     def _settle(self) -> None:
-        """Forgets micro-batches whose gradients were cleared without a step (a scaler that skipped it, a restarted loop)."""
-        micro = self._schedule.pending()
-        if not micro:
-            return
+        """Drops micro-batches without gradients: a scaler skipped their step, or the loop went on to the next batch."""
         watch = self._loop.watch
-        grads = watch.grads()
-        if watch.fingerprint is not None and watch.fingerprint.untouched(grads):
-            return
-        self._schedule.forget()
-        if any(bool(g.any()) for g in grads.values()):
-            raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
-        self._skip(micro)
-        watch.fingerprint = None
+        dropped = self._schedule.drop()
+        if self._schedule.pending():
+            grads = watch.grads()
+            gone = watch.fingerprint is None or watch.fingerprint.cleared(grads)
+            changed = not gone and not watch.fingerprint.untouched(grads)
+            if gone or changed:
+                self._schedule.forget()
+                watch.fingerprint = None
+                dropped += self._schedule.drop()
+            if changed:
+                raise ValueError(
+                    "gradients were changed between two micro-batches of a step: scale or clip them once, before the step"
+                )
+        if dropped:
+            self._skip(dropped)
 
     # the step
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
+        dropped = self._schedule.drop()
+        if dropped:
+            self._skip(dropped)
         micro = self._schedule.collect()
         due, self._loop.step = self.step % self.every == 0, self.step + 1
         if not due or micro is None:
             return
+        if not micro:
+            what = "a backward pass through the recorded forward pass" if dropped else "a recorded forward pass"
+            cure = "" if dropped else ": call run.batch(ids) before the model's forward"
+            raise RuntimeError(f"optimizer.step() without {what}{cure}")
         started = time.perf_counter() - self._seconds
         try:
             self._attribute(micro, started)
+            self._scored = Seen.now(self._loop.watch.grads())
         finally:
             self._loop.watch.fingerprint, self._seconds = None, 0.0
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        scored, self._scored = self._scored, None
+        if scored is not None and not scored.untouched(self._loop.watch.grads()):
+            self._books.withdraw()
+            raise RuntimeError(
+                "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
+                " would not be those of the step. Register that hook before the run is built"
+            )
         self._books.drain()
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop
-        if not micro:
-            raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
-        if loop.watch.fingerprint is None:
-            raise RuntimeError("optimizer.step() without a backward pass through the recorded forward pass")
+        if loop.watch.fingerprint is None:  # a backward pass that an error ended
+            raise RuntimeError("optimizer.step() without a whole backward pass through the recorded forward pass")
         recordings = [m.recording for m in micro]
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         edited, void = self._follow_scaling(step)

@@ -27,13 +27,9 @@ class ContractingRecording(Recording):
         self.P, self.keep = P, keep
         some = next(iter(P.values()))
         self.slot = some.new_zeros(n, len(some)).requires_grad_()
-        self.slot.register_hook(lambda grad: self._tell())
+        self.slot.register_hook(lambda grad: self.tell())
         self._arrived: Tensor | None = None
         self.scored: set[str] = set()  # names of the parameters that the scores cover
-
-    def _tell(self) -> None:
-        if self.on_arrival is not None:
-            self.on_arrival()
 
     @property
     def scores(self) -> Tensor:
@@ -42,7 +38,7 @@ class ContractingRecording(Recording):
         return sum(parts) if parts else torch.zeros_like(self.slot)
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
-        self._tell()
+        self.tell()
         if self.keep:
             super().receive(call, index, grad)
         params = self.P.keys() & call.parameters().keys()
@@ -51,6 +47,10 @@ class ContractingRecording(Recording):
         scores = contract(call.with_gradient(index, grad), self.P, Asked(self.batch_size, self.packing))
         self._arrived = scores if self._arrived is None else self._arrived + scores
         self.scored |= params
+
+    def forget(self) -> None:
+        super().forget()
+        self._arrived = self.slot.grad = None
 
     def covered(self) -> set[str]:
         return self.scored - self.unattributed

@@ -80,7 +80,10 @@ class Schedule(Protocol):
         """The next forward pass is ``micro``'s, ``first`` of its step."""
 
     def forget(self) -> None:
-        """Whatever was announced has no part in the step."""
+        """The gradients that have arrived are gone: they have no part in the step."""
+
+    def drop(self) -> list[MicroBatch]:
+        """Takes out the micro-batches of which no gradient has arrived, or which were forgotten."""
 
     def collect(self) -> list[MicroBatch] | None:
         """The step's micro-batches in their order, handed over; None where this step cannot be scored."""
@@ -109,6 +112,7 @@ class After:
 
     def attach(self) -> None:
         model = self.loop.model
+        self.loop.watch.on_cleared = self._forget_earlier
         # ours see the forward pass first and last
         self._handles = [model.register_forward_pre_hook(self._before_forward)]
         self.recorder.attach()
@@ -121,6 +125,7 @@ class After:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.loop.watch.remove()
         self._armed, self._micro, self._val = None, [], None
 
     def open(self, micro: MicroBatch, first: bool) -> None:
@@ -128,8 +133,14 @@ class After:
         self._arm(micro)
 
     def _arm(self, micro: MicroBatch) -> None:
-        micro.recording.on_arrival = self.loop.watch.arrived
+        self._await(micro)
         self._armed = micro
+
+    def _await(self, micro: MicroBatch) -> None:
+        """Follows what becomes of the micro-batch's gradients."""
+        if self._micro:
+            self.loop.watch.await_beginnings()
+        micro.recording.on_arrival = self.loop.watch.arrived
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         if self._armed is not None and torch.is_grad_enabled() and not self.recorder.open:
@@ -149,7 +160,21 @@ class After:
         self._micro.append(micro)
 
     def forget(self) -> None:
-        self._micro = []
+        self._forget(self.loop.watch.ended)
+
+    def _forget_earlier(self) -> None:
+        """Those of backward passes before the one that now begins."""
+        self._forget(self.loop.watch.ended - 1)
+
+    def _forget(self, last: int) -> None:
+        for micro in self._micro:
+            if micro.recording.arrived is not None and micro.recording.arrived <= last:
+                micro.recording.forget()
+
+    def drop(self) -> list[MicroBatch]:
+        dropped = [m for m in self._micro if m.recording.arrived is None]
+        self._micro = [m for m in self._micro if m.recording.arrived is not None]
+        return dropped
 
     def pending(self) -> list[MicroBatch]:
         return self._micro
@@ -246,8 +271,10 @@ class AheadCompiled(Ahead):
         After.__init__(self, loop, "midpoint")
         self._direction: Direction | None = None
         self._layers = CompiledLayers(loop.model)
+        self._running: ContractingRecording | None = None  # of the forward pass that was announced last
 
     def attach(self) -> None:
+        self.loop.watch.on_cleared = self._forget_earlier
         self._layers.attach()
 
     def open(self, micro: MicroBatch, first: bool) -> None:
@@ -257,14 +284,16 @@ class AheadCompiled(Ahead):
         if self._direction is None:
             return
         micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
-        micro.recording.on_arrival = self.loop.watch.arrived
+        self._await(micro)
         micro.recording.batch_size = len(micro.ids)
         self._layers.begin(micro.recording)
+        self._running = micro.recording
         self._micro.append(micro)
 
     def _end(self) -> None:
-        if self._micro:
-            self._layers.end(self._micro[-1].recording)
+        if self._running is not None:
+            self._layers.end(self._running)
+            self._running = None
 
     def _foreseeable(self, opt_state: OptState) -> bool:
         return opt_state.steps_taken(default=self.loop.step) > 0
