@@ -24,28 +24,24 @@ class Recording:
         self.calls: list[Call] = []
         self.batch_size: int | None = None
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
-        self.on_arrival: Callable[[], int] | None = None  # told of every gradient, in the midst of the backward pass
-        self.arrived: int | None = None  # what it last answered: how many backward passes had ended before
+        self.outputs: list[Tensor] | None = None  # if a list, it takes the tensors whose gradients are awaited
+        self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
         if torch.is_grad_enabled():
             return  # a pass for higher derivatives (create_graph=True): its gradients are not what .grad adds up
-        self.tell()
+        if self.on_arrival is not None:
+            self.on_arrival()
         if not call.grad_output:
             self.calls.append(call)
         call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
-
-    def tell(self) -> None:
-        """A gradient has come."""
-        if self.on_arrival is not None:
-            self.arrived = self.on_arrival()
 
     def forget(self) -> None:
         """The gradients that have come count no more; others may come, by another backward pass."""
         for call in self.calls:
             call.grad_output = {}
-        self.calls, self.arrived = [], None
+        self.calls = []
 
     def covered(self) -> set[str]:
         """The names of the parameters whose gradient the recorded calls explain."""

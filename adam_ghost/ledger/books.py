@@ -28,3 +28,5 @@ class StepRecord:
     skipped: bool  # the gradients were not finite and the optimizer did not step: no scores
     seconds: float  # of the host, spent on attribution around this step
     audit: Audit | None = None
+    window: int | None = None  # the first step of the window that the scores come from; None: they are the step's own
+    horizon: int | None = None  # how many steps after this one their validation loss was looked at

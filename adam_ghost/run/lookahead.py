@@ -27,9 +27,13 @@ class ContractingRecording(Recording):
         self.P, self.keep = P, keep
         some = next(iter(P.values()))
         self.slot = some.new_zeros(n, len(some)).requires_grad_()
-        self.slot.register_hook(lambda grad: self.tell())
+        self.slot.register_hook(lambda grad: self._tell())
         self._arrived: Tensor | None = None
         self.scored: set[str] = set()  # names of the parameters that the scores cover
+
+    def _tell(self) -> None:
+        if self.on_arrival is not None:
+            self.on_arrival()
 
     @property
     def scores(self) -> Tensor:
@@ -38,7 +42,7 @@ class ContractingRecording(Recording):
         return sum(parts) if parts else torch.zeros_like(self.slot)
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
-        self.tell()
+        self._tell()
         if self.keep:
             super().receive(call, index, grad)
         params = self.P.keys() & call.parameters().keys()

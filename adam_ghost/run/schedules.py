@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
+from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
-from adam_ghost.run.compiled import CompiledLayers, is_compiled
+from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
-from adam_ghost.step.fingerprint import GradientWatch
+from adam_ghost.step.fingerprint import Arrivals, GradientWatch
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
-SCHEDULES = ("midpoint", "gauss", "lookahead")
+SCHEDULES = ("midpoint", "gauss", "lookahead", "window")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
 _HISTORY = 10
 
@@ -32,8 +33,11 @@ class MicroBatch:
     ids: list[Hashable]
     packing: Packing | None
     audit: bool  # whether its step will be played exactly, which needs the calls themselves
+    inputs: Any = None  # what the loop computes its loss from, where it is to be run again
     recording: Recording | None = None
+    kept: Any = None  # KeptBatch, in a window
     losses: Tensor | None = None  # [n], as the loop told them
+    arrivals: Arrivals | None = None  # of its gradients
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Loop:
     validation: Validation
     watch: GradientWatch
     rule: str
+    every: int
     refresh: int
     half: bool
     step: int = 0  # of the optimizer, counted from the construction
@@ -67,6 +72,16 @@ class Scored(NamedTuple):
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
 
 
+@dataclass
+class Entry:
+    """A step on its way to the books."""
+
+    ids: list[Hashable]
+    record: StepRecord
+    losses: Tensor | None  # [n]
+    epoch: int | None
+
+
 class Schedule(Protocol):
     """What the loop asks of a schedule."""
 
@@ -75,6 +90,9 @@ class Schedule(Protocol):
 
     def detach(self) -> None:
         """Takes them off again and forgets what it holds."""
+
+    def due(self) -> bool:
+        """Whether the next step of the optimizer is to be followed."""
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         """The next forward pass is ``micro``'s, ``first`` of its step."""
@@ -91,28 +109,75 @@ class Schedule(Protocol):
     def pending(self) -> list[MicroBatch]:
         """Those collected so far."""
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
-        """The scores of a step about to be taken."""
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
+        """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
+
+    def swept(self) -> "list[tuple[Entry, Scored]]":
+        """Called when the optimizer has stepped: earlier steps that can be scored now."""
+
+    def finish(self) -> "list[tuple[Entry, Scored]]":
+        """Called when the run ends: earlier steps that have not been scored."""
 
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any) -> None: ...
 
 
-class After:
+class Collecting:
+    """Collects the micro-batches of the step in the making."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self._micro: list[MicroBatch] = []
+
+    def _watch(self) -> None:
+        """Follows what becomes of the gradients, from now until the watch is told to remove its hooks."""
+        self.loop.watch.on_cleared = lambda: self._forget(self.loop.watch.ended - 1)
+
+    def _await(self, micro: MicroBatch) -> None:
+        """Follows what becomes of the micro-batch's gradients."""
+        if self._micro:
+            self.loop.watch.await_beginnings()
+        micro.arrivals = Arrivals(self.loop.watch)
+
+    def pending(self) -> list[MicroBatch]:
+        return self._micro
+
+    def forget(self) -> None:
+        self._forget(self.loop.watch.ended)
+
+    def _forget(self, last: int) -> None:
+        """Those whose gradients came before more than ``last`` backward passes had ended."""
+        for micro in self._micro:
+            if micro.arrivals.last is not None and micro.arrivals.last <= last:
+                micro.arrivals.last = None
+                if micro.recording is not None:
+                    micro.recording.forget()
+
+    def drop(self) -> list[MicroBatch]:
+        dropped = [m for m in self._micro if m.arrivals.last is None]
+        self._micro = [m for m in self._micro if m.arrivals.last is not None]
+        return dropped
+
+    def collect(self) -> list[MicroBatch] | None:
+        micro, self._micro = self._micro, []
+        return micro
+
+
+class After(Collecting):
     """``midpoint`` and ``gauss``: layer calls are kept until the gradients are final, and contracted with ``P`` then."""
 
     def __init__(self, loop: Loop, place: str):
-        self.loop, self.place = loop, place
+        super().__init__(loop)
+        self.place = place
         self.recorder = Recorder(loop.model)
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
-        self._micro: list[MicroBatch] = []
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         model = self.loop.model
-        self.loop.watch.on_cleared = self._forget_earlier
+        self._watch()
         # ours see the forward pass first and last
         self._handles = [model.register_forward_pre_hook(self._before_forward)]
         self.recorder.attach()
@@ -128,19 +193,22 @@ class After:
         self.loop.watch.remove()
         self._armed, self._micro, self._val = None, [], None
 
+    def due(self) -> bool:
+        return self.loop.step % self.loop.every == 0
+
+    def swept(self) -> list[tuple[Entry, Scored]]:
+        return []
+
+    finish = swept
+
     def open(self, micro: MicroBatch, first: bool) -> None:
         micro.recording = Recording(micro.packing)
         self._arm(micro)
 
     def _arm(self, micro: MicroBatch) -> None:
         self._await(micro)
+        micro.recording.on_arrival = micro.arrivals
         self._armed = micro
-
-    def _await(self, micro: MicroBatch) -> None:
-        """Follows what becomes of the micro-batch's gradients."""
-        if self._micro:
-            self.loop.watch.await_beginnings()
-        micro.recording.on_arrival = self.loop.watch.arrived
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         if self._armed is not None and torch.is_grad_enabled() and not self.recorder.open:
@@ -159,32 +227,11 @@ class After:
             raise ValueError(f"run.batch got {len(micro.ids)} ids, but the model was called with a batch of {rows}")
         self._micro.append(micro)
 
-    def forget(self) -> None:
-        self._forget(self.loop.watch.ended)
-
-    def _forget_earlier(self) -> None:
-        """Those of backward passes before the one that now begins."""
-        self._forget(self.loop.watch.ended - 1)
-
-    def _forget(self, last: int) -> None:
-        for micro in self._micro:
-            if micro.recording.arrived is not None and micro.recording.arrived <= last:
-                micro.recording.forget()
-
-    def drop(self) -> list[MicroBatch]:
-        dropped = [m for m in self._micro if m.recording.arrived is None]
-        self._micro = [m for m in self._micro if m.recording.arrived is not None]
-        return dropped
-
-    def pending(self) -> list[MicroBatch]:
-        return self._micro
-
     def collect(self) -> list[MicroBatch] | None:
         self.recorder.recording, self._armed = None, None
-        micro, self._micro = self._micro, []
-        return micro
+        return super().collect()
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
@@ -251,10 +298,10 @@ class Ahead(After):
         # a step count on the device is not read; ours is never the larger
         return opt_state.steps_taken(default=self.loop.step) >= _HISTORY
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         direction, self._direction = self._direction, None
         if direction is None:
-            return super().score(step, micro, edited)
+            return super().score(step, micro, edited, entry, void)
         scale = torch.stack(list(step.scale.values()))
         # the layers' scores are added up already: one factor has to serve all
         edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
@@ -274,7 +321,7 @@ class AheadCompiled(Ahead):
         self._running: ContractingRecording | None = None  # of the forward pass that was announced last
 
     def attach(self) -> None:
-        self.loop.watch.on_cleared = self._forget_earlier
+        self._watch()
         self._layers.attach()
 
     def open(self, micro: MicroBatch, first: bool) -> None:
@@ -285,6 +332,7 @@ class AheadCompiled(Ahead):
             return
         micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
         self._await(micro)
+        micro.recording.on_arrival = micro.arrivals
         micro.recording.batch_size = len(micro.ids)
         self._layers.begin(micro.recording)
         self._running = micro.recording
@@ -302,9 +350,3 @@ class AheadCompiled(Ahead):
         self._end()
         micro = super().collect()
         return micro or (None if not self._foreseeable(read_optimizer(self.loop.optimizer)) else [])
-
-
-def make_schedule(name: str, loop: Loop) -> Schedule:
-    if name != "lookahead":
-        return After(loop, name)
-    return AheadCompiled(loop) if is_compiled(loop.model) else Ahead(loop)

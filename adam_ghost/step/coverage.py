@@ -1,6 +1,5 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
-
 import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm

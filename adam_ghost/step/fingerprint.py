@@ -127,19 +127,30 @@ class GradientWatch:
             self.fingerprint = None
             self.on_cleared()
 
-    def arrived(self) -> int:
-        """A recorded gradient has come, in the midst of a backward pass; how many had ended before."""
+    def arrived(self) -> None:
+        """A recorded gradient has come, in the midst of a backward pass."""
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
             self._tasks.add(task)
             torch.autograd.Variable._execution_engine.queue_callback(self._ended)
-        return self.ended
 
     def _ended(self) -> None:
         self.ended += 1
         grads = self.grads()
         if grads:
             self.fingerprint = Fingerprint.of(grads)
+
+
+class Arrivals:
+    """Told of every gradient that comes of one micro-batch, it tells the watch."""
+
+    def __init__(self, watch: GradientWatch):
+        self._watch = watch
+        self.last: int | None = None  # how many backward passes had ended when the last one came; None: none came
+
+    def __call__(self, grad: Tensor | None = None) -> None:
+        self.last = self._watch.ended
+        self._watch.arrived()
 
 
 def _nothing() -> None:
