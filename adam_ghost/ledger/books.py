@@ -70,7 +70,7 @@ def columns(record: type = StepRecord, prefix: str = "", optional: bool = False)
     found: list[Column] = []
     for name, hint in get_type_hints(record, include_extras=True).items():
         kind, may_lack = _without_none(hint)
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             found += columns(kind, f"{prefix}{name}_", optional or may_lack)
         else:
             found.append(Column(prefix + name, kind, optional or may_lack))

@@ -231,7 +231,8 @@ class LedgerReader:
         """
         where = _where(self._checked(target), None)
         return self.sql(
-            f"""SELECT b.step, abs(b.score_sum - b.total) / nullif(greatest(abs(b.total), coalesce(n.norm, 0)), 0) AS gap, b.coverage
+            f"""SELECT b.step, b.coverage,
+                   abs(b.score_sum - b.total) / nullif(greatest(abs(b.total), coalesce(n.norm, 0)), 0) AS gap
             FROM (SELECT step, sum(score_sum) AS score_sum, sum(total) AS total, min(coverage) AS coverage
                   FROM steps s {where} AND NOT skipped GROUP BY step) b
             LEFT JOIN (SELECT step, sqrt(sum(score * score)) AS norm FROM scores s {where} GROUP BY step) n USING (step)

@@ -223,7 +223,7 @@ class LedgerWriter:
         while True:
             with self._condition:
                 while not self._due() and not self._stop:
-                    self._condition.wait(self._patience())
+                    self._condition.wait(max(0.0, self._left()) if self._steps else None)
                 if self._stop and not self._steps:
                     return
                 steps, self._steps = self._steps, []
@@ -245,12 +245,11 @@ class LedgerWriter:
                 self._condition.notify_all()
 
     def _due(self) -> bool:
-        if self._flush:
-            return True
-        return bool(self._steps) and (self._waiting >= self.flush_rows or self._patience() <= 0)
+        return self._flush or (bool(self._steps) and (self._waiting >= self.flush_rows or self._left() <= 0))
 
-    def _patience(self) -> float | None:
-        return max(0.0, self._since + self.flush_seconds - time.monotonic()) if self._steps else None
+    def _left(self) -> float:
+        """Seconds until the buffer's first row is old enough."""
+        return self._since + self.flush_seconds - time.monotonic()
 
     def _write(self, steps: list[Arrived], samples: list[dict[str, Any]]) -> None:
         self._number += 1
@@ -299,7 +298,7 @@ class LedgerWriter:
         return max((layout.rank_and_number(p)[1] for p in layout.parts(self.folder, "steps", self.rank)), default=0)
 
     def _cut_after(self, step: int) -> None:
-        """Removes what came after ``step``, newest first and books before scores, so that a kill in between leaves a whole ledger."""
+        """Removes what came after ``step``, newest first, books before scores: a kill in between leaves a whole ledger."""
         folder, rank = self.folder, self.rank
         there = [p for table in ("steps", "scores") for p in layout.parts(folder, table, rank)]
         for number in sorted({layout.rank_and_number(p)[1] for p in there}, reverse=True):
@@ -317,14 +316,15 @@ class LedgerWriter:
 
 def _cut(part: Path, step: int) -> bool:
     """Removes the rows after ``step``; whether there were any."""
-    table = pq.read_table(part, partitioning=None) if step else None
-    kept = table and table.filter(pc.field("step") <= step)
-    if kept is None or kept.num_rows == 0:
-        part.unlink()
-    elif kept.num_rows < table.num_rows:
-        layout.write_part(kept, part)
-    else:
-        return False
+    if step > 0:
+        table = pq.read_table(part, partitioning=None)
+        kept = table.filter(pc.field("step") <= step)
+        if kept.num_rows == table.num_rows:
+            return False
+        if kept.num_rows:
+            layout.write_part(kept, part)
+            return True
+    part.unlink()
     return True
 
 

@@ -10,15 +10,15 @@ KEPT = 4096
 
 
 class Steps(Sequence[StepRecord]):
-    """The newest ``KEPT`` records, oldest first. ``count``: how many there have been."""
+    """The newest ``KEPT`` records, oldest first. ``booked``: how many there have been."""
 
     def __init__(self) -> None:
         self._records: deque[StepRecord] = deque(maxlen=KEPT)
-        self.count = 0
+        self.booked = 0
 
     def append(self, record: StepRecord) -> None:
         self._records.append(record)
-        self.count += 1
+        self.booked += 1
 
     def __len__(self) -> int:
         return len(self._records)
@@ -34,15 +34,15 @@ class Steps(Sequence[StepRecord]):
         return list(self._records)[i] if isinstance(i, slice) else self._records[i]
 
     def __repr__(self) -> str:
-        return f"<{self.count} steps, {len(self)} kept>"
+        return f"<{self.booked} steps, {len(self)} kept>"
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, which ``torch.load(weights_only=True)`` takes."""
         kept = [{**vars(s), "audit": None if s.audit is None else vars(s.audit)} for s in self._records]
-        return {"count": self.count, "kept": kept}
+        return {"booked": self.booked, "kept": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._records.clear()
         for s in state["kept"]:
             self._records.append(StepRecord(**{**s, "audit": None if s["audit"] is None else Audit(**s["audit"])}))
-        self.count = state["count"]
+        self.booked = state["booked"]
