@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
-from adam_ghost.ledger.ids import read_ids
 from adam_ghost.optim import read_optimizer
 from adam_ghost.run.compiled import is_compiled
+from adam_ghost.run.feedback import FEEDBACKS
+from adam_ghost.run.ids import normalise
 from adam_ghost.run.readback import Books, Pending, Readback
-from adam_ghost.run.schedules import SCHEDULES, Loop, MicroBatch, make_schedule
+from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.steps import Steps
 from adam_ghost.run.totals import SampleScores, Totals
+from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import play
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
@@ -81,24 +83,36 @@ class InRun:
         refresh: int = 1,
         audit_every: int | None = None,
         audit_permutations: int = 8,
+        window: int = 32,
+        ahead: int = 32,
+        train_loss: Callable[[Any], Tensor] | None = None,
+        feedback: str | None = None,
         half: bool | None = None,
         strict: bool = False,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
         _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
+        if schedule == "window":
+            _check_window(train_loss, window, ahead, feedback, refresh)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.model, self.optimizer = model, optimizer
-        self.every, self.audit_every, self.audit_permutations = every, audit_every, audit_permutations
+        self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.coverage = Coverage(strict)
         self.steps = Steps()  # the newest attributed ones, as far as their numbers have arrived
         self.epoch: int | None = None  # for the ledger
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
         validation, watch = Validation(val_loss, model), GradientWatch(params)
-        self._loop = Loop(model, optimizer, params, validation, watch, rule, refresh, half)
-        self._schedule_name, self._schedule = schedule, make_schedule(schedule, self._loop)
+        self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
+        self._schedule_name = schedule
+        if schedule == "window":
+            self._schedule: Schedule = Window(self._loop, WindowOptions(train_loss, window, ahead, feedback), self.coverage)
+        elif schedule == "lookahead":
+            self._schedule = AheadCompiled(self._loop) if is_compiled(model) else Ahead(self._loop)
+        else:
+            self._schedule = After(self._loop, schedule)
         self._totals = Totals()
         self._books = Books(self.coverage, self._book)
         self._squeeze = True  # whether the validation loss is a scalar
@@ -107,7 +121,7 @@ class InRun:
         self.ledger = _open_writer(ledger)
         if self.ledger is not None:
             self.ledger.claim(self)
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        self._handles = [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
         self._schedule.attach()
 
     @property
@@ -126,12 +140,14 @@ class InRun:
         if self._closed:
             return
         self._closed = True
-        self._schedule.detach()
-        self._handle.remove()
-        self._loop.watch.fingerprint = None
         try:
+            self._finish(self._schedule.finish())
             self._books.drain(wait=True)
         finally:
+            self._schedule.detach()
+            for handle in self._handles:
+                handle.remove()
+            self._loop.watch.fingerprint = None
             if self.ledger is not None:
                 self.ledger.close()
 
@@ -143,24 +159,25 @@ class InRun:
 
     # the user's loop
 
-    def batch(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None) -> None:
+    def batch(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None) -> None:
         """Names the samples of the next forward pass; before each micro-batch, if gradients are accumulated.
 
         Args:
-            ids: one per sample, in the order of the batch: integers of 64 bits, or strings.
+            ids: one integer or string per sample, in the order of the batch.
             offsets: for samples packed in rows, ``[len(ids) + 1]`` integers: sample ``i`` is the tokens
                 ``offsets[i]:offsets[i + 1]`` of all rows in a line (``cu_seqlens``).
+            inputs: in ``window``, what ``train_loss`` computes this micro-batch's loss from; kept until its window is swept.
 
         Raises:
-            TypeError: ids that are neither all integers nor all strings.
+            TypeError: an id is something else.
             ValueError: wrong lengths, a BatchNorm in training mode, or gradients changed since the last micro-batch.
         """
         if self._closed:
             raise RuntimeError("this run is closed")
-        ids = read_ids(ids)
+        ids = normalise(ids)
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
-        if self.step % self.every:
+        if not self._schedule.due():
             return
         started = time.perf_counter()
         audit = self._audit_due()
@@ -171,7 +188,7 @@ class InRun:
             self.ledger.begin(ids, self._settings)
         refuse_mixed_samples(self.model)
         self._settle()
-        self._schedule.open(MicroBatch(ids, self._packing(offsets), audit), first=not self._schedule.pending())
+        self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
 
     def losses(self, losses: Tensor) -> None:
@@ -212,7 +229,8 @@ class InRun:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
         micro = self._schedule.collect()
-        due, self._loop.step = self.step % self.every == 0, self.step + 1
+        due = self._schedule.due()
+        self._loop.step += 1
         if not due or micro is None:
             return
         started = time.perf_counter() - self._seconds
@@ -228,7 +246,7 @@ class InRun:
             raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
         if loop.watch.fingerprint is None:
             raise RuntimeError("optimizer.step() without a backward pass through the recorded forward pass")
-        recordings = [m.recording for m in micro]
+        recordings = [m.recording for m in micro if m.recording is not None]
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         edited, void = self._follow_scaling(step)
         if void.device.type == "cpu":  # where looking costs no synchronisation
@@ -237,21 +255,35 @@ class InRun:
             if bool(void):
                 return self._skip(micro)
         audit = play(step, loop.validation, self.audit_permutations, self.step) if self._audit_due() else None
-        refreshed = loop.refreshes
-        found = self._schedule.score(step, micro, edited)
+        ids = [i for m in micro for i in m.ids]
+        losses = [m.losses for m in micro if m.losses is not None]
+        told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
+        entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told)
+        found = self._schedule.score(step, micro, edited, entry, void)
+        loop.attributed += 1
+        entry.record.seconds = time.perf_counter() - started
+        if found is None:
+            return
+        if audit is not None:
+            r, error = audit.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
+            entry.record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
+        self._enter(entry, found, void)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._finish(self._schedule.swept())
+
+    def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
+        for entry, scored in found:
+            self._enter(entry, scored, torch.zeros((), device=scored.total.device))
+        self._books.drain()
+
+    def _enter(self, entry: Entry, found: Scored, void: Tensor) -> None:
         self._squeeze = found.val_loss.ndim == 0
         like = found.total
         numbers = torch.stack([x.to(like).expand_as(like) for x in (found.val_loss, found.total, found.history, void)])
-        ids = [i for m in micro for i in m.ids]
-        record = self._record(len(ids), refreshed=refreshed, seconds=time.perf_counter() - started)
-        if audit is not None:
-            r, error = audit.compare(found.scores.squeeze(-1) if self._squeeze else found.scores)
-            record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
-        loop.attributed += 1
-        losses = [m.losses for m in micro if m.losses is not None]
-        told = Readback(torch.cat(losses)) if self.ledger is not None and len(losses) == len(micro) else None
-        scores = Readback(found.scores.detach())
-        self._books.add(Pending(ids, record, scores, Readback(numbers), Readback(found.edited), told))
+        told = None if entry.losses is None else Readback(entry.losses)
+        read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
+        self._books.add(Pending(entry.ids, entry.record, *read, told))
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
         """Finds by what the gradients were multiplied since the backward pass, for ``step``.
@@ -273,7 +305,7 @@ class InRun:
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
         lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
-        when = {"epoch": self.epoch, "every": self.every, "refresh": self._loop.refresh}
+        when = {"epoch": self.epoch, "every": self._loop.every, "refresh": self._loop.refresh}
         return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds, **when)
 
     def _skip(self, micro: list[MicroBatch]) -> None:
@@ -292,7 +324,7 @@ class InRun:
         return {
             "schedule": self._schedule_name,
             "rule": loop.rule,
-            "every": self.every,
+            "every": loop.every,
             "refresh": loop.refresh,
             "audit_every": self.audit_every,
             "audit_permutations": self.audit_permutations,
@@ -318,7 +350,7 @@ class InRun:
         """Everything that a resumed run needs to end with the same totals, as tensors and plain values; call it between steps."""
         self.flush()  # a run that resumes from here finds the ledger complete up to this step
         return {
-            "ledger": self.ledger and self.ledger.run,
+            "ledger": self.ledger and self.ledger.position,
             "step": self.step,
             "attributed": self._loop.attributed,
             "squeeze": self._squeeze,
@@ -339,7 +371,7 @@ class InRun:
             what = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state must be what InRun.state_dict() returned, with {', '.join(sorted(known))}; got {what}")
         if self.ledger is not None:
-            self.ledger.resume(state["ledger"] or self.ledger.run, state["step"], self._settings())
+            self.ledger.resume(state["ledger"], self._settings())
         self._loop.step, self._loop.attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
         self._totals.load_state_dict(state["totals"])
         self.steps.load_state_dict(state["steps"])
@@ -381,3 +413,18 @@ def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, r
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")
+
+
+def _check_window(train_loss: Any, window: Any, ahead: Any, feedback: Any, refresh: int) -> None:
+    if not callable(train_loss):
+        raise TypeError(
+            "schedule='window' runs batches again: train_loss must be a callable of what run.batch(ids, inputs=...) is given,"
+            f" returning the loss that the loop calls backward() on; got {type(train_loss).__name__}"
+        )
+    for name, value, least in (("window", window, 1), ("ahead", ahead, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if feedback is not None and feedback not in FEEDBACKS:
+        raise ValueError(f"feedback must be None or one of {', '.join(FEEDBACKS)}, got {feedback!r}")
+    if refresh != 1:
+        raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")

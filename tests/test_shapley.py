@@ -7,9 +7,9 @@ import pydoc_data.topics
 import pytest
 import torch
 from oracles import close, gradients_one_by_one
-from test_layers import SEQUENCES, D, Fn, problem
 from torch import nn
 from torch.nn import functional as F
+from zoo import SEQUENCES, D, Fn, problem
 
 import adam_ghost as ag
 

@@ -336,6 +336,8 @@ class Recorder(TorchFunctionMode):
             self._give_up(call)
         elif out.requires_grad:
             call.watch(index, out, tag, self.recording.receive)
+            if self.recording.outputs is not None:
+                self.recording.outputs.append(out)
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)

@@ -24,6 +24,7 @@ class Recording:
         self.calls: list[Call] = []
         self.batch_size: int | None = None
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
+        self.outputs: list[Tensor] | None = None  # if a list, it takes the tensors whose gradients are awaited
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:

@@ -44,6 +44,8 @@ class StepRecord:
     refresh: int = 1  # attributed steps from one validation gradient to the next
     train_loss: float | None = None  # sum of the losses that the loop told
     time: float | None = None  # of booking, seconds since 1970
+    window: int | None = None  # the first step of the window that the scores come from; None: they are the step's own
+    horizon: int | None = None  # how many steps after this one their validation loss was looked at
 
 
 @dataclass

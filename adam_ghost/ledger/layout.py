@@ -6,9 +6,9 @@
     samples/r<rank>-<number>.parquet   what a sample is: group, text, path, image; only where somebody described them
     r<rank>.lock                  held by the process that writes
 
-A part appears under its name by one rename, when it is complete, samples first and steps last. Parts are never changed, except
-that resuming a run cuts off what came after its checkpoint, again by one rename. So whatever matches ``*.parquet`` is whole at
-any moment, and nothing is in two parts. A rank's numbers run from 1 without a gap (0: descriptions given afterwards). Each part
+A part appears under its name by one rename, when it is complete, samples first and steps last. Parts are never changed;
+resuming a run removes those that came after its checkpoint. So whatever matches ``*.parquet`` is whole at any moment, and
+nothing is in two parts. A rank's numbers run from 1 without a gap (0: descriptions given afterwards). Each part
 carries its run's id and a checksum of all its bytes.
 """
 

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import uuid
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import metadata
@@ -19,11 +18,10 @@ import numpy as np
 from adam_ghost import __version__
 from adam_ghost.ledger import books, layout, leaving
 from adam_ghost.ledger.books import Arrived
-from adam_ghost.ledger.ids import clean
+from adam_ghost.ledger.ids import check_ids, clean
 from adam_ghost.ledger.layout import pa, pq
 from adam_ghost.ledger.lock import Lock
-
-import pyarrow.compute as pc  # isort: skip  (after layout, which says what to install where pyarrow is missing)
+from adam_ghost.warn import warn
 
 DESCRIPTION = ("group", "text", "path", "image")
 _TEXT = 2000  # characters kept of a sample's text
@@ -88,6 +86,7 @@ class LedgerWriter:
         self._steps: list[Arrived] = []
         self._samples: list[dict[str, Any]] = []
         self._waiting = 0  # rows handed over and not yet written
+        self._number = 0  # of the last part
         self._since = 0.0
         self._flush, self._stop = False, False
         self._condition = threading.Condition()
@@ -124,7 +123,7 @@ class LedgerWriter:
             raise RuntimeError(f"the ledger in {self.folder} is closed")
         if os.getpid() != self._process:
             raise RuntimeError(f"the ledger in {self.folder} is written by process {self._process}, which forked this one")
-        self._check(ids)
+        self._id_type = check_ids(ids, self._id_type)
         if not self._started:
             found = layout.parts(self.folder, "scores", self.rank) + layout.parts(self.folder, "steps", self.rank)
             if found:
@@ -136,21 +135,29 @@ class LedgerWriter:
         if self._describe is not None and self.error is None:
             self._look_up(ids, self._describe)
 
-    def resume(self, run: str, step: int, settings: Mapping[str, Any]) -> None:
-        """Continues run ``run`` after ``step``: whatever the ledger holds of later steps is cut off.
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the ledger stands after ``flush``, for a checkpoint."""
+        return {"run": self.run, "parts": self._number}
+
+    def resume(self, position: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
+        """Continues from a ``position``: what the ledger holds beyond it is thrown away. None: the run had no ledger.
 
         Raises:
             RuntimeError: this run's ledger has begun.
-            ValueError: the folder holds another run's ledger; nothing is changed.
+            ValueError: the folder holds another run's ledger, or less than it did; nothing is changed.
         """
         if self._started:
             raise RuntimeError("load_state_dict() comes before the first batch: this run's ledger has begun")
-        for table in ("scores", "steps"):
-            for part in layout.parts(self.folder, table, self.rank):
-                if (owner := layout.settings_of(part).get("run")) != run:
-                    raise ValueError(f"{self.folder} holds the ledger of run {owner}, but the checkpoint is of run {run}")
+        run, last = (self.run, 0) if position is None else (position["run"], position["parts"])
+        found = [p for table in ("scores", "steps") for p in layout.parts(self.folder, table, self.rank)]
+        for part in found:
+            if (owner := layout.settings_of(part).get("run")) != run:
+                raise ValueError(f"{self.folder} holds the ledger of run {owner}, but the checkpoint is of run {run}")
+        if found and self._last_booked() < last:
+            raise ValueError(f"{self.folder} ends with part {self._last_booked()}, but the checkpoint was made after part {last}")
         self.run = run
-        self._cut_after(step)
+        self._cut_after(last)
         self._start(settings)
 
     def add(self, step: Arrived) -> None:
@@ -269,21 +276,13 @@ class LedgerWriter:
         """Whether the ledger goes on; says once why not."""
         if self.error is None:
             return self._started
-        text = f"adam_ghost: the ledger in {self.folder} has stopped, what it holds stays readable: {self.error}"
+        text = f"the ledger in {self.folder} has stopped, what it holds stays readable: {self.error}"
         if self.on_error == "raise":
             raise OSError(text) from self.error
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{text}; training goes on without it", RuntimeWarning, stacklevel=4)
+            warn(f"{text}; training goes on without it", RuntimeWarning)
         return False
-
-    def _check(self, ids: Sequence[int] | Sequence[str]) -> None:
-        kinds = set(map(type, ids))
-        if self._id_type is None and len(kinds) == 1 and kinds <= set(layout.ID_TYPES):
-            self._id_type = next(iter(kinds))
-        if not kinds <= {self._id_type}:
-            wanted = "all integers or all strings" if self._id_type is None else f"{self._id_type.__name__}, as they were"
-            raise TypeError(f"a ledger's ids must be {wanted}; got {', '.join(sorted(k.__name__ for k in kinds))}")
 
     def _look_up(self, ids: Sequence[Any], describe: Callable[[Any], Mapping[str, Any] | None]) -> None:
         for i in ids:
@@ -297,35 +296,13 @@ class LedgerWriter:
         """The number of the last part whose books are there."""
         return max((layout.rank_and_number(p)[1] for p in layout.parts(self.folder, "steps", self.rank)), default=0)
 
-    def _cut_after(self, step: int) -> None:
-        """Removes what came after ``step``, newest first, books before scores: a kill in between leaves a whole ledger."""
-        folder, rank = self.folder, self.rank
-        there = [p for table in ("steps", "scores") for p in layout.parts(folder, table, rank)]
-        for number in sorted({layout.rank_and_number(p)[1] for p in there}, reverse=True):
-            books_part, scores_part = (layout.part_path(folder, table, rank, number) for table in ("steps", "scores"))
-            unbooked = not books_part.exists()
-            if not unbooked and not _cut(books_part, step):
-                break  # nor is anything older cut
-            if scores_part.exists():
-                _cut(scores_part, 0 if unbooked else step)
-        last = self._last_booked()
-        for part in layout.parts(folder, "samples", rank):
-            if layout.rank_and_number(part)[1] > last or step == 0:
-                part.unlink()
-
-
-def _cut(part: Path, step: int) -> bool:
-    """Removes the rows after ``step``; whether there were any."""
-    if step > 0:
-        table = pq.read_table(part, partitioning=None)
-        kept = table.filter(pc.field("step") <= step)
-        if kept.num_rows == table.num_rows:
-            return False
-        if kept.num_rows:
-            layout.write_part(kept, part)
-            return True
-    part.unlink()
-    return True
+    def _cut_after(self, last: int) -> None:
+        """Removes parts with larger numbers, newest first, books before scores: a kill in between leaves a whole ledger."""
+        numbers = {layout.rank_and_number(p)[1] for table in layout.TABLES for p in layout.parts(self.folder, table, self.rank)}
+        for number in sorted(numbers, reverse=True):
+            if number > last or last == 0:
+                for table in ("steps", "scores", "samples"):
+                    layout.part_path(self.folder, table, self.rank, number).unlink(missing_ok=True)
 
 
 def clean_description(sample: Hashable, found: Mapping[str, Any] | None) -> dict[str, Any]:

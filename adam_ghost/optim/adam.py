@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from adam_ghost.optim import adam_definition as definition
 from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import RULES, StepScalars
-from adam_ghost.optim.protocol import Linearized, register
+from adam_ghost.optim.protocol import Adjoint, Linearized, register
 
 
 class ParamState(NamedTuple):
@@ -99,6 +100,66 @@ class AdamState:
     def steps_taken(self, default: int) -> int:
         started = [s.scalars.t for s in self._params.values() if s.exp_avg is not None]
         return max((default if isinstance(t, Tensor) else int(t) - 1 for t in started), default=0)
+
+    def scalars(self, params: Sequence[Tensor]) -> list[StepScalars]:
+        return [self[p].scalars for p in params]
+
+    def kept(self, params: Sequence[Tensor]) -> "AdamState":
+        rows = (self[p] for p in params)
+        return AdamState(ParamState(*(None if x is None else x.detach().clone() for x in s[:4]), s.scalars) for s in rows)
+
+    def advanced(self, grads: Sequence[Tensor | None], scalars: list[StepScalars]) -> "AdamState":
+        rows = list(self.kept(list(self.parameters()))._params.values())
+        alike: dict[StepScalars, list[int]] = {}
+        for i, (row, g) in enumerate(zip(rows, grads, strict=True)):
+            if g is not None:
+                alike.setdefault(row.scalars, []).append(i)
+        for s, members in alike.items():
+            for i in members:  # as the optimizer does before a parameter's first step
+                w, m, v, v_max, _ = rows[i]
+                m, v = (torch.zeros_like(w) if x is None else x for x in (m, v))
+                rows[i] = ParamState(w, m, v, torch.zeros_like(w) if s.amsgrad and v_max is None else v_max, s)
+            # the optimizer's own arithmetic: the weights come out to its bits
+            adam(
+                [rows[i].param for i in members],
+                [grads[i] for i in members],
+                [rows[i].exp_avg for i in members],
+                [rows[i].exp_avg_sq for i in members],
+                [rows[i].max_exp_avg_sq for i in members if s.amsgrad],
+                [torch.tensor(float(s.t) - 1.0) for _ in members],
+                amsgrad=s.amsgrad,
+                beta1=s.beta1,
+                beta2=s.beta2,
+                lr=s.lr,
+                weight_decay=s.weight_decay,
+                eps=s.eps,
+                maximize=s.maximize,
+                decoupled_weight_decay=s.decoupled,
+            )
+        return AdamState(row._replace(scalars=s) for row, s in zip(rows, scalars, strict=True))
+
+    def adjoint(self, val_grads: Sequence[Tensor]) -> Adjoint:
+        kinds = 3 if any(s.scalars.amsgrad for s in self._params.values()) else 2
+        return Adjoint(list(val_grads), [[torch.zeros_like(x) for x in val_grads] for _ in range(kinds)])
+
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
+        params = list(self.parameters())
+        found: list[Tensor] = [torch.zeros_like(x) for x in after.weights]
+        # a parameter without a gradient stays where it is, and so do its moments
+        moving = [i for i, g in enumerate(grads) if g is not None]
+        m, v, *v_max = ([x[i] for i in moving] for x in after.state)
+        state = self.lists([params[i] for i in moving])
+        adam_op.adjoint(
+            [params[i] for i in moving],
+            [grads[i] for i in moving],
+            *state,
+            [after.weights[i] for i in moving],
+            m,
+            v,
+            v_max[0] if v_max else [],
+            out=[found[i] for i in moving],
+        )
+        return found
 
     def update(self, p: Tensor, g: Tensor | None) -> Tensor:
         """What a step with gradient ``g`` subtracts from ``p``, over lr, decoupled decay aside; ``g=None`` means zeros."""

@@ -180,6 +180,55 @@ def variance_correction(
     return torch.stack(rows)
 
 
+class Adjoint(NamedTuple):
+    """Derivatives of a number ``L`` by a parameter's state and by its step's gradient: ``[*w.shape]`` or ``[K, *w.shape]``."""
+
+    w: Tensor
+    m: Tensor
+    v: Tensor
+    v_max: Tensor | None
+    g: Tensor
+
+
+def step_adjoint(s: StepScalars, w, g, m, v, v_max, lambda_w, lambda_m, lambda_v, lambda_v_max=None) -> Adjoint:
+    """The vector-Jacobian product of one step: ``lambda_*``, derivatives of ``L`` by the state after it, taken to before it.
+
+    Where the second moment is 0 its root has no derivative, and 0, that of the symmetric limit, is taken. Where ``v_max`` and the
+    new second moment are equal, each gets half, as in the derivative of ``torch.maximum``. ``v_max`` is read under amsgrad alone.
+    """
+    path = _path(s, w, g, m, v, v_max)
+    lambda_w, lambda_m, lambda_v = (x.to(path.g.dtype) for x in (lambda_w, lambda_m, lambda_v))  # [*w.shape] or [K, *w.shape]
+    x = path.start + path.g  # what the moments take in
+    root = path.root(x)
+    per_m = s.lr / s.bc1 / (root + s.eps)  # the step is per_m * new_m
+    new_m = s.beta1 * path.m + (1 - s.beta1) * x
+    rooted = 2 * s.bc2 * torch.where(root == 0, 1.0, root)  # d second moment / d root
+    by_u = torch.where(root == 0, 0.0, per_m * new_m / (root + s.eps) / rooted)
+    to_m, to_u = lambda_m - lambda_w * per_m, lambda_w * by_u
+    if path.v_max is not None:
+        new_v, to_u = s.beta2 * path.v + (1 - s.beta2) * x * x, to_u + lambda_v_max.to(x.dtype)
+        share = torch.where(new_v > path.v_max, 1.0, torch.where(new_v == path.v_max, 0.5, 0.0)).to(x.dtype)
+        to_u, lambda_v_max = to_u * share, to_u * (1 - share)
+    to_v = lambda_v + to_u
+    to_x = (1 - s.beta1) * to_m + 2 * (1 - s.beta2) * x * to_v
+    to_w = lambda_w * (1 - s.lr * s.weight_decay) if s.decoupled else lambda_w + s.weight_decay * to_x
+    return Adjoint(to_w, s.beta1 * to_m, s.beta2 * to_v, lambda_v_max, -to_x if s.maximize else to_x)
+
+
+def adjoint(steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, lambda_w, lambda_m, lambda_v, lambda_v_max, out) -> None:
+    """``step_adjoint`` of every parameter: the lambdas are replaced by those before the step, ``out`` gets the gradients'.
+
+    ``lambda_v_max`` may be ``[]`` where no step is amsgrad's.
+    """
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, lambda_w, lambda_m, lambda_v)
+    for i, (s, *tensors) in enumerate(zip(steps, *lists, strict=True)):
+        held = [*tensors[5:], lambda_v_max[i] if lambda_v_max else None]
+        found = step_adjoint(s, *tensors[:5], *held)
+        for target, value in zip((*held, out[i]), found, strict=True):
+            if target is not None:
+                target.copy_(value)
+
+
 def weight_points(steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, empty, mid) -> None:
     """``empty_weights`` and ``mid_weights`` of every parameter, written to ``empty`` and ``mid`` (``[]``: not written).
 

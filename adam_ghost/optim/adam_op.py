@@ -88,6 +88,10 @@ _lib.define(
     " Tensor table, int[] rows, str rule) -> Tensor"
 )
 _lib.define(f"weight_points({_STATE}, Tensor(a!)[] empty, Tensor(b!)[] mid, Tensor table, int[] rows) -> ()")
+_lib.define(
+    f"adjoint({_STATE}, Tensor(a!)[] lambda_w, Tensor(b!)[] lambda_m, Tensor(c!)[] lambda_v, Tensor(d!)[] lambda_v_max,"
+    " Tensor(e!)[] out, Tensor table, int[] rows) -> ()"
+)
 
 _DONE, _NOT_PLAIN, _DTYPE, _LAYOUT = range(4)  # the extension's answers, in the order of csrc/bind.cpp
 
@@ -144,6 +148,17 @@ def _weight_points_impl(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, e
 
 @torch.library.register_fake("adam_ghost::weight_points", lib=_lib)
 def _weight_points_fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, empty, mid, table, rows):
+    return None
+
+
+@torch.library.impl(_lib, "adjoint", "CompositeExplicitAutograd")
+def _adjoint_impl(*arguments):
+    *lists, table, rows = arguments
+    definition.adjoint(table_steps(table, rows), *lists)
+
+
+@torch.library.register_fake("adam_ghost::adjoint", lib=_lib)
+def _adjoint_fake(*arguments):
     return None
 
 
@@ -253,6 +268,63 @@ def weight_points(
             return torch.ops.adam_ghost.weight_points(*inputs, *outputs, *step_table(steps, device))
         _refused(status, impl)
         definition.weight_points(steps, *inputs, *outputs)
+
+
+def adjoint(
+    params: list[Tensor],
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    max_exp_avg_sqs: Tensors,
+    steps: list[StepScalars],
+    lambda_w: list[Tensor],
+    lambda_m: list[Tensor],
+    lambda_v: list[Tensor],
+    lambda_v_max: list[Tensor],
+    *,
+    out: list[Tensor],
+    impl: str | None = None,
+) -> None:
+    """The vector-Jacobian product of one step of every parameter, in one pass over memory; see ``definition.step_adjoint``.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps: the state before the step, and its gradients and scalars,
+            as in ``variance_correction``.
+        lambda_w, lambda_m, lambda_v, lambda_v_max: derivatives of a number, or of ``K``, by the state after the step,
+            ``[*shape]`` or ``[K, *shape]``; replaced by those by the state before it. ``lambda_v_max`` may be ``[]`` where no step
+            is amsgrad's, and stays as it is where its step is not.
+        out: where the derivatives by the gradients go, shaped like ``lambda_w``; memory of its own.
+        impl: as in ``variance_correction``.
+
+    Elements are computed in float32 (float64 for float64 parameters, by the reference). Raises ValueError, before anything is
+    written, where a list's length, a shape or a device does not fit.
+    """
+    check_steps(params, steps)
+    if not params:
+        return
+    state, lambdas = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs], [lambda_w, lambda_m, lambda_v, lambda_v_max]
+    _check_state(*state)
+    _check_adjoints(params, steps, *lambdas, out)
+    if impl == "cpp":
+        raise RuntimeError("impl='cpp': the extension has no adjoint")
+    with torch.no_grad():
+        torch.ops.adam_ghost.adjoint(*state, *lambdas, out, *step_table(steps, params[0].device))
+
+
+def _check_adjoints(params, steps, lambda_w, lambda_m, lambda_v, lambda_v_max, out) -> None:
+    lead, K = targets(params, lambda_w)
+    if lead not in (0, 1):
+        raise ValueError(f"lambda_w[0]: expected {params[0].ndim} dimensions, or one more, got {lambda_w[0].ndim}")
+    written = {"lambda_w": lambda_w, "lambda_m": lambda_m, "lambda_v": lambda_v, "lambda_v_max": lambda_v_max, "out": out}
+    if not lambda_v_max:
+        if any(s.amsgrad for s in steps):
+            raise ValueError(f"lambda_v_max: expected {len(params)} entries, one per parameter, for amsgrad's steps, got 0")
+        del written["lambda_v_max"]
+    check(params, lead, K, **written)
+    for i, tensors in enumerate(zip(*written.values(), strict=True)):
+        names = {id(x): name for name, x in zip(written, tensors, strict=True)}
+        if len(names) < len(written):
+            raise ValueError(f"{min(set(written) - set(names.values()))}[{i}]: expected a tensor of its own, it is written twice")
 
 
 def step_table(steps: list[StepScalars], device: torch.device) -> tuple[Tensor, list[int]]:

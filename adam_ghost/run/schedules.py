@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
+from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.run.compiled import CompiledLayers, is_compiled
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
@@ -20,7 +21,7 @@ from adam_ghost.step.fingerprint import GradientWatch
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
-SCHEDULES = ("midpoint", "gauss", "lookahead")
+SCHEDULES = ("midpoint", "gauss", "lookahead", "window")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
 _HISTORY = 10
 
@@ -32,7 +33,9 @@ class MicroBatch:
     ids: list[Hashable]
     packing: Packing | None
     audit: bool  # whether its step will be played exactly, which needs the calls themselves
+    inputs: Any = None  # what the loop computes its loss from, where it is to be run again
     recording: Recording | None = None
+    kept: Any = None  # KeptBatch, in a window
     losses: Tensor | None = None  # [n], as the loop told them
 
 
@@ -46,6 +49,7 @@ class Loop:
     validation: Validation
     watch: GradientWatch
     rule: str
+    every: int
     refresh: int
     half: bool
     step: int = 0  # of the optimizer, counted from the construction
@@ -67,6 +71,15 @@ class Scored(NamedTuple):
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
 
 
+@dataclass
+class Entry:
+    """A step on its way to the books."""
+
+    ids: list[Hashable]
+    record: StepRecord
+    losses: Tensor | None  # [n]
+
+
 class Schedule(Protocol):
     """What the loop asks of a schedule."""
 
@@ -75,6 +88,9 @@ class Schedule(Protocol):
 
     def detach(self) -> None:
         """Takes them off again and forgets what it holds."""
+
+    def due(self) -> bool:
+        """Whether the next step of the optimizer is to be followed."""
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         """The next forward pass is ``micro``'s, ``first`` of its step."""
@@ -88,8 +104,14 @@ class Schedule(Protocol):
     def pending(self) -> list[MicroBatch]:
         """Those collected so far."""
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
-        """The scores of a step about to be taken."""
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
+        """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
+
+    def swept(self) -> "list[tuple[Entry, Scored]]":
+        """Called when the optimizer has stepped: earlier steps that can be scored now."""
+
+    def finish(self) -> "list[tuple[Entry, Scored]]":
+        """Called when the run ends: earlier steps that have not been scored."""
 
     def state_dict(self) -> Any: ...
 
@@ -122,6 +144,14 @@ class After:
             handle.remove()
         self._handles = []
         self._armed, self._micro, self._val = None, [], None
+
+    def due(self) -> bool:
+        return self.loop.step % self.loop.every == 0
+
+    def swept(self) -> list[tuple[Entry, Scored]]:
+        return []
+
+    finish = swept
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         micro.recording = Recording(micro.packing)
@@ -159,7 +189,7 @@ class After:
         micro, self._micro = self._micro, []
         return micro
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
@@ -226,10 +256,10 @@ class Ahead(After):
         # a step count on the device is not read; ours is never the larger
         return opt_state.steps_taken(default=self.loop.step) >= _HISTORY
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         direction, self._direction = self._direction, None
         if direction is None:
-            return super().score(step, micro, edited)
+            return super().score(step, micro, edited, entry, void)
         scale = torch.stack(list(step.scale.values()))
         # the layers' scores are added up already: one factor has to serve all
         edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
@@ -273,9 +303,3 @@ class AheadCompiled(Ahead):
         self._end()
         micro = super().collect()
         return micro or (None if not self._foreseeable(read_optimizer(self.loop.optimizer)) else [])
-
-
-def make_schedule(name: str, loop: Loop) -> Schedule:
-    if name != "lookahead":
-        return After(loop, name)
-    return AheadCompiled(loop) if is_compiled(loop.model) else Ahead(loop)

@@ -1,4 +1,4 @@
-"""A layer or RMS norm: one fused kernel where there is one; elsewhere its own forward, with P in its parameters' place, is as fast."""
+"""A layer or RMS norm: one fused kernel where there is one; elsewhere its own forward, with P as its parameters, is as fast."""
 
 from torch import Tensor, nn
 

@@ -5,7 +5,6 @@ device and shape; ``impl=`` overrides it for tests and benchmarks.
 """
 
 import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.scores import cost, cpu, definition
+from adam_ghost.warn import warn
 
 _lib = torch.library.Library("adam_ghost", "FRAGMENT")
 
@@ -57,7 +57,7 @@ def _no_triton() -> str:
 
 @functools.cache
 def _warn_no_triton() -> None:
-    warnings.warn(f"adam_ghost: {_no_triton()}; slower reference code serves CUDA tensors", RuntimeWarning, stacklevel=4)
+    warn(f"{_no_triton()}; slower reference code serves CUDA tensors", RuntimeWarning)
 
 
 def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:

@@ -1,10 +1,10 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
-import warnings
-
 import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from adam_ghost.warn import warn
 
 # of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
 SELF_CHECK = 0.02
@@ -48,7 +48,7 @@ class Coverage:
             raise RuntimeError(message)
         if what not in self._told:
             self._told.add(what)
-            warnings.warn(f"adam_ghost: {message}", UserWarning, stacklevel=5)
+            warn(message)
 
 
 def refuse_mixed_samples(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class Step:
 
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
-    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
+    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no recorded call explains."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
@@ -50,12 +51,21 @@ def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recordin
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
         if p.grad.layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
+    grads = {name: p.grad for name, p in params.items()}
+    if recordings:
+        inside = set(model.parameters())
+        outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
+        report_coverage(grads, recordings, coverage, outside)
+    return Step(opt_state, params, grads, recordings)
+
+
+def report_coverage(
+    grads: Mapping[str, Tensor], recordings: Sequence[Recording], coverage: Coverage, outside: Sequence[Tensor] = ()
+) -> None:
+    """Tells ``coverage`` which gradients no recorded call explains; ``outside``: trained parameters that are not the model's."""
     covered = {name for r in recordings for name in r.covered()}
     # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
-    missing = [name for name, p in params.items() if name not in covered and bool(p.grad.any())]
-    inside = set(model.parameters())
-    outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
-    total = sum(p.numel() for p in (*params.values(), *outside))
-    lost = sum(params[name].numel() for name in missing) + sum(p.numel() for p in outside)
+    missing = [name for name, g in grads.items() if name not in covered and bool(g.any())]
+    total = sum(x.numel() for x in (*grads.values(), *outside))
+    lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
-    return Step(opt_state, params, {name: p.grad for name, p in params.items()}, recordings)

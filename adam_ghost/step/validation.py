@@ -34,9 +34,8 @@ class Validation:
             torch._foreach_copy_(held, self._copies)
 
     @contextmanager
-    def _undisturbed(self, advance: bool = True) -> Iterator[None]:
-        if self.val_loss is None:
-            raise ValueError("a validation loss is needed: LayerCache(model, val_loss=...)")
+    def undisturbed(self, advance: bool = True) -> Iterator[None]:
+        """Modes, buffers and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
         modes = [(m, m.training) for m in self.model.modules()]
         buffers = [(x.data, x.clone()) for x in self.model.buffers()]  # running statistics, power iterations
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
@@ -57,8 +56,8 @@ class Validation:
 
     def loss(self) -> Tensor:
         """The loss alone, ``[]`` or ``[K]``, detached, with the random numbers that the next ``gradient`` will draw."""
-        with self._undisturbed(advance=False), torch.no_grad():
-            return self._checked(self.val_loss()).detach()
+        with self.undisturbed(advance=False), torch.no_grad():
+            return self._checked(self._evaluate()).detach()
 
     def gradient(self, params: Sequence[Tensor], advance: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The loss ``[]`` or ``[K]``, and its gradient by each of ``params``: ``[*shape]`` or ``[K, *shape]``.
@@ -68,8 +67,8 @@ class Validation:
         Raises TypeError or ValueError if ``val_loss`` returns anything but a scalar or ``[K]`` with a graph, and (off the
         GPU, where looking costs no synchronisation) if it is not finite.
         """
-        with self._undisturbed(advance), torch.enable_grad():
-            loss = self._checked(self.val_loss())
+        with self.undisturbed(advance), torch.enable_grad():
+            loss = self._checked(self._evaluate())
             if not loss.requires_grad:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
             losses = loss.reshape(-1)
@@ -88,6 +87,11 @@ class Validation:
         filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)] for row in rows]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         return loss.detach(), grads
+
+    def _evaluate(self) -> Tensor:
+        if self.val_loss is None:
+            raise ValueError("a validation loss is needed: LayerCache(model, val_loss=...)")
+        return self.val_loss()
 
     @staticmethod
     def _checked(loss: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from oracles import close, gradients, gradients_one_by_one, inner
-from test_layers import SEQUENCES, VOCABULARY, D, Embed, Fn, N, normal, problem
 from torch import nn
 from torch.nn import functional as F
+from zoo import SEQUENCES, VOCABULARY, D, Embed, Fn, N, normal, problem
 
 import adam_ghost as ag
 from adam_ghost import pairwise

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, assert_accurate, dtypes, normal, poisoned, ragged, wide  # noqa: F401
+from kernel_checks import DEVICE, assert_accurate, dtypes, normal, ragged, wide
 
 from adam_ghost.kernels import ghost_gram as kernel
 from adam_ghost.scores import definition, ops

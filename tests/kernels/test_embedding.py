@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, assert_accurate, dtypes, normal, poisoned, ragged, wide  # noqa: F401
+from kernel_checks import DEVICE, assert_accurate, dtypes, normal, ragged, wide
 from torch.nn import functional as F
 
 from adam_ghost.scores import definition, ops

@@ -16,7 +16,7 @@ from torch.utils.cpp_extension import include_paths
 
 from adam_ghost import doctor, extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CXX = shutil.which(os.environ.get("CXX", "c++").split()[0])
 needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
 
@@ -35,8 +35,8 @@ def kernels_program(tmp_path_factory):
     """The CPU kernels, the CUDA kernels compiled for the CPU, and their comparison; without contraction: equal to the bit."""
     program = tmp_path_factory.mktemp("kernels") / "kernels"
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
-    includes = [f"-I{p}" for p in (ROOT / "tests/cuda_on_cpu", ROOT / "csrc", include_paths()[0])]
-    sources = ["-x", "c++", "csrc/cuda.cu", "csrc/cpu.cpp", "tests/cuda_on_cpu/main.cpp"]
+    includes = [f"-I{p}" for p in (ROOT / "tests/csrc/cuda_on_cpu", ROOT / "csrc", include_paths()[0])]
+    sources = ["-x", "c++", "csrc/cuda.cu", "csrc/cpu.cpp", "tests/csrc/cuda_on_cpu/main.cpp"]
     made = run(CXX, *flags, "-Wno-unknown-pragmas", *includes, *sources, "-o", program)
     assert made.returncode == 0, made.stderr
     return program

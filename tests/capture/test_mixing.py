@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from oracles import Problem, close, gradients_loss_by_loss, gradients_one_by_one, inner
-from test_layers import VOCABULARY, D, Fn, Leaf, N, inputs, normal, problem
 from torch import nn
 from torch.nn import functional as F
+from zoo import VOCABULARY, D, Fn, Leaf, N, inputs, normal, problem
 
 
 def between(mix, **members):
