@@ -390,6 +390,8 @@ def _open_writer(ledger: Any) -> "LedgerWriter | None":
 def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be a module that hooks can be hung on, got {type(model).__name__}: attribute it unscripted")
     if isinstance(optimizer, (list, tuple, dict)):
         raise TypeError("optimizer must be the one that trains the model: several optimizers are not supported")
     opt_state = read_optimizer(optimizer, "optimizer")

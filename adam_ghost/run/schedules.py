@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
-from adam_ghost.run.compiled import CompiledLayers, is_compiled
+from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import GradientWatch
@@ -132,13 +133,11 @@ class After:
     def attach(self) -> None:
         model = self.loop.model
         # ours see the forward pass first and last
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward))]
         self.recorder.attach()
-        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
+        self._handles.append(model.register_forward_hook(Hook(self._after_forward), always_call=True))
 
     def detach(self) -> None:
-        if self.recorder.open:
-            self.recorder.end()
         self.recorder.detach()
         for handle in self._handles:
             handle.remove()
@@ -158,6 +157,7 @@ class After:
         self._arm(micro)
 
     def _arm(self, micro: MicroBatch) -> None:
+        self.recorder.end()
         micro.recording.on_arrival = self.loop.watch.arrived
         self._armed = micro
 
@@ -185,6 +185,7 @@ class After:
         return self._micro
 
     def collect(self) -> list[MicroBatch] | None:
+        self.recorder.end()
         self.recorder.recording, self._armed = None, None
         micro, self._micro = self._micro, []
         return micro
