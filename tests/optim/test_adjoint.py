@@ -2,7 +2,6 @@
 the extension against that definition in float64, by the rule of ``rounding``."""
 
 import itertools
-from itertools import pairwise
 
 import pytest
 import torch
@@ -277,7 +276,7 @@ def test_matches_float64(s, K, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtypes", itertools.product((FULL, HALF), repeat=3), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.product((FULL, HALF), repeat=3)), ids=str)
 def test_dtypes(dtypes, impl):
     got = assert_as_good_as_float32(KINDS["amsgrad-l2-maximize"], cast(draw(K=2), *dtypes), impl)
     assert {x.dtype for xs in got for x in xs} == {dtypes[2]}
@@ -359,7 +358,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
             found.append(swept(KINDS["l2"], *drawn))
     finally:
         torch.set_num_threads(before)
-    for a, b in pairwise(found):
+    for a, b in itertools.pairwise(found):
         assert all(torch.equal(x, y) for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True))
 
 
