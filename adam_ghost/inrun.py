@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Packing
-from adam_ghost.ledger.books import Audit, StepRecord
+from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.optim import read_optimizer
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
-from adam_ghost.run.readback import Arrived, Books, Pending, Readback
+from adam_ghost.run.ids import normalise
+from adam_ghost.run.readback import Books, Pending, Readback
 from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
+from adam_ghost.run.steps import Steps
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import play
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, GradientWatch
+from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.validation import Validation
 
@@ -99,7 +100,7 @@ class InRun:
         self.model, self.optimizer = model, optimizer
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.coverage = Coverage(strict)
-        self.steps: list[StepRecord] = []  # of the attributed steps, as far as their numbers have arrived
+        self.steps = Steps()  # the newest attributed ones, as far as their numbers have arrived
         self.epoch: int | None = None  # for the ledger
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
@@ -118,7 +119,13 @@ class InRun:
         self._seconds = 0.0  # of the host, in this step
         self._closed = False
         self.ledger = _open_writer(ledger)
-        self._handles = [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+        self._scored: Seen | None = None  # the gradients of the step about to be taken
+        if self.ledger is not None:
+            self.ledger.claim(self)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         self._schedule.attach()
 
     @property
@@ -148,6 +155,12 @@ class InRun:
             if self.ledger is not None:
                 self.ledger.close()
 
+    def flush(self) -> None:
+        """Waits until every step so far is booked, and on the disk where there is a ledger."""
+        self._books.drain(wait=True)
+        if self.ledger is not None:
+            self.ledger.flush()
+
     # the user's loop
 
     def batch(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None) -> None:
@@ -160,11 +173,12 @@ class InRun:
             inputs: in ``window``, what ``train_loss`` computes this micro-batch's loss from; kept until its window is swept.
 
         Raises:
+            TypeError: an id is something else.
             ValueError: wrong lengths, a BatchNorm in training mode, or gradients changed since the last micro-batch.
         """
         if self._closed:
             raise RuntimeError("this run is closed")
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        ids = normalise(ids)
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
         if not self._schedule.due():
@@ -199,43 +213,61 @@ class InRun:
         return self.audit_every is not None and self._loop.attributed % self.audit_every == self.audit_every - 1
 
     def _settle(self) -> None:
-        """Forgets micro-batches whose gradients were cleared without a step (a scaler that skipped it, a restarted loop)."""
-        micro = self._schedule.pending()
-        if not micro:
-            return
+        """Drops micro-batches without gradients: a scaler skipped their step, or the loop went on to the next batch."""
         watch = self._loop.watch
-        grads = watch.grads()
-        if watch.fingerprint is not None and watch.fingerprint.untouched(grads):
-            return
-        self._schedule.forget()
-        if any(bool(g.any()) for g in grads.values()):
-            raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
-        self._skip(micro)
-        watch.fingerprint = None
+        dropped = self._schedule.drop()
+        if self._schedule.pending():
+            grads = watch.grads()
+            gone = watch.fingerprint is None or watch.fingerprint.cleared(grads)
+            changed = not gone and not watch.fingerprint.untouched(grads)
+            if gone or changed:
+                self._schedule.forget()
+                watch.fingerprint = None
+                dropped += self._schedule.drop()
+            if changed:
+                raise ValueError(
+                    "gradients were changed between two micro-batches of a step: scale or clip them once, before the step"
+                )
+        if dropped:
+            self._skip(dropped)
 
     # the step
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
+        dropped = self._schedule.drop()
+        if dropped:
+            self._skip(dropped)
         micro = self._schedule.collect()
         due = self._schedule.due()
         self._loop.step += 1
         if not due or micro is None:
             return
+        if not micro:
+            what = "a backward pass through the recorded forward pass" if dropped else "a recorded forward pass"
+            cure = "" if dropped else ": call run.batch(ids) before the model's forward"
+            raise RuntimeError(f"optimizer.step() without {what}{cure}")
         started = time.perf_counter() - self._seconds
         try:
             self._attribute(micro, started)
         finally:
             self._loop.watch.fingerprint, self._seconds = None, 0.0
-        self._books.drain()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        scored, self._scored = self._scored, None
+        if scored is not None and not scored.untouched(self._loop.watch.grads()):
+            self._books.withdraw()
+            raise RuntimeError(
+                "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
+                " would not be those of the step. Register that hook before the run is built"
+            )
+        self._finish(self._schedule.swept())
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop
-        if not micro:
-            raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
-        if loop.watch.fingerprint is None:
-            raise RuntimeError("optimizer.step() without a backward pass through the recorded forward pass")
+        if loop.watch.fingerprint is None:  # a backward pass that an error ended
+            raise RuntimeError("optimizer.step() without a whole backward pass through the recorded forward pass")
         recordings = [m.recording for m in micro if m.recording is not None]
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         edited, void = self._follow_scaling(step)
@@ -248,8 +280,9 @@ class InRun:
         ids = [i for m in micro for i in m.ids]
         losses = [m.losses for m in micro if m.losses is not None]
         told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
-        entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told, self.epoch)
+        entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told)
         found = self._schedule.score(step, micro, edited, entry, void)
+        self._scored = Seen.now(loop.watch.grads())
         loop.attributed += 1
         entry.record.seconds = time.perf_counter() - started
         if found is None:
@@ -258,9 +291,6 @@ class InRun:
             r, error = audit.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
             entry.record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
         self._enter(entry, found, void)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._finish(self._schedule.swept())
 
     def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
         for entry, scored in found:
@@ -273,7 +303,7 @@ class InRun:
         numbers = torch.stack([x.to(like).expand_as(like) for x in (found.val_loss, found.total, found.history, void)])
         told = None if entry.losses is None else Readback(entry.losses)
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
-        self._books.add(Pending(entry.ids, entry.record, *read, told, entry.epoch))
+        self._books.add(Pending(entry.ids, entry.record, *read, told))
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
         """Finds by what the gradients were multiplied since the backward pass, for ``step``.
@@ -295,19 +325,18 @@ class InRun:
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
         lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
-        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds)
+        when = {"epoch": self.epoch, "every": self._loop.every, "refresh": self._loop.refresh}
+        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds, **when)
 
     def _skip(self, micro: list[MicroBatch]) -> None:
-        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True), self.epoch))
+        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
 
     def _book(self, step: Arrived) -> None:
         self.steps.append(step.record)
         if step.scores is not None:
             self._totals.add(step.ids, step.scores)
         if self.ledger is not None:
-            self.ledger.add(
-                step.record, step.ids or [], step.scores, step.losses, step.epoch, (self._loop.every, self._loop.refresh)
-            )
+            self.ledger.add(step)
 
     def _settings(self) -> dict[str, Any]:
         """What a reader of the ledger wants to know of the run."""
@@ -338,28 +367,34 @@ class InRun:
         return [(found.ids[i], float(total[i])) for i in order]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to end with the same totals; call it between steps."""
-        self._books.drain(wait=True)
-        if self.ledger is not None:
-            self.ledger.flush()  # a run that resumes from here finds the ledger complete up to this step
+        """Everything that a resumed run needs to end with the same totals, as tensors and plain values; call it between steps."""
+        self.flush()  # a run that resumes from here finds the ledger complete up to this step
         return {
-            "ledger": self.ledger and self.ledger.run,
+            "ledger": self.ledger and self.ledger.position,
             "step": self.step,
             "attributed": self._loop.attributed,
             "squeeze": self._squeeze,
             "totals": self._totals.state_dict(),
-            "steps": [asdict(s) for s in self.steps],
+            "steps": self.steps.state_dict(),
             "validation": self._loop.validation.state_dict(),
             "schedule": self._schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps."""
+        """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps.
+
+        Raises:
+            ValueError: ``state`` is something else, or the ledger is another run's.
+        """
+        known = {"ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule"}
+        if not isinstance(state, dict) or set(state) != known:
+            what = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state must be what InRun.state_dict() returned, with {', '.join(sorted(known))}; got {what}")
         if self.ledger is not None:
-            self.ledger.resume(state["ledger"] or self.ledger.run, state["step"], self._settings())
+            self.ledger.resume(state["ledger"], self._settings())
         self._loop.step, self._loop.attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
         self._totals.load_state_dict(state["totals"])
-        self.steps[:] = [StepRecord(**{**s, "audit": s["audit"] and Audit(**s["audit"])}) for s in state["steps"]]
+        self.steps.load_state_dict(state["steps"])
         self._loop.validation.load_state_dict(state["validation"])
         self._schedule.load_state_dict(state["schedule"])
 
@@ -375,6 +410,8 @@ def _open_writer(ledger: Any) -> "LedgerWriter | None":
 def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be a module that hooks can be hung on, got {type(model).__name__}: attribute it unscripted")
     if isinstance(optimizer, (list, tuple, dict)):
         raise TypeError("optimizer must be the one that trains the model: several optimizers are not supported")
     opt_state = read_optimizer(optimizer, "optimizer")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, default_data_collator
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.inrun import InRun
 from adam_ghost.integrations.ids import ID, take_ids
 
@@ -61,12 +62,12 @@ class AttributionCallback(TrainerCallback):
         self.run = InRun(model, optimizer, lambda: self._val_loss(model), **self.options)
         saved = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
         if state.global_step and os.path.exists(saved):
-            self.run.load_state_dict(torch.load(saved, weights_only=False))
+            self.run.load_state_dict(torch.load(saved, weights_only=True))
         elif state.global_step:
             self.run.close()
             raise FileNotFoundError(f"the run resumes at step {state.global_step}, but there is no {saved}")
         # before the run's own hook, which then finds the batch named
-        self._forward = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+        self._forward = model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True, prepend=True)
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         training = model.training and torch.is_grad_enabled() and not self._validating

@@ -42,7 +42,7 @@ class Step:
 
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
-    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no recorded call explains."""
+    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
