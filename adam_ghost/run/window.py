@@ -6,6 +6,7 @@ gradient at its end, step by step, by the adjoint of the optimizer's step. What 
 Mathematics: docs/method.md, 6.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from adam_ghost.run.rerun import KeptBatch, Rerun
 from adam_ghost.run.schedules import Entry, Loop, MicroBatch, Scored
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step, report_coverage
-import itertools
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
