@@ -15,6 +15,7 @@ from adam_ghost.ledger.books import Audit, StepRecord
 from adam_ghost.optim import read_optimizer
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
+from adam_ghost.run.ids import normalise
 from adam_ghost.run.readback import Arrived, Books, Pending, Readback
 from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.totals import SampleScores, Totals
@@ -22,7 +23,7 @@ from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import play
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, GradientWatch
+from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.validation import Validation
 
@@ -118,7 +119,11 @@ class InRun:
         self._seconds = 0.0  # of the host, in this step
         self._closed = False
         self.ledger = _open_writer(ledger)
-        self._handles = [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
+        self._scored: Seen | None = None  # the gradients of the step about to be taken
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         self._schedule.attach()
 
     @property
@@ -164,7 +169,7 @@ class InRun:
         """
         if self._closed:
             raise RuntimeError("this run is closed")
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        ids = normalise(ids)
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
         if not self._schedule.due():
@@ -199,43 +204,61 @@ class InRun:
         return self.audit_every is not None and self._loop.attributed % self.audit_every == self.audit_every - 1
 
     def _settle(self) -> None:
-        """Forgets micro-batches whose gradients were cleared without a step (a scaler that skipped it, a restarted loop)."""
-        micro = self._schedule.pending()
-        if not micro:
-            return
+        """Drops micro-batches without gradients: a scaler skipped their step, or the loop went on to the next batch."""
         watch = self._loop.watch
-        grads = watch.grads()
-        if watch.fingerprint is not None and watch.fingerprint.untouched(grads):
-            return
-        self._schedule.forget()
-        if any(bool(g.any()) for g in grads.values()):
-            raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
-        self._skip(micro)
-        watch.fingerprint = None
+        dropped = self._schedule.drop()
+        if self._schedule.pending():
+            grads = watch.grads()
+            gone = watch.fingerprint is None or watch.fingerprint.cleared(grads)
+            changed = not gone and not watch.fingerprint.untouched(grads)
+            if gone or changed:
+                self._schedule.forget()
+                watch.fingerprint = None
+                dropped += self._schedule.drop()
+            if changed:
+                raise ValueError(
+                    "gradients were changed between two micro-batches of a step: scale or clip them once, before the step"
+                )
+        if dropped:
+            self._skip(dropped)
 
     # the step
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
+        dropped = self._schedule.drop()
+        if dropped:
+            self._skip(dropped)
         micro = self._schedule.collect()
         due = self._schedule.due()
         self._loop.step += 1
         if not due or micro is None:
             return
+        if not micro:
+            what = "a backward pass through the recorded forward pass" if dropped else "a recorded forward pass"
+            cure = "" if dropped else ": call run.batch(ids) before the model's forward"
+            raise RuntimeError(f"optimizer.step() without {what}{cure}")
         started = time.perf_counter() - self._seconds
         try:
             self._attribute(micro, started)
         finally:
             self._loop.watch.fingerprint, self._seconds = None, 0.0
-        self._books.drain()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        scored, self._scored = self._scored, None
+        if scored is not None and not scored.untouched(self._loop.watch.grads()):
+            self._books.withdraw()
+            raise RuntimeError(
+                "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
+                " would not be those of the step. Register that hook before the run is built"
+            )
+        self._finish(self._schedule.swept())
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop
-        if not micro:
-            raise RuntimeError("optimizer.step() without a recorded forward pass: call run.batch(ids) before the model's forward")
-        if loop.watch.fingerprint is None:
-            raise RuntimeError("optimizer.step() without a backward pass through the recorded forward pass")
+        if loop.watch.fingerprint is None:  # a backward pass that an error ended
+            raise RuntimeError("optimizer.step() without a whole backward pass through the recorded forward pass")
         recordings = [m.recording for m in micro if m.recording is not None]
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         edited, void = self._follow_scaling(step)
@@ -250,6 +273,7 @@ class InRun:
         told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
         entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told, self.epoch)
         found = self._schedule.score(step, micro, edited, entry, void)
+        self._scored = Seen.now(loop.watch.grads())
         loop.attributed += 1
         entry.record.seconds = time.perf_counter() - started
         if found is None:
@@ -258,9 +282,6 @@ class InRun:
             r, error = audit.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
             entry.record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
         self._enter(entry, found, void)
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._finish(self._schedule.swept())
 
     def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
         for entry, scored in found:

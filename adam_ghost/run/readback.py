@@ -70,6 +70,10 @@ class Books:
     def add(self, step: Pending | Arrived) -> None:
         self._pending.append(step)
 
+    def withdraw(self) -> None:
+        """The step that was added last is not booked."""
+        self._pending.pop()
+
     def drain(self, wait: bool = False) -> None:
         """Books the steps whose numbers have arrived; ``wait`` for all.
 
@@ -93,6 +97,10 @@ class Books:
             return Arrived(record, step.epoch)
         if step.edited.get().any():
             raise ValueError(EDITED)
+        if not np.isfinite(scores).all():
+            self.coverage.tell("not finite", f"step {record.step} is left out: its scores are not finite")
+            record.skipped = True
+            return Arrived(record, step.epoch)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
         record.score_sum = scores.sum(0).tolist()
         return Arrived(record, step.epoch, step.ids, scores, None if step.losses is None else step.losses.get())
