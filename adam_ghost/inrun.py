@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Packing
-from adam_ghost.ledger.books import Audit, StepRecord
+from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.optim import read_optimizer
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
 from adam_ghost.run.ids import normalise
-from adam_ghost.run.readback import Arrived, Books, Pending, Readback
+from adam_ghost.run.readback import Books, Pending, Readback
 from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
+from adam_ghost.run.steps import Steps
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
@@ -100,7 +100,7 @@ class InRun:
         self.model, self.optimizer = model, optimizer
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.coverage = Coverage(strict)
-        self.steps: list[StepRecord] = []  # of the attributed steps, as far as their numbers have arrived
+        self.steps = Steps()  # the newest attributed ones, as far as their numbers have arrived
         self.epoch: int | None = None  # for the ledger
         params = {name: p for name, p in model.named_parameters() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
@@ -120,6 +120,8 @@ class InRun:
         self._closed = False
         self.ledger = _open_writer(ledger)
         self._scored: Seen | None = None  # the gradients of the step about to be taken
+        if self.ledger is not None:
+            self.ledger.claim(self)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -153,6 +155,12 @@ class InRun:
             if self.ledger is not None:
                 self.ledger.close()
 
+    def flush(self) -> None:
+        """Waits until every step so far is booked, and on the disk where there is a ledger."""
+        self._books.drain(wait=True)
+        if self.ledger is not None:
+            self.ledger.flush()
+
     # the user's loop
 
     def batch(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None) -> None:
@@ -165,6 +173,7 @@ class InRun:
             inputs: in ``window``, what ``train_loss`` computes this micro-batch's loss from; kept until its window is swept.
 
         Raises:
+            TypeError: an id is something else.
             ValueError: wrong lengths, a BatchNorm in training mode, or gradients changed since the last micro-batch.
         """
         if self._closed:
@@ -271,7 +280,7 @@ class InRun:
         ids = [i for m in micro for i in m.ids]
         losses = [m.losses for m in micro if m.losses is not None]
         told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
-        entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told, self.epoch)
+        entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told)
         found = self._schedule.score(step, micro, edited, entry, void)
         self._scored = Seen.now(loop.watch.grads())
         loop.attributed += 1
@@ -294,7 +303,7 @@ class InRun:
         numbers = torch.stack([x.to(like).expand_as(like) for x in (found.val_loss, found.total, found.history, void)])
         told = None if entry.losses is None else Readback(entry.losses)
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
-        self._books.add(Pending(entry.ids, entry.record, *read, told, entry.epoch))
+        self._books.add(Pending(entry.ids, entry.record, *read, told))
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
         """Finds by what the gradients were multiplied since the backward pass, for ``step``.
@@ -316,19 +325,18 @@ class InRun:
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
         lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
-        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds)
+        when = {"epoch": self.epoch, "every": self._loop.every, "refresh": self._loop.refresh}
+        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds, **when)
 
     def _skip(self, micro: list[MicroBatch]) -> None:
-        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True), self.epoch))
+        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
 
     def _book(self, step: Arrived) -> None:
         self.steps.append(step.record)
         if step.scores is not None:
             self._totals.add(step.ids, step.scores)
         if self.ledger is not None:
-            self.ledger.add(
-                step.record, step.ids or [], step.scores, step.losses, step.epoch, (self._loop.every, self._loop.refresh)
-            )
+            self.ledger.add(step)
 
     def _settings(self) -> dict[str, Any]:
         """What a reader of the ledger wants to know of the run."""
@@ -359,28 +367,34 @@ class InRun:
         return [(found.ids[i], float(total[i])) for i in order]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to end with the same totals; call it between steps."""
-        self._books.drain(wait=True)
-        if self.ledger is not None:
-            self.ledger.flush()  # a run that resumes from here finds the ledger complete up to this step
+        """Everything that a resumed run needs to end with the same totals, as tensors and plain values; call it between steps."""
+        self.flush()  # a run that resumes from here finds the ledger complete up to this step
         return {
-            "ledger": self.ledger and self.ledger.run,
+            "ledger": self.ledger and self.ledger.position,
             "step": self.step,
             "attributed": self._loop.attributed,
             "squeeze": self._squeeze,
             "totals": self._totals.state_dict(),
-            "steps": [asdict(s) for s in self.steps],
+            "steps": self.steps.state_dict(),
             "validation": self._loop.validation.state_dict(),
             "schedule": self._schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps."""
+        """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps.
+
+        Raises:
+            ValueError: ``state`` is something else, or the ledger is another run's.
+        """
+        known = {"ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule"}
+        if not isinstance(state, dict) or set(state) != known:
+            what = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state must be what InRun.state_dict() returned, with {', '.join(sorted(known))}; got {what}")
         if self.ledger is not None:
-            self.ledger.resume(state["ledger"] or self.ledger.run, state["step"], self._settings())
+            self.ledger.resume(state["ledger"], self._settings())
         self._loop.step, self._loop.attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
         self._totals.load_state_dict(state["totals"])
-        self.steps[:] = [StepRecord(**{**s, "audit": s["audit"] and Audit(**s["audit"])}) for s in state["steps"]]
+        self.steps.load_state_dict(state["steps"])
         self._loop.validation.load_state_dict(state["validation"])
         self._schedule.load_state_dict(state["schedule"])
 

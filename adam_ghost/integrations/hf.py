@@ -62,7 +62,7 @@ class AttributionCallback(TrainerCallback):
         self.run = InRun(model, optimizer, lambda: self._val_loss(model), **self.options)
         saved = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
         if state.global_step and os.path.exists(saved):
-            self.run.load_state_dict(torch.load(saved, weights_only=False))
+            self.run.load_state_dict(torch.load(saved, weights_only=True))
         elif state.global_step:
             self.run.close()
             raise FileNotFoundError(f"the run resumes at step {state.global_step}, but there is no {saved}")

@@ -1,13 +1,13 @@
 """A step's numbers on their way from the device to the books, which wait for them; the device never does."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adam_ghost.ledger.books import StepRecord
+from adam_ghost.ledger.books import Arrived, StepRecord
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.fingerprint import EDITED
 
@@ -40,24 +40,12 @@ class Readback:
 class Pending:
     """A step's results on their way."""
 
-    ids: list[Hashable]
+    ids: Sequence[int] | Sequence[str]
     record: StepRecord
     scores: Readback  # [n, K]
     numbers: Readback  # [4, K]: val_loss, total, history, 1 where the step is void
     edited: Readback  # bool, per gradient
     losses: Readback | None = None  # [n]
-    epoch: int | None = None
-
-
-@dataclass
-class Arrived:
-    """A step as it is booked; no scores where it was skipped."""
-
-    record: StepRecord
-    epoch: int | None = None
-    ids: list[Hashable] | None = None
-    scores: np.ndarray | None = None  # [n, K], float64
-    losses: np.ndarray | None = None  # [n]
 
 
 class Books:
@@ -66,6 +54,7 @@ class Books:
     def __init__(self, coverage: Coverage, book: Callable[[Arrived], None]):
         self.coverage, self._book = coverage, book
         self._pending: list[Pending | Arrived] = []
+        self._draining = False
 
     def add(self, step: Pending | Arrived) -> None:
         self._pending.append(step)
@@ -79,28 +68,36 @@ class Books:
 
         Raises ValueError where a step's gradients turn out to have been edited.
         """
-        while self._pending:
-            step = self._pending[0]
-            if isinstance(step, Pending) and not (wait or step.numbers.ready):
-                return
-            self._pending.pop(0)
-            self._book(self._read(step) if isinstance(step, Pending) else step)
-            if isinstance(step, Pending) and not step.record.skipped:
-                scores = step.scores.get().astype(np.float64)
-                self.coverage.check(scores, np.array(step.record.total), f"step {step.record.step}: ")
+        if self._draining:  # a signal's handler, in the midst of booking: later steps must not come before this one
+            return
+        self._draining = True
+        try:
+            while self._pending:
+                step = self._pending[0]
+                if isinstance(step, Pending) and not (wait or step.numbers.ready):
+                    return
+                self._pending.pop(0)
+                self._book(self._read(step) if isinstance(step, Pending) else step)
+                if isinstance(step, Pending) and not step.record.skipped:
+                    scores = step.scores.get().astype(np.float64)
+                    self.coverage.check(scores, np.array(step.record.total), f"step {step.record.step}: ")
+        finally:
+            self._draining = False
 
     def _read(self, step: Pending) -> Arrived:
         record, scores = step.record, step.scores.get().astype(np.float64)
         val_loss, total, history, void = step.numbers.get().astype(np.float64)
         record.skipped = bool(void.any())
         if record.skipped:
-            return Arrived(record, step.epoch)
+            return Arrived(record)
         if step.edited.get().any():
             raise ValueError(EDITED)
         if not np.isfinite(scores).all():
             self.coverage.tell("not finite", f"step {record.step} is left out: its scores are not finite")
             record.skipped = True
-            return Arrived(record, step.epoch)
+            return Arrived(record)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
         record.score_sum = scores.sum(0).tolist()
-        return Arrived(record, step.epoch, step.ids, scores, None if step.losses is None else step.losses.get())
+        losses = None if step.losses is None else step.losses.get()
+        record.train_loss = None if losses is None else float(losses.sum())
+        return Arrived(record, step.ids, scores, losses)

@@ -80,7 +80,6 @@ class Entry:
     ids: list[Hashable]
     record: StepRecord
     losses: Tensor | None  # [n]
-    epoch: int | None
 
 
 class Schedule(Protocol):
