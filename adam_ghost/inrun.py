@@ -1,8 +1,10 @@
 """Attribution inside a training loop that somebody already has: two added lines, and training stays what it was."""
 
+import gc
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Audit, StepRecord
-from adam_ghost.optim import read_optimizer
+from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
 from adam_ghost.run.ids import normalise
@@ -25,6 +27,7 @@ from adam_ghost.shapley import play
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
+from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
 
 if TYPE_CHECKING:
@@ -102,29 +105,35 @@ class InRun:
         self.coverage = Coverage(strict)
         self.steps: list[StepRecord] = []  # of the attributed steps, as far as their numbers have arrived
         self.epoch: int | None = None  # for the ledger
-        params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._named = dict(model.named_parameters())
+        params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
         validation, watch = Validation(val_loss, model), GradientWatch(params)
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
         self._schedule_name = schedule
         if schedule == "window":
             self._schedule: Schedule = Window(self._loop, WindowOptions(train_loss, window, ahead, feedback), self.coverage)
-        elif schedule == "lookahead":
-            self._schedule = AheadCompiled(self._loop) if is_compiled(model) else Ahead(self._loop)
         else:
-            self._schedule = After(self._loop, schedule)
+            self._schedule = _step_schedule(schedule, self._loop)
         self._totals = Totals()
-        self._books = Books(self.coverage, self._book)
+        self._books = Books(self.coverage)
         self._squeeze = True  # whether the validation loss is a scalar
         self._seconds = 0.0  # of the host, in this step
         self._closed = False
         self.ledger = _open_writer(ledger)
         self._scored: Seen | None = None  # the gradients of the step about to be taken
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(_weakly(self._before_step)),
+            optimizer.register_step_post_hook(_weakly(self._after_step)),
         ]
+        _RUNS.add(self)
+        self._attach()
+
+    def _attach(self) -> None:
         self._schedule.attach()
+        # a run that is deleted without close() leaves nothing behind either; at the interpreter's end nothing needs to be done
+        self._finalizer = weakref.finalize(self, _leave, self._schedule, self._handles, self.ledger)
+        self._finalizer.atexit = False
 
     @property
     def step(self) -> int:
@@ -144,14 +153,9 @@ class InRun:
         self._closed = True
         try:
             self._finish(self._schedule.finish())
-            self._books.drain(wait=True)
+            self._books.drain(self._book, wait=True)
         finally:
-            self._schedule.detach()
-            for handle in self._handles:
-                handle.remove()
-            self._loop.watch.fingerprint = None
-            if self.ledger is not None:
-                self.ledger.close()
+            self._finalizer()
 
     # the user's loop
 
@@ -183,6 +187,7 @@ class InRun:
             self.ledger.begin(ids, self._settings)
         refuse_mixed_samples(self.model)
         self._settle()
+        self._follow_freezing()
         self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
 
@@ -222,6 +227,31 @@ class InRun:
         if dropped:
             self._skip(dropped)
 
+    def _changed(self) -> list[str]:
+        """The parameters that were frozen or unfrozen since the run last looked."""
+        return [name for name, p in self._named.items() if p.requires_grad != (name in self._loop.params)]
+
+    def _follow_freezing(self) -> None:
+        """Takes up what is trained from here on; refuses what it cannot follow."""
+        changed = self._changed()
+        if not changed:
+            return
+        shown, loop = ", ".join(changed[:6]), self._loop
+        if self._schedule.pending():
+            raise ValueError(f"frozen or unfrozen between two micro-batches of a step: {shown}; do it between two steps")
+        if self._schedule_name == "window":
+            raise ValueError(f"frozen or unfrozen in mid-run: {shown}; schedule='window' needs a new run for that")
+        params = {name: p for name, p in self._named.items() if p.requires_grad}
+        if not params:
+            raise ValueError("the model has no trainable parameters any more")
+        _check_held(params, read_optimizer(self.optimizer))
+        self._finalizer.detach()
+        self._schedule.detach()
+        loop.params.clear()
+        loop.params.update(params)
+        self._schedule = _step_schedule(self._schedule_name, loop)
+        self._attach()
+
     # the step
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -260,7 +290,11 @@ class InRun:
         if loop.watch.fingerprint is None:  # a backward pass that an error ended
             raise RuntimeError("optimizer.step() without a whole backward pass through the recorded forward pass")
         recordings = [m.recording for m in micro if m.recording is not None]
+        if changed := self._changed():
+            raise ValueError(f"frozen or unfrozen between run.batch and the step: {', '.join(changed[:6])}; do it before run.batch")
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
+        if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
+            raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
         edited, void = self._follow_scaling(step)
         if void.device.type == "cpu":  # where looking costs no synchronisation
             if bool(edited.any()):
@@ -286,7 +320,7 @@ class InRun:
     def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
         for entry, scored in found:
             self._enter(entry, scored, torch.zeros((), device=scored.total.device))
-        self._books.drain()
+        self._books.drain(self._book)
 
     def _enter(self, entry: Entry, found: Scored, void: Tensor) -> None:
         self._squeeze = found.val_loss.ndim == 0
@@ -348,19 +382,21 @@ class InRun:
 
     def scores(self) -> SampleScores:
         """Per sample id: the sum over steps, and the mean of the scores standardised within their steps. Waits for the device."""
-        self._books.drain(wait=True)
+        self._books.drain(self._book, wait=True)
         return self._totals.read(self._squeeze)
 
     def top(self, k: int = 10, *, harmful: bool = False, target: int = 0) -> list[tuple[Hashable, float]]:
         """The ``k`` most helpful (or most harmful) sample ids with their total score for one target."""
         found = self.scores()
+        if not found.ids:
+            return []
         total = found.total if found.total.ndim == 1 else found.total[:, target]
         order = np.argsort(total if harmful else -total, kind="stable")[:k]
         return [(found.ids[i], float(total[i])) for i in order]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end with the same totals; call it between steps."""
-        self._books.drain(wait=True)
+        self._books.drain(self._book, wait=True)
         if self.ledger is not None:
             self.ledger.flush()  # a run that resumes from here finds the ledger complete up to this step
         return {
@@ -375,7 +411,14 @@ class InRun:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps."""
+        """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps.
+
+        Raises ValueError if ``state`` is anything else.
+        """
+        needed = ("ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule")
+        lacking = [key for key in needed if not isinstance(state, Mapping) or key not in state]
+        if lacking:
+            raise ValueError(f"state must be what an InRun's state_dict() returned; it lacks {', '.join(lacking)}")
         if self.ledger is not None:
             self.ledger.resume(state["ledger"] or self.ledger.run, state["step"], self._settings())
         self._loop.step, self._loop.attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
@@ -406,12 +449,11 @@ def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, r
     for name, value, allowed in (("schedule", schedule, SCHEDULES), ("rule", rule, opt_state.linearizations)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    foreign = [name for name, p in model.named_parameters() if p.requires_grad and p not in opt_state]
-    if foreign:
-        raise ValueError(
-            f"the optimizer does not hold {', '.join(foreign[:6])}: one optimizer must train all trainable parameters;"
-            " freeze the others with requires_grad_(False)"
-        )
+    refuse_unsupported(model)
+    _check_held({name: p for name, p in model.named_parameters() if p.requires_grad}, opt_state)
+    for group in optimizer.param_groups:
+        if group.get("eps") == 0:
+            raise ValueError("the optimizer has eps=0: where Adam has no history yet, its step without the batch would be 0/0")
     if is_compiled(model) and (schedule != "lookahead" or audit_every):
         raise ValueError(
             "the model is compiled: its layer calls cannot be recorded, which schedule='midpoint' and audit_every need;"
@@ -419,6 +461,62 @@ def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, r
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")
+    _refuse_second_run(model)
+
+
+def _check_held(params: Mapping[str, Tensor], opt_state: OptState) -> None:
+    foreign = [name for name, p in params.items() if p not in opt_state]
+    if foreign:
+        raise ValueError(
+            f"the optimizer does not hold {', '.join(foreign[:6])}: one optimizer must train all trainable parameters;"
+            " freeze the others with requires_grad_(False), or give them to it with add_param_group"
+        )
+
+
+# the runs that are attached to a model
+_RUNS: "weakref.WeakSet[InRun]" = weakref.WeakSet()
+
+
+def _refuse_second_run(model: nn.Module) -> None:
+    inside = set(model.parameters())
+
+    def taken() -> bool:
+        return any(not run._closed and not inside.isdisjoint(run._named.values()) for run in list(_RUNS))
+
+    if taken():
+        gc.collect()  # a run that nobody holds any more may only wait for it
+        if taken():
+            raise ValueError(
+                "the model, or a part of it, has an InRun already: close() that one first; for several validation losses, let"
+                " val_loss return [K]"
+            )
+
+
+def _weakly(method: Callable) -> Callable:
+    """The bound method as a hook that does not keep its object alive."""
+    ref = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        alive = ref()
+        if alive is not None:
+            alive(*args)
+
+    return hook
+
+
+def _leave(schedule: Schedule, handles: list[Any], ledger: Any) -> None:
+    """Takes a run off its model and its optimizer, and closes its ledger."""
+    schedule.detach()
+    for handle in handles:
+        handle.remove()
+    if ledger is not None:
+        ledger.close()
+
+
+def _step_schedule(name: str, loop: Loop) -> Schedule:
+    if name == "lookahead":
+        return AheadCompiled(loop) if is_compiled(loop.model) else Ahead(loop)
+    return After(loop, name)
 
 
 def _check_window(train_loss: Any, window: Any, ahead: Any, feedback: Any, refresh: int) -> None:

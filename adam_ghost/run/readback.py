@@ -61,10 +61,10 @@ class Arrived:
 
 
 class Books:
-    """Takes steps in their order and hands each to ``book`` when its numbers have arrived and were checked."""
+    """Takes steps in their order, and gives each back when its numbers have arrived and were checked."""
 
-    def __init__(self, coverage: Coverage, book: Callable[[Arrived], None]):
-        self.coverage, self._book = coverage, book
+    def __init__(self, coverage: Coverage):
+        self.coverage = coverage
         self._pending: list[Pending | Arrived] = []
 
     def add(self, step: Pending | Arrived) -> None:
@@ -74,8 +74,8 @@ class Books:
         """The step that was added last is not booked."""
         self._pending.pop()
 
-    def drain(self, wait: bool = False) -> None:
-        """Books the steps whose numbers have arrived; ``wait`` for all.
+    def drain(self, book: Callable[[Arrived], None], wait: bool = False) -> None:
+        """Hands ``book`` the steps whose numbers have arrived; ``wait`` for all.
 
         Raises ValueError where a step's gradients turn out to have been edited.
         """
@@ -84,7 +84,7 @@ class Books:
             if isinstance(step, Pending) and not (wait or step.numbers.ready):
                 return
             self._pending.pop(0)
-            self._book(self._read(step) if isinstance(step, Pending) else step)
+            book(self._read(step) if isinstance(step, Pending) else step)
             if isinstance(step, Pending) and not step.record.skipped:
                 scores = step.scores.get().astype(np.float64)
                 self.coverage.check(scores, np.array(step.record.total), f"step {step.record.step}: ")

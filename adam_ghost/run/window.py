@@ -6,9 +6,9 @@ gradient at its end, step by step, by the adjoint of the optimizer's step. What 
 Mathematics: docs/method.md, 6.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from adam_ghost.run.rerun import KeptBatch, Rerun
 from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step, report_coverage
+from adam_ghost.warn import warn
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
@@ -152,11 +153,7 @@ class Window(Collecting):
             missing = first + self.options.window + self.options.ahead - last
             found += self._sweep(first, first + self.options.window)
             if missing > 0 and found:
-                warnings.warn(
-                    f"adam_ghost: the run ended {missing} steps before the last window's end: its scores look less far ahead",
-                    UserWarning,
-                    stacklevel=3,
-                )
+                warn(f"the run ended {missing} steps before the last window's end: its scores look less far ahead")
         return found
 
     def _sweep(self, after: int, score_to: int) -> list[tuple[Entry, Scored]]:
@@ -233,7 +230,7 @@ class Sweep:
     def _states(self, segment: list[KeptStep]) -> list[OptState]:
         """The state before each step of a segment."""
         states = [segment[0].state]
-        for step, after in zip(segment, segment[1:], strict=False):
+        for step, after in pairwise(segment):
             states.append(states[-1].advanced(step.grads, after.scalars))
         return states
 
