@@ -328,7 +328,7 @@ class InRun:
         numbers = torch.stack([x.to(like).expand_as(like) for x in (found.val_loss, found.total, found.history, void)])
         told = None if entry.losses is None else Readback(entry.losses)
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
-        self._books.add(Pending(entry.ids, entry.record, *read, told, entry.epoch))
+        self._books.add(Pending(entry.ids, entry.record, *read, told, entry.epoch, found.at))
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
         """Finds by what the gradients were multiplied since the backward pass, for ``step``.
@@ -408,6 +408,7 @@ class InRun:
             "steps": [asdict(s) for s in self.steps],
             "validation": self._loop.validation.state_dict(),
             "schedule": self._schedule.state_dict(),
+            "books": self._books.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -415,7 +416,7 @@ class InRun:
 
         Raises ValueError if ``state`` is anything else.
         """
-        needed = ("ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule")
+        needed = ("ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule", "books")
         lacking = [key for key in needed if not isinstance(state, Mapping) or key not in state]
         if lacking:
             raise ValueError(f"state must be what an InRun's state_dict() returned; it lacks {', '.join(lacking)}")
@@ -426,6 +427,7 @@ class InRun:
         self.steps[:] = [StepRecord(**{**s, "audit": s["audit"] and Audit(**s["audit"])}) for s in state["steps"]]
         self._loop.validation.load_state_dict(state["validation"])
         self._schedule.load_state_dict(state["schedule"])
+        self._books.load_state_dict(state["books"])
 
 
 def _open_writer(ledger: Any) -> "LedgerWriter | None":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Pending:
     edited: Readback  # bool, per gradient
     losses: Readback | None = None  # [n]
     epoch: int | None = None
+    at: float | None = None  # where val_loss was taken: 0 after history alone, 1 at the step's end; None: in another step
 
 
 @dataclass
@@ -60,11 +62,26 @@ class Arrived:
     losses: np.ndarray | None = None  # [n]
 
 
+class Mark(NamedTuple):
+    """A validation loss on the way of a run, within a step."""
+
+    step: int
+    at: float  # of the way from the weights after history alone to the step's end
+    val_loss: list[float]
+    total: list[float]  # what the batch took off on that way
+
+    def since(self, last: "Mark") -> list[float]:
+        """What history took off in this step, by the losses in this step and the one before: what the batches did not."""
+        drop = np.subtract(last.val_loss, self.val_loss)
+        return (drop - (1 - last.at) * np.array(last.total) - self.at * np.array(self.total)).tolist()
+
+
 class Books:
     """Takes steps in their order, and gives each back when its numbers have arrived and were checked."""
 
     def __init__(self, coverage: Coverage):
         self.coverage = coverage
+        self._last: Mark | None = None
         self._pending: list[Pending | Arrived] = []
 
     def add(self, step: Pending | Arrived) -> None:
@@ -93,7 +110,10 @@ class Books:
         record, scores = step.record, step.scores.get().astype(np.float64)
         val_loss, total, history, void = step.numbers.get().astype(np.float64)
         record.skipped = bool(void.any())
+        last, self._last = self._last, None
         if record.skipped:
+            if last is not None:  # the weights are where they were
+                self._last = last._replace(step=record.step)
             return Arrived(record, step.epoch)
         if step.edited.get().any():
             raise ValueError(EDITED)
@@ -103,4 +123,14 @@ class Books:
             return Arrived(record, step.epoch)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
         record.score_sum = scores.sum(0).tolist()
+        if step.at is not None:
+            self._last = Mark(record.step, step.at, record.val_loss, record.total)
+            if last is not None and last.step == record.step - 1:
+                record.history = self._last.since(last)
         return Arrived(record, step.epoch, step.ids, scores, None if step.losses is None else step.losses.get())
+
+    def state_dict(self) -> tuple | None:
+        return None if self._last is None else tuple(self._last)
+
+    def load_state_dict(self, state: tuple | None) -> None:
+        self._last = None if state is None else Mark(*state)
