@@ -5,7 +5,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Packing
-from adam_ghost.ledger.books import Audit, StepRecord
+from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
 from adam_ghost.run.ids import normalise
-from adam_ghost.run.readback import Arrived, Books, Pending, Readback
+from adam_ghost.run.readback import Books, Pending, Readback
 from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
+from adam_ghost.run.steps import Steps
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
@@ -48,12 +48,18 @@ class InRun:
     loop without it, to the bit (``lookahead``: to rounding, where linear layers' gradients come from another product).
     Forward passes that ``batch`` did not announce are left alone: evaluation, generation. Models under ``torch.compile``
     take ``lookahead`` (without graph breaks); there, calls without a batch dimension and layers of kinds that PyTorch does
-    not know are named and left out.
+    not know are named and left out; the first step, which has no history, is not attributed.
+
+    A sample's share of a step is the gradient that comes through its rows of the batch. Where the loss compares samples with
+    each other (contrastive losses, in-batch negatives, mixup), the share of a pair's gradient goes to the sample whose rows it
+    comes through, and none to its partner as such.
 
     Args:
         model: called with the batch along dimension 0.
         optimizer: the one that trains all of the model's trainable parameters.
-        val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time.
+        val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time. It runs the
+            model in whatever mode it is in, which is that of training unless ``val_loss`` calls ``model.eval()``: the mode is
+            put back. So are the model's buffers and plain attributes, and the random streams of PyTorch, NumPy and Python.
         schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
             then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
             (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which
@@ -103,7 +109,7 @@ class InRun:
         self.model, self.optimizer = model, optimizer
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.coverage = Coverage(strict)
-        self.steps: list[StepRecord] = []  # of the attributed steps, as far as their numbers have arrived
+        self.steps = Steps()  # the newest attributed ones, as far as their numbers have arrived
         self.epoch: int | None = None  # for the ledger
         self._named = dict(model.named_parameters())
         params = {name: p for name, p in self._named.items() if p.requires_grad}
@@ -122,6 +128,8 @@ class InRun:
         self._closed = False
         self.ledger = _open_writer(ledger)
         self._scored: Seen | None = None  # the gradients of the step about to be taken
+        if self.ledger is not None:
+            self.ledger.claim(self)
         self._handles = [
             optimizer.register_step_pre_hook(_weakly(self._before_step)),
             optimizer.register_step_post_hook(_weakly(self._after_step)),
@@ -157,6 +165,12 @@ class InRun:
         finally:
             self._finalizer()
 
+    def flush(self) -> None:
+        """Waits until every step so far is booked, and on the disk where there is a ledger."""
+        self._books.drain(self._book, wait=True)
+        if self.ledger is not None:
+            self.ledger.flush()
+
     # the user's loop
 
     def batch(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None) -> None:
@@ -169,6 +183,7 @@ class InRun:
             inputs: in ``window``, what ``train_loss`` computes this micro-batch's loss from; kept until its window is swept.
 
         Raises:
+            TypeError: an id is something else.
             ValueError: wrong lengths, a BatchNorm in training mode, or gradients changed since the last micro-batch.
         """
         if self._closed:
@@ -267,7 +282,11 @@ class InRun:
             return
         if not micro:
             what = "a backward pass through the recorded forward pass" if dropped else "a recorded forward pass"
-            cure = "" if dropped else ": call run.batch(ids) before the model's forward"
+            cure = (
+                ": call run.batch(ids) before the forward pass of the very module that the run was built on; a part of it that is"
+                " called by itself is not seen (in Lightning, name it: net=)"
+            )
+            cure = "" if dropped else cure
             raise RuntimeError(f"optimizer.step() without {what}{cure}")
         started = time.perf_counter() - self._seconds
         try:
@@ -305,7 +324,7 @@ class InRun:
         ids = [i for m in micro for i in m.ids]
         losses = [m.losses for m in micro if m.losses is not None]
         told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
-        entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told, self.epoch)
+        entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told)
         found = self._schedule.score(step, micro, edited, entry, void)
         self._scored = Seen.now(loop.watch.grads())
         loop.attributed += 1
@@ -328,7 +347,7 @@ class InRun:
         numbers = torch.stack([x.to(like).expand_as(like) for x in (found.val_loss, found.total, found.history, void)])
         told = None if entry.losses is None else Readback(entry.losses)
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
-        self._books.add(Pending(entry.ids, entry.record, *read, told, entry.epoch, found.at))
+        self._books.add(Pending(entry.ids, entry.record, *read, told, found.at))
 
     def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
         """Finds by what the gradients were multiplied since the backward pass, for ``step``.
@@ -350,19 +369,18 @@ class InRun:
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
         lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
-        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds)
+        when = {"epoch": self.epoch, "every": self._loop.every, "refresh": self._loop.refresh}
+        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds, **when)
 
     def _skip(self, micro: list[MicroBatch]) -> None:
-        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True), self.epoch))
+        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
 
     def _book(self, step: Arrived) -> None:
         self.steps.append(step.record)
         if step.scores is not None:
             self._totals.add(step.ids, step.scores)
         if self.ledger is not None:
-            self.ledger.add(
-                step.record, step.ids or [], step.scores, step.losses, step.epoch, (self._loop.every, self._loop.refresh)
-            )
+            self.ledger.add(step)
 
     def _settings(self) -> dict[str, Any]:
         """What a reader of the ledger wants to know of the run."""
@@ -385,27 +403,46 @@ class InRun:
         self._books.drain(self._book, wait=True)
         return self._totals.read(self._squeeze)
 
-    def top(self, k: int = 10, *, harmful: bool = False, target: int = 0) -> list[tuple[Hashable, float]]:
-        """The ``k`` most helpful (or most harmful) sample ids with their total score for one target."""
+    def top(
+        self, k: int = 10, *, harmful: bool = False, target: int = 0, value: str = "standardized"
+    ) -> list[tuple[Hashable, float]]:
+        """The ``k`` most helpful (or most harmful) sample ids with their value for one target; empty before the first step.
+
+        Args:
+            k: how many.
+            harmful: the other end.
+            target: which of ``K`` validation losses.
+            value: ``standardized``, the mean of the scores standardised within their steps, or ``total``, their sum. The first
+                steps, in which no linearization is exact, weigh most in a sum: on digits with wrong labels totals find them
+                with AUROC .76 and .75 (lr 3e-3, 1e-3), standardised scores with .79 and .76; sums of scores foretell what
+                training on half of the texts does with a rank correlation of .35 and .07 (two seeds), standardised ones .57
+                and .62. Totals from the eleventh step on, which a ledger gives, are as good on digits.
+
+        Raises:
+            ValueError: ``value`` or ``target`` is not there.
+        """
+        if value not in ("standardized", "total"):
+            raise ValueError(f"value must be standardized or total, got {value!r}")
         found = self.scores()
         if not found.ids:
             return []
-        total = found.total if found.total.ndim == 1 else found.total[:, target]
-        order = np.argsort(total if harmful else -total, kind="stable")[:k]
-        return [(found.ids[i], float(total[i])) for i in order]
+        values = getattr(found, value)
+        values = values if values.ndim == 2 else values[:, None]
+        if not 0 <= target < values.shape[1]:
+            raise ValueError(f"target must be below {values.shape[1]}, the number of validation losses, got {target}")
+        order = np.argsort(values[:, target] if harmful else -values[:, target], kind="stable")[:k]
+        return [(found.ids[i], float(values[i, target])) for i in order]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to end with the same totals; call it between steps."""
-        self._books.drain(self._book, wait=True)
-        if self.ledger is not None:
-            self.ledger.flush()  # a run that resumes from here finds the ledger complete up to this step
+        """Everything that a resumed run needs to end with the same totals, as tensors and plain values; call it between steps."""
+        self.flush()  # a run that resumes from here finds the ledger complete up to this step
         return {
-            "ledger": self.ledger and self.ledger.run,
+            "ledger": self.ledger and self.ledger.position,
             "step": self.step,
             "attributed": self._loop.attributed,
             "squeeze": self._squeeze,
             "totals": self._totals.state_dict(),
-            "steps": [asdict(s) for s in self.steps],
+            "steps": self.steps.state_dict(),
             "validation": self._loop.validation.state_dict(),
             "schedule": self._schedule.state_dict(),
             "books": self._books.state_dict(),
@@ -414,17 +451,18 @@ class InRun:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps.
 
-        Raises ValueError if ``state`` is anything else.
+        Raises:
+            ValueError: ``state`` is something else, or the ledger is another run's.
         """
-        needed = ("ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule", "books")
-        lacking = [key for key in needed if not isinstance(state, Mapping) or key not in state]
-        if lacking:
-            raise ValueError(f"state must be what an InRun's state_dict() returned; it lacks {', '.join(lacking)}")
+        known = {"ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule", "books"}
+        if not isinstance(state, dict) or set(state) != known:
+            what = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state must be what InRun.state_dict() returned, with {', '.join(sorted(known))}; got {what}")
         if self.ledger is not None:
-            self.ledger.resume(state["ledger"] or self.ledger.run, state["step"], self._settings())
+            self.ledger.resume(state["ledger"], self._settings())
         self._loop.step, self._loop.attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
         self._totals.load_state_dict(state["totals"])
-        self.steps[:] = [StepRecord(**{**s, "audit": s["audit"] and Audit(**s["audit"])}) for s in state["steps"]]
+        self.steps.load_state_dict(state["steps"])
         self._loop.validation.load_state_dict(state["validation"])
         self._schedule.load_state_dict(state["schedule"])
         self._books.load_state_dict(state["books"])
@@ -441,6 +479,8 @@ def _open_writer(ledger: Any) -> "LedgerWriter | None":
 def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be a module that hooks can be hung on, got {type(model).__name__}: attribute it unscripted")
     if isinstance(optimizer, (list, tuple, dict)):
         raise TypeError("optimizer must be the one that trains the model: several optimizers are not supported")
     opt_state = read_optimizer(optimizer, "optimizer")

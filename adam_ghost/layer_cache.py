@@ -65,7 +65,6 @@ class LayerCache:
 
     def __exit__(self, *exc) -> None:
         recorder, self._recorder = self._recorder, None
-        recorder.end()
         recorder.detach()
         if exc[0] is not None:
             self.clear()

@@ -1,4 +1,4 @@
-// Adam's step and its linearizations for one element, shared by the CPU and the CUDA kernels (shared symbols: method of the package).
+// Adam's step and its linearizations for one element, shared by the CPU and the CUDA kernels (symbols: docs/method.md).
 // The definitions are adam_ghost/optim/adam_definition.py; here everything is float32 and small denominators are divided by one after another.
 #pragma once
 #include <cmath>
@@ -127,7 +127,5 @@ AG_INLINE Points points(const Step& s, const Element& x) {
   const float empty = (s.decay != 0 ? x.w - s.decay * x.w : x.w) - s.lr * p.at_a;
   return {empty, empty - s.lr * (0.5f * (at_e - p.at_a))};
 }
-
-AG_INLINE bool finite_bits(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
 
 }  // namespace adam_ghost

@@ -1,5 +1,5 @@
 // The Python binding: reads lists of tensors into plain pointers, checks them, and runs the kernels on the caller's stream.
-// What the kernels do not take is answered by a status before anything is written; ops.py explains or falls back.
+// What the kernels do not take is answered by a status before anything is written; adam_op.py explains or falls back.
 #include <new>
 
 #include "job.h"
@@ -12,7 +12,7 @@ namespace {
 
 using namespace adam_ghost;
 
-// In the order of ops.py's answers.
+// In the order of adam_op.py's answers.
 enum Status : int { DONE, NOT_PLAIN, DTYPE, LAYOUT, SHAPE, DEVICE, PYTHON_ERROR };
 
 struct Refused {
@@ -115,32 +115,14 @@ struct Job {
 
 constexpr int FIELDS = sizeof(StepRow) / sizeof(double);
 
-// Every parameter's scalars as a list of tuples, in which one tuple usually serves all.
-void read_steps(Job& job, PyObject* steps) {
-  require(PyList_Size(steps) == Py_ssize_t(job.params.size()), SHAPE);
-  PyObject* last = nullptr;
-  for (size_t i = 0; i < job.params.size(); ++i) {
-    PyObject* step = PyList_GetItem(steps, i);
-    if (step != last) {
-      require(PyTuple_Check(step) && PyTuple_Size(step) == FIELDS, SHAPE);
-      double row[FIELDS];
-      for (int f = 0; f < FIELDS; ++f) row[f] = PyFloat_AsDouble(PyTuple_GetItem(step, f));
-      require(!PyErr_Occurred(), PYTHON_ERROR);
-      job.steps.push_back({row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8]});
-      last = step;
-    }
-    job.params[i].row = job.steps.size() - 1;
-  }
-}
-
-// The same as a tensor [rows, FIELDS] and each parameter's row (an empty list: row 0).
+// The step table [rows, FIELDS] and each parameter's row in it.
 void read_table(Job& job, PyObject* table, PyObject* rows) {
   const DLTensor t = view(table);
   require(t.ndim == 2 && t.shape[1] == FIELDS && t.dtype.code == kDLFloat && t.dtype.bits == 64, SHAPE);
   require(row_major(t.shape, t.strides, 2), LAYOUT);
-  const List row(rows, job.params.size());
+  require(PyList_Check(rows) && PyList_Size(rows) == Py_ssize_t(job.params.size()), SHAPE);
   for (size_t i = 0; i < job.params.size(); ++i) {
-    job.params[i].row = row.list ? PyLong_AsLongLong(row[i]) : 0;
+    job.params[i].row = PyLong_AsLongLong(PyList_GetItem(rows, i));
     require(job.params[i].row >= 0 && job.params[i].row < t.shape[0], SHAPE);
   }
   const StepRow* data = static_cast<const StepRow*>(t.data);
@@ -154,7 +136,7 @@ void read_table(Job& job, PyObject* table, PyObject* rows) {
 }
 
 // What both ops share: parameters, Adam's state, steps.
-Job read_state(PyObject* const* args, PyObject* steps, PyObject* rows) {
+Job read_state(PyObject* const* args, PyObject* table, PyObject* rows) {
   require(PyList_Check(args[0]), SHAPE);
   const Py_ssize_t n = PyList_Size(args[0]);
   const List g(args[1], n), m(args[2], n), v(args[3], n), v_max(args[4], n);
@@ -172,14 +154,14 @@ Job read_state(PyObject* const* args, PyObject* steps, PyObject* rows) {
     p.v_max = model.array(v_max[i]);
     require(model.x.device.device_type == job.device().device_type && model.x.device.device_id == job.device().device_id, DEVICE);
   }
-  PyList_Check(steps) ? read_steps(job, steps) : read_table(job, steps, rows);
+  read_table(job, table, rows);
   return job;
 }
 
 // A tensor is read once, also where it stands in two lists: reading costs more than all the rest for a small one.
-void read_direction(Job& job, PyObject* grads, PyObject* const* args) {
+void read_direction(Job& job, PyObject* vals, PyObject* outs) {
   const Py_ssize_t n = job.params.size();
-  const List g(grads, n), val(args[0], n), dot(args[1], n), out(args[2], n);
+  const List val(vals, n), out(outs, n);
   for (Py_ssize_t i = 0; i < n; ++i) {
     const Model& model = job.models[i];
     Param& p = job.params[i];
@@ -195,7 +177,6 @@ void read_direction(Job& job, PyObject* grads, PyObject* const* args) {
     p.out = {y.data, dtype_of(y)};
     p.val_stride = lead ? x.strides[0] : 0;
     p.out_stride = lead ? y.strides[0] : 0;
-    p.dot = dot[i] == g[i] ? p.g : model.array(dot[i]);
   }
 }
 
@@ -253,14 +234,14 @@ PyObject* answer(const Body& body) {
 }
 
 PyObject* variance_correction(PyObject*, PyObject* args) {
-  PyObject *state[5], *direction[3], *steps, *rows, *sums;
+  PyObject *state[5], *val, *out, *table, *rows, *sums;
   int rule;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &direction[0], &direction[1],
-                        &direction[2], &steps, &rows, &rule, &sums))
+  if (!PyArg_ParseTuple(args, "OOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &val, &out, &table, &rows, &rule,
+                        &sums))
     return nullptr;
   return answer([&] {
-    Job job = read_state(state, steps, rows);
-    read_direction(job, state[1], direction);
+    Job job = read_state(state, table, rows);
+    read_direction(job, val, out);
     const DLTensor s = view(sums);
     require(s.ndim == 2 && s.shape[0] == int64_t(job.params.size()) && s.shape[1] == sum_count(job.K) && s.dtype.bits == 64 &&
                 row_major(s.shape, s.strides, 2) && rule >= SECANT && rule <= SGD, SHAPE);
@@ -280,11 +261,11 @@ PyObject* variance_correction(PyObject*, PyObject* args) {
 }
 
 PyObject* weight_points(PyObject*, PyObject* args) {
-  PyObject *state[5], *steps, *rows, *empties, *mids;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empties, &mids, &steps, &rows))
+  PyObject *state[5], *empties, *mids, *table, *rows;
+  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empties, &mids, &table, &rows))
     return nullptr;
   return answer([&] {
-    Job job = read_state(state, steps, rows);
+    Job job = read_state(state, table, rows);
     const Py_ssize_t n = job.params.size();
     const List empty(empties, n), mid(mids, n);
     for (Py_ssize_t i = 0; i < n; ++i) {
@@ -316,12 +297,9 @@ PyObject* built(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s}", "cpu", cpu_capability(), "cuda", cuda);
 }
 
-PyObject* set_read_in_place(PyObject*, PyObject* wanted) { return PyBool_FromLong(read_in_place(PyObject_IsTrue(wanted) == 1)); }
-
 PyMethodDef methods[] = {{"variance_correction", variance_correction, METH_VARARGS, nullptr},
                          {"weight_points", weight_points, METH_VARARGS, nullptr},
                          {"built", built, METH_NOARGS, nullptr},
-                         {"read_in_place", set_read_in_place, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -4,7 +4,7 @@
 constexpr int TILE = 512;
 
 struct alignas(64) Scratch {
-  float w[TILE], g[TILE], m[TILE], v[TILE], v_max[TILE], val[TILE], dot[TILE], out[TILE], scale[TILE], moved[TILE];
+  float w[TILE], g[TILE], m[TILE], v[TILE], v_max[TILE], val[TILE], scale[TILE], moved[TILE];
 };
 
 inline uint16_t round_bf16(float x) {
@@ -80,52 +80,34 @@ inline void linearize_any(int rule, const Step& s, const State& x, int n, Scratc
   }
 }
 
-inline void gradient_sums(const float* g, int n, double* sums) {
-  double squares = 0;
-  int bad = 0;
-#pragma omp simd reduction(+ : squares, bad)
-  for (int i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, g + i, 4);
-    squares += double(g[i]) * double(g[i]);
-    bad += !finite_bits(bits);
-  }
-  sums[0] += squares;
-  sums[1] += bad;
-}
-
 // `out` may be `val` itself: an element is read before it is written.
-inline void direction_sums(const float* val, const float* dot, const Scratch& t, int n, float* out, int64_t K, double* sums) {
-  double reached = 0, history = 0, squares = 0;
-#pragma omp simd reduction(+ : reached, history, squares)
+inline void direction_sums(const float* val, const float* g, const Scratch& t, int n, float* out, int64_t K, double* sums) {
+  double reached = 0, history = 0;
+#pragma omp simd reduction(+ : reached, history)
   for (int i = 0; i < n; ++i) {
     const float x = val[i], P = x * t.scale[i];
     history += double(x) * double(t.moved[i]);
-    reached += double(P) * double(dot[i]);
-    squares += double(P) * double(P);
+    reached += double(P) * double(g[i]);
     out[i] = P;
   }
   sums[0] += reached;
   sums[K] += history;
-  sums[2 * K] += squares;
 }
 
 // The same for a bfloat16 result; the sums are those of the numbers written.
-inline void direction_sums_bf16(const float* val, const float* dot, const Scratch& t, int n, uint16_t* out, int64_t K, double* sums) {
-  double reached = 0, history = 0, squares = 0;
-#pragma omp simd reduction(+ : reached, history, squares)
+inline void direction_sums_bf16(const float* val, const float* g, const Scratch& t, int n, uint16_t* out, int64_t K, double* sums) {
+  double reached = 0, history = 0;
+#pragma omp simd reduction(+ : reached, history)
   for (int i = 0; i < n; ++i) {
     const float x = val[i];
     const uint16_t rounded = round_bf16(x * t.scale[i]);
     const float P = from_bf16(rounded);
     history += double(x) * double(t.moved[i]);
-    reached += double(P) * double(dot[i]);
-    squares += double(P) * double(P);
+    reached += double(P) * double(g[i]);
     out[i] = rounded;
   }
   sums[0] += reached;
   sums[K] += history;
-  sums[2 * K] += squares;
 }
 
 inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, int64_t begin, int64_t end, double* sums) {
@@ -134,15 +116,13 @@ inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, in
     const int n = int(end - start < TILE ? end - start : TILE);
     const State x = load(p, reads_weights(s), start, n, t);
     linearize_any(rule, s, x, n, t);
-    gradient_sums(x.g, n, sums + 3 * K);
-    const float* dot = p.dot.data == p.g.data ? x.g : widen(p.dot, start, n, t.dot);
     for (int64_t k = 0; k < K; ++k) {
       const float* val = widen(p.val, start + k * p.val_stride, n, t.val);
       const int64_t at = start + k * p.out_stride;
       if (p.out.dtype == F32)
-        direction_sums(val, dot, t, n, static_cast<float*>(p.out.data) + at, K, sums + k);
+        direction_sums(val, x.g, t, n, static_cast<float*>(p.out.data) + at, K, sums + k);
       else
-        direction_sums_bf16(val, dot, t, n, static_cast<uint16_t*>(p.out.data) + at, K, sums + k);
+        direction_sums_bf16(val, x.g, t, n, static_cast<uint16_t*>(p.out.data) + at, K, sums + k);
     }
   }
 }

@@ -139,9 +139,9 @@ __device__ __forceinline__ Array plane(const Array& a, int64_t elements) {
 template <int RULE, bool AMSGRAD, int KB>
 __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K, double* sums) {
   const Param& p = slot.p;
-  double reached[KB] = {}, history[KB] = {}, squares[KB] = {}, g_squares = 0, bad = 0;
+  double reached[KB] = {}, history[KB] = {};
   const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
-  const bool weights = reads_weights(s), own_dot = p.dot.data != p.g.data;
+  const bool weights = reads_weights(s);
   for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
     const bool whole = slot.aligned && i + VECTOR <= p.numel;
     float w[VECTOR] = {}, g[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {}, scale[VECTOR], moved[VECTOR], x[VECTOR];
@@ -155,10 +155,7 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
       const Linearized y = linearize<RULE, AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
       scale[j] = y.scale;
       moved[j] = y.moved;
-      g_squares += double(g[j]) * double(g[j]);
-      bad += finite_bits(__float_as_uint(g[j])) ? 0. : 1.;
     }
-    if (own_dot) load(p.dot, i, p.numel, whole, g);
 #pragma unroll
     for (int k = 0; k < KB; ++k) {
       if (first_k + k >= K) break;
@@ -170,23 +167,14 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
       }
       store(plane(p.out, (first_k + k) * p.out_stride), i, p.numel, whole, x);
 #pragma unroll
-      for (int j = 0; j < VECTOR; ++j) {
-        reached[k] += double(x[j]) * double(g[j]);
-        squares[k] += double(x[j]) * double(x[j]);
-      }
+      for (int j = 0; j < VECTOR; ++j) reached[k] += double(x[j]) * double(g[j]);
     }
   }
 #pragma unroll
   for (int k = 0; k < KB; ++k) {
     if (first_k + k >= K) break;
-    const double total[] = {block_sum(reached[k]), block_sum(history[k]), block_sum(squares[k])};
-    if (threadIdx.x == 0)
-      for (int j = 0; j < 3; ++j) sums[j * K + first_k + k] = total[j];
-  }
-  if (first_k == 0) {
-    const double squares_of_g = block_sum(g_squares);
-    const double not_finite = block_sum(bad);
-    if (threadIdx.x == 0) sums[3 * K] = squares_of_g, sums[3 * K + 1] = not_finite;
+    const double total[] = {block_sum(reached[k]), block_sum(history[k])};
+    if (threadIdx.x == 0) sums[first_k + k] = total[0], sums[K + first_k + k] = total[1];
   }
 }
 
@@ -196,7 +184,7 @@ __global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1) correct(const __grid
   const Slot& slot = batch.slot[at];
   const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
   const int64_t chunk = blockIdx.x - batch.first_block[at];
-  double* sums = partial + (slot.first_chunk + chunk) * (3 * K + 2);
+  double* sums = partial + (slot.first_chunk + chunk) * (2 * K);
   if (s.amsgrad)
     correct_chunk<RULE, true, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, sums);
   else
@@ -206,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1) correct(const __grid
 // One block per tensor and kind of sum adds up the chunks'.
 __global__ void __launch_bounds__(THREADS) add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
   const Slot& slot = batch.slot[blockIdx.x];
-  const int64_t width = 3 * K + 2, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
+  const int64_t width = 2 * K, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
   double sum = 0;
   for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum += partial[(slot.first_chunk + i) * width + blockIdx.y];
   sum = block_sum(sum);
@@ -252,7 +240,7 @@ int64_t chunks_of(const Param& p) { return (p.numel + CHUNK - 1) / CHUNK; }
 
 bool aligned(const Param& p) {
   uintptr_t bits = 0;
-  for (const Array* a : {&p.w, &p.g, &p.m, &p.v, &p.v_max, &p.val, &p.dot, &p.out, &p.empty, &p.mid})
+  for (const Array* a : {&p.w, &p.g, &p.m, &p.v, &p.v_max, &p.val, &p.out, &p.empty, &p.mid})
     bits |= reinterpret_cast<uintptr_t>(a->data);
   bits |= uintptr_t(p.val_stride) * (p.val.dtype == F32 ? 4 : 2) | uintptr_t(p.out_stride) * (p.out.dtype == F32 ? 4 : 2);
   return bits % 16 == 0;

@@ -20,13 +20,13 @@ struct Param {
   int64_t numel = 0;
   int64_t row = 0;                           // its row in the step table
   Array w, g, m, v, v_max;                   // inputs
-  Array val, dot, out;                       // variance_correction: val and out hold K planes
+  Array val, out;                            // variance_correction: K planes each
   int64_t val_stride = 0, out_stride = 0;    // elements between planes
   Array empty, mid;                          // weight_points: null where not asked for
 };
 
-// Sums of one parameter: K of <P, g>, K of <val, w - w(empty)>, K of |P|^2, then |g|^2 and the count of g's non-finite elements.
-inline int64_t sum_count(int64_t K) { return 3 * K + 2; }
+// Sums of one parameter: K of <P, g>, then K of <val, w - w(empty)>.
+inline int64_t sum_count(int64_t K) { return 2 * K; }
 
 void variance_correction_cpu(const std::vector<Param>&, const StepRow* rows, int rule, int64_t K, double* sums);
 void weight_points_cpu(const std::vector<Param>&, const StepRow* rows);

@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "adam_ghost"
-FOUNDATION = {"__init__", "extension", "warn"}
+FOUNDATION = {"__init__", "extension", "extras", "warn"}
 STAGES = {"capture", "scores", "optim", "step", "run"}
 VERBS = {"layer_cache", "attribution", "pairwise", "shapley", "inrun"}
 # what each wing, or module of the top, may import beside itself and the foundation
 MAY_IMPORT = {
     "__init__": VERBS | {"ledger", "optim"},  # on demand, when a public name is asked for
     "extension": {"warn"},
+    "extras": set(),
     "warn": set(),
     "kernels": set(),
     "capture": set(),
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "run": {"capture", "scores", "optim", "step", "ledger"},
     **{verb: STAGES | VERBS | {"ledger"} for verb in VERBS},
     "report": {"ledger"},
-    "integrations": VERBS | {"ledger", "run"},
+    "integrations": VERBS | {"capture", "ledger", "run"},
     "demo": VERBS | {"ledger", "run"},
     "doctor": set(),
     "cli": {"ledger", "report", "demo", "doctor"},

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
+from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, keeps_apart, layer_kind, output_axes
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.surroundings import Surroundings
@@ -33,7 +33,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are recorded as one call each, by name."""
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{layer}.") or layer == "" for layer in layers):
+        if any(name.startswith(f"{layer}.") or layer == "" for layer in layers) or isinstance(module, torch.jit.ScriptModule):
             continue
         whole = isinstance(module, nn.MultiheadAttention) or is_parametrized(module)
         leaf = not any(True for _ in module.children())
@@ -69,7 +69,7 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     return found
 
 
-class Recorder(TorchFunctionMode):
+class Recorder:
     """The hooks on a model's layers, and the function mode that follows the batch between them.
 
     Hooks fire from ``attach`` to ``detach``, and record between ``begin`` and ``end``. Checkpointed layers run again in
@@ -77,8 +77,8 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__()
         self.model = model
+        self.mode = FunctionMode(self._follow)
         self.recording: Recording | None = None
         self.open = False
         self.handles: list[Any] = []
@@ -91,19 +91,21 @@ class Recorder(TorchFunctionMode):
         for name, module in layers.items():
             leave = partial(self._leave_layer, name or type(module).__name__)
             self.handles += [
-                module.register_forward_pre_hook(self._enter_layer, with_kwargs=True),
-                module.register_forward_hook(leave, with_kwargs=True, prepend=True),
-                module.register_forward_hook(self._close_layer, always_call=True),
+                module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
+                module.register_forward_hook(Hook(leave), with_kwargs=True, prepend=True),
+                module.register_forward_hook(Hook(self._close_layer), always_call=True),
             ]
         for name, module in model.named_modules():
-            if not any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers):
+            part = any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers)
+            if not part and not isinstance(module, torch.jit.ScriptModule):
                 self.handles += [
-                    module.register_forward_pre_hook(self._enter_model, with_kwargs=True),
-                    module.register_forward_hook(self._leave_model, prepend=True),
-                    module.register_forward_hook(self._close_model, always_call=True),
+                    module.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True),
+                    module.register_forward_hook(Hook(self._leave_model), prepend=True),
+                    module.register_forward_hook(Hook(self._close_model), always_call=True),
                 ]
 
     def detach(self) -> None:
+        self.end()
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -125,11 +127,12 @@ class Recorder(TorchFunctionMode):
         self.recording = recording
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.open = True
-        self.__enter__()
+        self.mode.__enter__()
 
     def end(self) -> None:
+        """Records no longer; also after a forward pass that an interrupt (Ctrl-C) broke off, which no hook is told of."""
         self.open = False
-        self.__exit__(None, None, None)
+        self.mode.remove()
 
     @property
     def in_forward(self) -> bool:
@@ -258,10 +261,9 @@ class Recorder(TorchFunctionMode):
 
     # torch functions outside of layers
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+    def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func is Tensor.__iter__ and not self.inside_layer:
-            with self:
+            with self.mode:
                 return iter(args[0].unbind(0))
         if (self.inside_layer and not self.follow) or self.batch.n is None:
             return func(*args, **kwargs)

@@ -158,25 +158,20 @@ def history(s: StepScalars, val_grad: Tensor, w, m, v, v_max=None) -> Tensor:
     return _sum_after(val_grad.ndim - w.ndim, val_grad.to(moved.dtype) * moved)
 
 
-def variance_correction(
-    rule: str, steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grads, out
-) -> Tensor:
-    """``direction`` of every parameter, written to ``out``, and a table of sums, float64 ``[parameters, 3 K + 2]``.
+def variance_correction(rule: str, steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out) -> Tensor:
+    """``direction`` of every parameter, written to ``out``, and a table of sums, float64 ``[parameters, 2 K]``.
 
-    A row holds ``< P , dot_grad >`` of each target, their ``history``, ``|P|^2``, then ``|grad|^2`` and how many elements
-    of ``grad`` are not finite. ``P`` counts as it was written. ``out`` may hold the very tensors of ``val_grads``.
+    A row holds ``< P , grad >`` of each target, then their ``history``. ``P`` counts as it was written. ``out`` may hold the
+    very tensors of ``val_grads``.
     """
     rows = []
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grads, out)
-    for s, w, g, m, v, v_max, val, dot, P in zip(steps, *lists, strict=True):
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out)
+    for s, w, g, m, v, v_max, val, P in zip(steps, *lists, strict=True):
         lead = val.ndim - w.ndim
-        moved = history(s, val, w, m, v, v_max)
+        moved = history(s, val, w, m, v, v_max)  # [] or [K]
         P.copy_(direction(rule, s, val, w, g, m, v, v_max))
-
-        P, g, dot = _wide(P, P), _wide(g, w), _wide(dot, w)
-        reached, squares = (_sum_after(lead, P * x, torch.float64).reshape(-1) for x in (dot, P))
-        of_g = torch.stack([(g * g).sum(dtype=torch.float64), (~g.isfinite()).sum().double()])
-        rows.append(torch.cat([reached, moved.double().reshape(-1), squares, of_g]))
+        reached = _sum_after(lead, _wide(P, P) * _wide(g, w), torch.float64)  # [] or [K]
+        rows.append(torch.cat([reached.reshape(-1), moved.double().reshape(-1)]))
     return torch.stack(rows)
 
 

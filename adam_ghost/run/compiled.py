@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from adam_ghost.capture.hooks import StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.scores.linear import own_parameters, scored_linear
@@ -27,6 +28,7 @@ class _Site:
     def __init__(self, layer: nn.Module, names: dict[Tensor, str]):
         self.layer, self.kind = layer, layer_kind(layer)
         self.names = tuple(None if p is None else names[p] for p in own_parameters(layer))
+        self.stand_in = StandIn(layer, partial(_forward, self))
         self.slot: Tensor | None = None
         self.P: tuple[Tensor | None, ...] = ()
         self.seen = False  # whether it scored
@@ -36,17 +38,17 @@ class CompiledLayers:
     """While attached, the layers of a compiled model score their samples, if these are the leading dimension."""
 
     def __init__(self, model: nn.Module):
-        layers = [m for m in model.modules() if _has_form(m) and "forward" not in vars(m)]
+        layers = [m for m in model.modules() if _has_form(m)]
         names = {p: name for name, p in model.named_parameters()}
         self.sites = [_Site(m, names) for m in layers if any(p is not None for p in own_parameters(m))]
 
     def attach(self) -> None:
         for site in self.sites:
-            site.layer.forward = partial(_forward, site)
+            site.stand_in.attach()
 
     def detach(self) -> None:
         for site in self.sites:
-            del site.layer.forward
+            site.stand_in.detach()
 
     def begin(self, recording: ContractingRecording) -> None:
         """The forward passes from now on belong to ``recording``."""

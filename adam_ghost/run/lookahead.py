@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.calls import Call
+from adam_ghost.capture.hooks import StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, unseen
 from adam_ghost.capture.recording import Packing, Recording
@@ -65,15 +66,16 @@ class ScoredLinears:
 
     def __init__(self, model: nn.Module, recorder: Recorder):
         self.recorder = recorder
-        self.layers = [m for m in model.modules() if layer_kind(m) == "linear" and "forward" not in vars(m)]
+        linears = [m for m in model.modules() if layer_kind(m) == "linear"]
+        self.stand_ins = [StandIn(layer, partial(self._forward, layer)) for layer in linears]
 
     def attach(self) -> None:
-        for layer in self.layers:
-            layer.forward = partial(self._forward, layer)
+        for stand_in in self.stand_ins:
+            stand_in.attach()
 
     def detach(self) -> None:
-        for layer in self.layers:
-            del layer.forward
+        for stand_in in self.stand_ins:
+            stand_in.detach()
 
     @unseen
     def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
@@ -80,7 +81,6 @@ class Entry:
     ids: list[Hashable]
     record: StepRecord
     losses: Tensor | None  # [n]
-    epoch: int | None
 
 
 class Schedule(Protocol):
@@ -180,13 +180,11 @@ class After(Collecting):
         model = self.loop.model
         self._watch()
         # ours see the forward pass first and last
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward))]
         self.recorder.attach()
-        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
+        self._handles.append(model.register_forward_hook(Hook(self._after_forward), always_call=True))
 
     def detach(self) -> None:
-        if self.recorder.open:
-            self.recorder.end()
         self.recorder.detach()
         for handle in self._handles:
             handle.remove()
@@ -207,6 +205,7 @@ class After(Collecting):
         self._arm(micro)
 
     def _arm(self, micro: MicroBatch) -> None:
+        self.recorder.end()
         self._await(micro)
         micro.recording.on_arrival = micro.arrivals
         self._armed = micro
@@ -229,6 +228,7 @@ class After(Collecting):
         self._micro.append(micro)
 
     def collect(self) -> list[MicroBatch] | None:
+        self.recorder.end()
         self.recorder.recording, self._armed = None, None
         return super().collect()
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.optim import OptState
 from adam_ghost.optim.protocol import Adjoint
-from adam_ghost.run.feedback import FEEDBACKS
+from adam_ghost.run.feedback import FEEDBACKS, norm
 from adam_ghost.run.lookahead import ContractingRecording
-from adam_ghost.run.rerun import KeptBatch, Rerun
+from adam_ghost.run.rerun import KeptBatch, Rerun, first_output
 from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step, report_coverage
@@ -64,7 +64,7 @@ class Window(Collecting):
         super().__init__(loop)
         self.options, self.coverage = options, coverage
         self.params = list(loop.params.values())
-        self.rerun = Rerun(loop.model, self.params, options.train_loss)
+        self.rerun = Rerun(loop.model, loop.params, options.train_loss)
         self._segment = max(1, round((options.window + options.ahead) ** 0.5))  # steps from one kept state to the next
         self._armed: MicroBatch | None = None
         self._kept: list[KeptStep] = []
@@ -77,8 +77,9 @@ class Window(Collecting):
         model = self.loop.model
         self._watch()
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_pre_hook(Hook(self._before_forward)),
+            self.rerun.head.register_forward_hook(Hook(self._output)),
+            model.register_forward_hook(Hook(self._after_forward)),
         ]
 
     def detach(self) -> None:
@@ -109,14 +110,23 @@ class Window(Collecting):
             self.rerun.note_forward(micro.kept)
             self.loop.watch.forward_begins()
 
-    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _output(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._armed is None or self._armed.kept is None or self._sweeping:
             return
-        micro, self._armed = self._armed, None
-        for x in pytree.tree_leaves(output):
-            if isinstance(x, Tensor) and x.requires_grad:
-                x.register_hook(micro.arrivals)
-        self._micro.append(micro)
+        micro, out = self._armed, first_output(output)
+        if out is None or not out.requires_grad:
+            return
+
+        def arrived(grad: Tensor) -> None:
+            micro.arrivals()
+            micro.kept.first_row = grad.detach()[0].norm() if grad.ndim else grad.detach().abs()
+
+        out.register_hook(arrived)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._armed is not None and self._armed.kept is not None and not self._sweeping:
+            self._micro.append(self._armed)
+            self._armed = None
 
     def collect(self) -> list[MicroBatch] | None:
         self._armed = None
@@ -242,7 +252,7 @@ class Sweep:
 
         Told by what is the same in all steps that were scaled down: the norm afterwards, or the factor.
         """
-        norms = [_norm([g for g in s.grads if g is not None]) for s in self.steps]
+        norms = [norm([g for g in s.grads if g is not None]) for s in self.steps]
         table = torch.stack([torch.stack(norms), torch.stack([s.factor.to(norms[0]) for s in self.steps])]).tolist()
         clipped = [(norm, factor) for norm, factor in zip(*table, strict=True) if factor < 1 - 1e-4]
         if not clipped:
@@ -260,9 +270,9 @@ class Sweep:
         factor = step.factor
         clipped = self.max_norm is not None and bool(factor < 1 - 1e-4)
         if clipped:
-            norm = _norm(raw)
+            size = norm(raw)
             along = sum((x.flatten(1) @ g.flatten().to(x.dtype) for x, g in zip(pulled, raw, strict=True)))  # [K]
-            share = (along / (norm * (norm + 1e-6))).to(along.dtype)
+            share = (along / (size * (size + 1e-6))).to(along.dtype)
             pulled = [
                 factor.to(x.dtype) * (x - share.view(-1, *[1] * g.ndim) * g.to(x.dtype)) for x, g in zip(pulled, raw, strict=True)
             ]
@@ -327,8 +337,8 @@ class Sweep:
         """Raises ValueError where the batch, run again, does not give the gradient that the optimizer used."""
         used = dict(zip(self.loop.params, step.grads, strict=True))
         again = {name: g * step.factor.to(g.dtype) for name, g in found.items()}
-        off = _norm([again[name] - used[name] for name in found])
-        size = _norm([used[name] for name in found])
+        off = norm([again[name] - used[name] for name in found])
+        size = norm([used[name] for name in found])
         if not bool(off <= _SAME_GRADIENT * size):
             raise ValueError(
                 f"step {step.number}: train_loss(inputs), run again at the step's weights, gives another gradient than the loop's"
@@ -342,7 +352,3 @@ class Sweep:
             )
             for x, h in zip(adjoint.weights, product, strict=True):
                 x[k] += h
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)))

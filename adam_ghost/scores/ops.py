@@ -341,7 +341,7 @@ def norm_score(
         P_weight, P_bias: directions ``[K, d]``; no bias: None.
         eps: the layer's; None: the machine epsilon of x's dtype, as in ``torch.nn.RMSNorm``.
         kind: ``layer`` or ``rms``.
-        per_token, offsets, impl: as in ``contract``, and so are dtypes, order and errors. The kernel takes d up to 65,536.
+        per_token, offsets, impl: as in ``contract``, and so are dtypes, order and errors. The kernel takes d up to ``LARGEST``.
     """
     if kind not in ("layer", "rms"):
         raise ValueError(f"kind: expected 'layer' or 'rms', got {kind!r}")
@@ -355,10 +355,11 @@ def norm_score(
 
 @torch.library.impl(_lib, "norm_score", "CompositeExplicitAutograd")
 def _norm_score_impl(x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl):
-    if (impl == "triton" or x.shape[-1] <= 65536) and _in_triton(impl, "norm_score", x, b, P_weight):
-        from adam_ghost.kernels.norm import norm_score as kernel
+    if _in_triton(impl, "norm_score", x, b, P_weight):
+        from adam_ghost.kernels import norm
 
-        return kernel(x, b, P_weight, P_bias, eps, kind, offsets, per_token)
+        if impl == "triton" or x.shape[-1] <= norm.LARGEST:
+            return norm.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token)
     scores = definition.norm_score(*_wide(x, b, P_weight, P_bias), eps, kind)
     return scores if per_token else definition.sum_samples(scores, offsets)
 

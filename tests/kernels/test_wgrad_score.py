@@ -20,15 +20,12 @@ SHAPES = {  # n, T, d_in, d_out, K
 }
 
 
-def check(a, b, P, offsets=None, grad=None, run=None):
+def check(a, b, P, offsets=None, run=None):
     exact_G, exact = definition.wgrad_score(*wide(a, b, P), offsets)
     low_G = (b.flatten(0, -2).mT @ a.flatten(0, -2)).double()
     low = definition.contract(a, b, P.to(a.dtype))
     low = definition.sum_samples(low.float(), offsets)
-    if grad is not None:
-        exact_G, low_G = exact_G + grad.double(), grad + low_G.to(grad.dtype)
-    G, scores = (run or (lambda: ops.wgrad_score(a, b, P, offsets=offsets, grad=grad, impl="triton")))()
-    assert grad is None or G is grad
+    G, scores = (run or (lambda: ops.wgrad_score(a, b, P, offsets=offsets, impl="triton")))()
     N = a.flatten(0, -2).shape[0]
     assert_accurate(G, exact_G, low_G, max(N, 1))
     assert_accurate(scores, exact, low, max(N, 1) * a.shape[-1] * b.shape[-1])
@@ -41,15 +38,9 @@ def test_shapes(shape, dtype):
     check(normal(n, T, d_in, dtype=dtype), normal(n, T, d_out, dtype=dtype, scale=1e-3), normal(K, d_out, d_in, scale=1e-6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["float32", "bfloat16", "float64"])
-def test_adds_to_a_gradient(dtype):
-    a, b = normal(7, 40, 40, dtype=torch.bfloat16), normal(7, 40, 200, dtype=torch.bfloat16)
-    check(a, b, normal(8, 200, 40), grad=normal(200, 40, dtype=dtype))
-
-
-def test_adds_where_programs_hold_whole_tiles():
+def test_programs_that_hold_whole_tiles():
     a, b = normal(1, 40, 520, dtype=torch.bfloat16), normal(1, 40, 136, dtype=torch.bfloat16)
-    check(a, b, normal(8, 136, 520), grad=normal(136, 520))
+    check(a, b, normal(8, 136, 520))
 
 
 @pytest.mark.parametrize("lengths", [(5, 0, 140, 1), (7,), ()], ids=["four", "one", "none"])

@@ -147,7 +147,7 @@ def test_reading_changes_nothing():
     opt.step()
     before = copy.deepcopy(opt.state_dict())
     state = AdamState.of(opt)
-    assert AdamState.of(state) is state and all(p in state for p in params) and len(list(state)) == 3
+    assert AdamState.of(state) is state and all(p in state for p in params) and len(list(state.parameters())) == 3
     for rule in definition.RULES:
         state.scaling(params[0], params[0].grad, rule)
     after = opt.state_dict()

@@ -73,7 +73,8 @@ def assert_as_good(got, low, exact, bound):
 
 def assert_correct(lists, s, rule, impl, out_dtype=None):
     call = lambda lists, **how: adam_op.variance_correction(**lists, steps=[s] * len(lists["params"]), rule=rule, **how)  # noqa: E731
-    got, low = call(lists, impl=impl, out_dtype=out_dtype), call(lists, impl="reference", out_dtype=torch.float32)
+    into = lambda dtype: [torch.full_like(x, math.nan, dtype=dtype) for x in lists["val_grads"]]  # noqa: E731
+    got, low = call(lists, impl=impl, out=into(out_dtype)), call(lists, impl="reference", out=into(torch.float32))
     exact, unit = call(wide(lists), impl="reference"), torch.finfo(got.P[0].dtype).eps / 2
     for i, (val, w, g, m, v, v_max) in enumerate(zip(*(wide(lists)[k] for k in ("val_grads", *STATE)), strict=True)):
         of_P = spread(lambda *x: definition.direction(rule, s, *x), [val, w, g, m, v, v_max], unit)
@@ -86,9 +87,8 @@ def assert_correct(lists, s, rule, impl, out_dtype=None):
         )
         assert_as_good(got.P[i], low.P[i], exact.P[i], of_P)
         total = lambda x, lead=val.ndim - w.ndim: x.unsqueeze(-1).flatten(lead).sum(-1).reshape(-1)  # noqa: E731
-        of_sums = [total(of_P * g.abs()), total(of_moved * val.abs()), total(of_P * (2 * exact.P[i].abs() + of_P))]
-        of_g = torch.tensor([8 * EPS * g.square().sum(), 0.0])
-        assert_as_good(got.sums.table[i], low.sums.table[i], exact.sums.table[i], torch.cat([*of_sums, of_g]))
+        of_sums = torch.cat([total(of_P * g.abs()), total(of_moved * val.abs())])
+        assert_as_good(got.sums.table[i], low.sums.table[i], exact.sums.table[i], of_sums)
     return got
 
 
@@ -111,7 +111,7 @@ def test_dtypes_and_targets(dtype, state_dtype, out_dtype, impl):
     got = assert_correct(lists, STEPS["amsgrad-l2-maximize"], "secant", impl, out_dtype)
     assert all(P.dtype == (out_dtype or dtype) and P.shape == v.shape for P, v in zip(got.P, lists["val_grads"], strict=True))
     assert got.sums.reached.shape == (len(SHAPES), 3)
-    torch.testing.assert_close(got.sums.total().g_norm2, sum(g.double().square().sum() for g in lists["grads"]))
+    torch.testing.assert_close(got.sums.total().history, got.sums.history.sum(0))
 
 
 # magnitudes that states really hold: never touched, denormal, tiny, ordinary, huge
@@ -157,12 +157,12 @@ def test_untouched_state_is_finite(rule, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nonfinite_gradients_are_counted(impl):
+def test_nonfinite_gradients_stay_where_they_are(impl):
     lists = draw([(2000,), (50,)])
     lists["grads"][0][[3, 700]] = math.nan
     lists["grads"][0][1999] = -math.inf
     got = adam_op.variance_correction(**lists, steps=[STEPS["adam"]] * 2, impl=impl)
-    assert got.sums.nonfinite.tolist() == [3, 0] and got.sums.total().nonfinite == 3
+    assert not got.sums.reached[0].isfinite().any()
     assert got.P[0].isfinite().sum() == 1997 and got.P[1].isfinite().all() and got.sums.table[1].isfinite().all()
 
 
@@ -176,12 +176,12 @@ def test_absent_state_is_zero(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_in_place_and_other_gradient_in_the_dot(impl):
-    lists, dot = draw(SHAPES, K=2), draw(SHAPES, seed=1)["grads"]
-    want = adam_op.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), dot_grads=dot, impl=impl)
-    for P, d, row in zip(want.P, dot, want.sums.reached, strict=True):
-        torch.testing.assert_close(row, (P.double() * d).reshape(2, -1).sum(1) if P.numel() else torch.zeros(2).double())
-    got = adam_op.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), dot_grads=dot, out=lists["val_grads"], impl=impl)
+def test_in_place(impl):
+    lists = draw(SHAPES, K=2)
+    want = adam_op.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), impl=impl)
+    for P, g, row in zip(want.P, lists["grads"], want.sums.reached, strict=True):
+        torch.testing.assert_close(row, (P.double() * g).reshape(2, -1).sum(1) if P.numel() else torch.zeros(2).double())
+    got = adam_op.variance_correction(**lists, steps=[STEPS["l2"]] * len(SHAPES), out=lists["val_grads"], impl=impl)
     assert all(a is b for a, b in zip(got.P, lists["val_grads"], strict=True))
     assert all(map(torch.equal, got.P, want.P)) and torch.equal(got.sums.table, want.sums.table)
 
@@ -272,7 +272,7 @@ BAD = {
     "grads": (lambda x: [x[0], x[1][:2]], r"grads\[1\]: expected shape \[4, 5\], got \[2, 5\]"),
     "val_grads": (lambda x: [x[0].expand(2, 2, 3), x[1]], r"val_grads\[0\]: expected 1 dimensions, or one more, got 3"),
     "out": (lambda x: [x[0], x[1].expand(2, 4, 5)], r"out\[1\]: expected shape \[4, 5\], got \[2, 4, 5\]"),
-    "dot_grads": (lambda x: [x[0].to("meta"), x[1]], r"dot_grads\[0\]: expected a tensor on cpu, as params\[0\], got meta"),
+    "exp_avg_sqs": (lambda x: [x[0].to("meta"), x[1]], r"exp_avg_sqs\[0\]: expected a tensor on cpu, as params\[0\], got meta"),
     "steps": (lambda x: x[:1], r"steps: expected 2 entries, one per parameter, got 1"),
     "rule": (lambda x: "newton", r"rule: expected one of secant, tangent, frozen, sgd, got 'newton'"),
 }
@@ -282,7 +282,7 @@ BAD = {
 @pytest.mark.parametrize("name, change, message", [(k, *v) for k, v in BAD.items()], ids=BAD)
 def test_errors_name_the_argument_and_change_nothing(name, change, message, impl):
     lists = draw([(3,), (4, 5)])
-    good = {**lists, "steps": [STEPS["adam"]] * 2, "rule": "secant", "dot_grads": lists["grads"]}
+    good = {**lists, "steps": [STEPS["adam"]] * 2, "rule": "secant"}
     good["out"] = [torch.full_like(x, math.nan) for x in lists["val_grads"]]
     with pytest.raises(ValueError, match=message):
         adam_op.variance_correction(**{**good, name: change(good[name])}, impl=impl)
@@ -303,7 +303,7 @@ def test_past_2_31_elements_on_meta():
     big = torch.empty(3, 2**30, device="meta")
     lists = {k: [big] for k in STATE}
     got = adam_op.variance_correction(**lists, val_grads=[big.expand(2, -1, -1)], steps=[STEPS["adam"]])
-    assert got.P[0].shape == (2, 3, 2**30) and got.sums.table.shape == (1, 8) and got.sums.table.device.type == "meta"
+    assert got.P[0].shape == (2, 3, 2**30) and got.sums.table.shape == (1, 4) and got.sums.table.device.type == "meta"
 
 
 # ---- as ops of torch.library ----
@@ -313,7 +313,7 @@ def op_arguments(dtype=torch.float32):
     lists = draw([(3, 4), (5,)], dtype, K=2)
     table = torch.tensor([STEPS["amsgrad"]], dtype=torch.float64)
     out = [torch.zeros_like(x) for x in lists["val_grads"]]
-    return [*(lists[k] for k in STATE), lists["val_grads"], lists["grads"], out, table, [0, 0], "secant"]
+    return [*(lists[k] for k in STATE), lists["val_grads"], out, table, [0, 0], "secant", None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -321,7 +321,7 @@ def test_opcheck(dtype):
     arguments = op_arguments(dtype)
     torch.library.opcheck(torch.ops.adam_ghost.variance_correction.default, arguments)
     buffers = [[torch.zeros_like(w) for w in arguments[0]], []]
-    torch.library.opcheck(torch.ops.adam_ghost.weight_points.default, [*arguments[:5], *buffers, arguments[8], [0, 0]])
+    torch.library.opcheck(torch.ops.adam_ghost.weight_points.default, [*arguments[:5], *buffers, arguments[7], [0, 0], None])
 
 
 def test_op_takes_absent_entries():

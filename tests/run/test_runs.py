@@ -241,7 +241,9 @@ def test_before_the_first_step():
     _, run = run_of(mlp())
     assert run.top() == [] and run.top(harmful=True) == []
     assert run.scores().ids == []
-    with pytest.raises(ValueError, match=r"what an InRun's state_dict\(\) returned; it lacks ledger, step"):
+    with pytest.raises(ValueError, match="value must be standardized or total, got 'share'"):
+        run.top(value="share")
+    with pytest.raises(ValueError, match=r"what InRun.state_dict\(\) returned"):
         run.load_state_dict({})
 
 

@@ -17,7 +17,6 @@ CALLS = {
     "contract per_token": lambda impl: (a, b, P, None, True, False, impl),
     "wgrad_score": lambda impl: (a, b, P, None, impl),
     "wgrad_score ragged": lambda impl: (*flat, P, offsets, impl),
-    "wgrad_score_": lambda impl: (normal(4, 8), a, b, P, None, impl),
     "ghost_gram": lambda impl: (a, b, a[:2], b[:2], normal(4), normal(8), None, None, impl),
     "ghost_gram one set": lambda impl: (*flat, None, None, None, None, offsets, None, impl),
     "embedding_score": lambda impl: (indices, a, normal(2, 5, 8), 1, None, False, impl),
@@ -40,7 +39,6 @@ def test_opcheck(name, impl):
 PUBLIC = {
     "contract": lambda impl: ops.contract(a, b, P, impl=impl),
     "wgrad_score": lambda impl: ops.wgrad_score(a, b, P, impl=impl),
-    "wgrad_score into a gradient": lambda impl: ops.wgrad_score(a, b, P, grad=torch.ones_like(P[0]), impl=impl),
     "ghost_gram": lambda impl: ops.ghost_gram(a, b, row=P[0, :, 0], impl=impl),
     "embedding_score": lambda impl: ops.embedding_score(indices, a, P.mT[..., :1].expand(2, 8, 8), padding_idx=0, impl=impl),
     "norm_score": lambda impl: ops.norm_score(a, a, P[:, 0], None, None, "rms", impl=impl),
@@ -65,7 +63,6 @@ def test_compiles_whole(name):
         (lambda: ops.contract(a, b, P, offsets=offsets), r"a: expected \[N, d\] with offsets, got \[3, 6, 8\]"),
         (lambda: ops.contract(*flat, P, offsets=offsets.float()), "offsets: expected integers"),
         (lambda: ops.contract(a, b, P, impl="cuda"), "impl: expected None, 'triton', 'cpp' or 'reference', got 'cuda'"),
-        (lambda: ops.wgrad_score(a, b, P, grad=normal(8, 4)), r"grad: expected \[4, 8\], got \[8, 4\]"),
         (lambda: ops.ghost_gram(a, b, a2=a), "b2: expected both a2 and b2"),
         (lambda: ops.ghost_gram(a, b, row=normal(8)), r"row: expected \[4\], got \[8\]"),
         (lambda: ops.ghost_gram(a, b, offsets2=offsets), "offsets2: expected None"),
@@ -91,9 +88,6 @@ def test_cost_model():
     assert cost.scores(16, 1024, 1, 3072, 768).best == "weight gradient"
     assert cost.scores(4096, 1, 1, 1024, 1024).best == "contraction"
     assert cost.scores(16, 1024, 1, 3072, 768, gradient=False).best == "contraction"
-    # pairs of short samples by token pairs, of long ones by per-sample gradients
-    assert cost.pairs(64, 64, 16, 16, 768, 768, symmetric=True).best == "ghost gram"
-    assert cost.pairs(64, 64, 4096, 4096, 768, 768, symmetric=True).best == "weight gradient"
     slow = cost.H200._replace(matrix_flops=79e12)
     assert (
         cost.scores(16, 1024, 1, 3072, 768, machine=slow).seconds["contraction"]

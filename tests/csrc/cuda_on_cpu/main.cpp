@@ -69,7 +69,6 @@ int main() {
           if (i % 5) p.m = memory.draw(p.numel, dtype(1), offset);
           if (i % 5) p.v = memory.draw(p.numel, dtype(1), offset, true);
           if (i % 6) p.v_max = memory.draw(p.numel, dtype(1), offset, true);
-          p.dot = i % 2 ? p.g : memory.draw(p.numel, dtype(0), 0);
           p.val_stride = p.out_stride = K > 1 ? p.numel : 0;
           p.val = memory.draw(p.numel * K, dtype(0), offset);
           Param q = p;

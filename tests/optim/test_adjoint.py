@@ -171,7 +171,7 @@ BAD = {
     "lambda_m": (lambda x, _: [x[0], x[1].expand(2, 4, 5)], r"lambda_m\[1\]: expected shape \[4, 5\], got \[2, 4, 5\]"),
     "lambda_v": (lambda x, _: [x[0].to("meta"), x[1]], r"lambda_v\[0\]: expected a tensor on cpu, as params\[0\], got meta"),
     "lambda_v_max": (lambda x, _: [], r"lambda_v_max: expected 2 entries, one per parameter, for amsgrad's steps, got 0"),
-    "out": (lambda x, all: [x[0], all["lambda_w"][1]], r"lambda_w\[1\]: expected a tensor of its own, it is written twice"),
+    "out": (lambda x, all: [x[0], all["lambda_w"][1]], r"lambda_w\[1\]: expected a tensor of its own, got that of another list"),
     "steps": (lambda x, _: x[:1], r"steps: expected 2 entries, one per parameter, got 1"),
 }
 
@@ -189,11 +189,11 @@ def test_errors_name_the_argument_and_change_nothing(name, change, message):
 
 def test_opcheck():
     given = good()
-    table, rows = adam_op.step_table(given.pop("steps"), torch.device("cpu"))
-    torch.library.opcheck(torch.ops.adam_ghost.adjoint.default, [*given.values(), table, rows])
+    table, rows = adam_op.step_table(given["params"], given.pop("steps"))
+    torch.library.opcheck(torch.ops.adam_ghost.adjoint.default, [*given.values(), table, rows, None])
     given["lambda_v_max"] = []
     table[:, StepScalars._fields.index("amsgrad")] = 0
-    torch.library.opcheck(torch.ops.adam_ghost.adjoint.default, [*given.values(), table, rows])
+    torch.library.opcheck(torch.ops.adam_ghost.adjoint.default, [*given.values(), table, rows, None])
 
 
 def test_compiles_without_a_graph_break():
