@@ -20,6 +20,7 @@ from adam_ghost.run.ids import normalise
 from adam_ghost.run.readback import Books, Pending, Readback
 from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.steps import Steps
+from adam_ghost.run.store import parse_bytes
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
@@ -92,17 +93,19 @@ class InRun:
         refresh: int = 1,
         audit_every: int | None = None,
         audit_permutations: int = 8,
-        window: int = 32,
+        window: int | str = 32,
         ahead: int = 32,
         train_loss: Callable[[Any], Tensor] | None = None,
-        feedback: str | None = None,
+        feedback: str = "differences",
+        memory: str | int | None = None,
+        audit_samples: int = 4,
         half: bool | None = None,
         strict: bool = False,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
         _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
-            _check_window(train_loss, window, ahead, feedback, refresh)
+            options = _window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -118,7 +121,7 @@ class InRun:
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
         self._schedule_name = schedule
         if schedule == "window":
-            self._schedule: Schedule = Window(self._loop, WindowOptions(train_loss, window, ahead, feedback), self.coverage)
+            self._schedule: Schedule = Window(self._loop, options, self.coverage)
         else:
             self._schedule = _step_schedule(schedule, self._loop)
         self._totals = Totals()
@@ -561,16 +564,33 @@ def _step_schedule(name: str, loop: Loop) -> Schedule:
     return After(loop, name)
 
 
-def _check_window(train_loss: Any, window: Any, ahead: Any, feedback: Any, refresh: int) -> None:
+def _window_options(
+    train_loss: Any,
+    window: Any,
+    ahead: Any,
+    feedback: Any,
+    memory: Any,
+    audit_every: int | None,
+    audit_samples: Any,
+    refresh: int,
+    model: nn.Module,
+) -> WindowOptions:
     if not callable(train_loss):
         raise TypeError(
             "schedule='window' runs batches again: train_loss must be a callable of what run.batch(ids, inputs=...) is given,"
             f" returning the loss that the loop calls backward() on; got {type(train_loss).__name__}"
         )
-    for name, value, least in (("window", window, 1), ("ahead", ahead, 0)):
-        if not isinstance(value, int) or value < least:
+    auto = window == "auto"
+    window = 32 if auto else window
+    for name, value, least in (("window", window, 1), ("ahead", ahead, 0), ("audit_samples", audit_samples, 2)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if feedback is not None and feedback not in FEEDBACKS:
-        raise ValueError(f"feedback must be None or one of {', '.join(FEEDBACKS)}, got {feedback!r}")
+    if auto and audit_every is None:
+        raise ValueError("window='auto' goes by audits: give audit_every, in windows")
+    if feedback not in FEEDBACKS:
+        raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {feedback!r}")
     if refresh != 1:
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("model.compile() hides the model's calls from schedule='window': use model = torch.compile(model)")
+    return WindowOptions(train_loss, window, ahead, auto, feedback, parse_bytes(memory), audit_every, audit_samples)

@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from adam_ghost.optim import adam_definition as definition
 from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import RULES, StepScalars
-from adam_ghost.optim.protocol import Adjoint, Linearized, register
+from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, register
 
 
 class ParamState(NamedTuple):
@@ -104,12 +104,18 @@ class AdamState:
     def scalars(self, params: Sequence[Tensor]) -> list[StepScalars]:
         return [self[p].scalars for p in params]
 
-    def kept(self, params: Sequence[Tensor]) -> "AdamState":
-        rows = (self[p] for p in params)
-        return AdamState(ParamState(*(None if x is None else x.detach().clone() for x in s[:4]), s.scalars) for s in rows)
+    def kept(self, params: Sequence[Tensor]) -> Kept:
+        rows = [self[p] for p in params]
+        scalars = [row.scalars for row in rows]
+
+        def rebuild(tensors: list[Tensor | None]) -> AdamState:
+            return AdamState(ParamState(*tensors[4 * i : 4 * i + 4], s) for i, s in enumerate(scalars))
+
+        return Kept([None if x is None else x.detach().clone() for row in rows for x in row[:4]], rebuild)
 
     def advanced(self, grads: Sequence[Tensor | None], scalars: list[StepScalars]) -> "AdamState":
-        rows = list(self.kept(list(self.parameters()))._params.values())
+        tensors, rebuild = self.kept(list(self.parameters()))
+        rows = list(rebuild(tensors)._params.values())
         alike: dict[StepScalars, list[int]] = {}
         for i, (row, g) in enumerate(zip(rows, grads, strict=True)):
             if g is not None:
