@@ -259,27 +259,19 @@ def _in_extension(name: str, impl: str | None, check: Callable[[], None], inputs
         raise RuntimeError(f"impl='cpp': {why}")
     if impl is None and why and device in extension.built:
         extension.warn_once(device)
-    if impl != "reference" and not why:
-        status = _call(getattr(extension.C, name), inputs, outputs, *rest)
-        if status == _DONE:
-            return True
+    kernel = None if impl == "reference" or why else getattr(extension.C, name)
+    if kernel and (status := kernel(*inputs, *outputs, *rest)) == _DONE:
+        return True
     check()
-    if impl == "cpp":
-        raise TypeError(f"impl='cpp': {'float32 and bfloat16 only' if status == _DTYPE else 'not for these tensors'}")
-    return False
-
-
-def _call(kernel, inputs: list, outputs: list[list[Tensor]], *rest) -> int:
-    """The extension's answer. Tensors that are not dense are read from, and written through, row-major copies."""
-    status = kernel(*inputs, *outputs, *rest)
-    if status == _LAYOUT:
+    if kernel and status == _LAYOUT:  # tensors that are not dense are read from, and written through, row-major copies
         made = [row_major(x) for x in outputs]
         status = kernel(*map(row_major, inputs), *made, *rest)
-        if status == _DONE:
-            for x, y in zip(chain(*outputs), chain(*made), strict=True):
-                if x is not y:
-                    x.copy_(y)
-    return status
+        for x, y in zip(chain(*outputs), chain(*made), strict=True):
+            if status == _DONE and x is not y:
+                x.copy_(y)
+    if impl == "cpp" and status != _DONE:
+        raise TypeError(f"impl='cpp': {'float32 and bfloat16 only' if status == _DTYPE else 'not for these tensors'}")
+    return status == _DONE
 
 
 def step_table(params: list[Tensor], steps: list[StepScalars]) -> tuple[Tensor, list[int]]:
