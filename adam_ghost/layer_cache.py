@@ -62,7 +62,7 @@ class LayerCache:
         self._recorder.begin(self.recorded)
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         recorder, self._recorder = self._recorder, None
         recorder.detach()
         if exc[0] is not None:

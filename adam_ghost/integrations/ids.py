@@ -1,6 +1,6 @@
 """Sample ids on their way through somebody else's loader: a column of the data set that the model must not see."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from typing import Any
 
 ID = "sample_id"
@@ -12,7 +12,7 @@ def take_ids(batch: Any, column: str = ID) -> list[Hashable]:
     Raises:
         KeyError: the batch has no such column.
     """
-    if not isinstance(batch, Mapping) or column not in batch:
+    if not isinstance(batch, MutableMapping) or column not in batch:
         there = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
         raise KeyError(f"the batch has no column {column!r} with the samples' ids; it has {there}")
     ids = batch.pop(column)

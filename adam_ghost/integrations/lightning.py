@@ -54,11 +54,12 @@ class AttributionCallback(Callback):
             self.run.load_state_dict(self._loaded)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.run.epoch = trainer.current_epoch
-        self.run.batch(self.ids(batch))
+        if self.run is not None:
+            self.run.epoch = trainer.current_epoch
+            self.run.batch(self.ids(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        steps = self.run.steps
+        steps = self.run.steps if self.run is not None else []
         if trainer.loggers and steps and not steps[-1].skipped:
             values = {f"attribution/{n}": sum(getattr(steps[-1], n)) for n in ("score_sum", "total", "val_loss")}
             for logger in trainer.loggers:

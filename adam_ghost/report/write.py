@@ -173,7 +173,9 @@ def _lookup(table: Any, names: list) -> dict[Any, dict]:
 
 
 def _image(found: bytes | None) -> str | None:
-    kind = next((k for magic, k in _IMAGES.items() if found and found.startswith(magic)), None)
+    if found is None:
+        return None
+    kind = next((k for magic, k in _IMAGES.items() if found.startswith(magic)), None)
     return kind and f"data:image/{kind};base64,{base64.b64encode(found).decode()}"
 
 

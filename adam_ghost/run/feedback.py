@@ -74,7 +74,7 @@ def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vec
             held = {k: p.detach() for k, p in zip(rerun.names, rerun.params, strict=True)}
             along = dict(zip(rerun.names, vector, strict=True))
             # forward over reverse: the other order is silently wrong through layer_norm (PyTorch 2.13)
-            _, found = torch.func.jvp(torch.func.grad(loss), (held,), (along,))
+            found = torch.func.jvp(torch.func.grad(loss), (held,), (along,))[1]
         for x, h in zip(total, found.values(), strict=True):
             x += h
     return total

@@ -29,7 +29,7 @@ class KeptBatch:
 def _set_rng(state: RngState) -> None:
     host, on_device, device = state
     torch.set_rng_state(host)
-    if on_device is not None:
+    if device is not None and on_device is not None:
         torch.cuda.set_rng_state(on_device, device)
 
 
@@ -119,7 +119,7 @@ class Rerun:
         for batch in batches:
             found = torch.autograd.grad(self.loss(batch), self.params, allow_unused=True)
             grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)]
-            total = grads if total is None else torch._foreach_add(total, grads)
+            total = grads if total is None else list(torch._foreach_add(total, grads))
         assert total is not None
         return total
 

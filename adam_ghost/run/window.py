@@ -6,7 +6,6 @@ gradient at its end, step by step, by the adjoint of the optimizer's step. What 
 Mathematics: docs/method.md, 6.
 """
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -44,14 +44,14 @@ class Step:
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
     for name, p in params.items():
         if p not in opt_state:
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
-        if p.grad.layout is not torch.strided:
+        if grads[name].layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
-    grads = {name: p.grad for name, p in params.items()}
     if recordings:
         inside = set(model.parameters())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]

@@ -147,7 +147,7 @@ def test_a_hook_that_clips_after_the_run_has_looked():
     optimizer.register_step_pre_hook(lambda *args: nn.utils.clip_grad_norm_(model.parameters(), 1e-3) and None)
     run.batch(range(N))
     loss_of(model, 0).backward()
-    with pytest.raises(RuntimeError, match="gradients were changed after the run had scored them.*hook"):
+    with pytest.raises(RuntimeError, match=r"gradients were changed after the run had scored them.*hook"):
         optimizer.step()
     assert run.scores().ids == [] and run.steps == []
 
