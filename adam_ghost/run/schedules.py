@@ -71,6 +71,7 @@ class Scored(NamedTuple):
     total: Tensor  # [K]: < P , g(B) >
     history: Tensor  # [K]
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
+    at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
 
 
 @dataclass
@@ -235,7 +236,8 @@ class After(Collecting):
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
-        return Scored(scores, direction.val_loss, direction.total, direction.history, edited)
+        at = 0.5 if self.loop.refreshes else None
+        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
@@ -308,7 +310,8 @@ class Ahead(After):
         if edited.device.type == "cpu" and bool(edited.any()):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
         scores = torch.cat([m.recording.scores for m in micro]) * scale.mean()
-        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited)
+        at = 0.0 if self.loop.refreshes else None
+        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited, at)
 
 
 class AheadCompiled(Ahead):

@@ -6,7 +6,6 @@ gradient at its end, step by step, by the adjoint of the optimizer's step. What 
 Mathematics: docs/method.md, 6.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,6 +24,7 @@ from adam_ghost.run.rerun import KeptBatch, Rerun, first_output
 from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step, report_coverage
+from adam_ghost.warn import warn
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
@@ -163,11 +163,7 @@ class Window(Collecting):
             missing = first + self.options.window + self.options.ahead - last
             found += self._sweep(first, first + self.options.window)
             if missing > 0 and found:
-                warnings.warn(
-                    f"adam_ghost: the run ended {missing} steps before the last window's end: its scores look less far ahead",
-                    UserWarning,
-                    stacklevel=3,
-                )
+                warn(f"the run ended {missing} steps before the last window's end: its scores look less far ahead")
         return found
 
     def _sweep(self, after: int, score_to: int) -> list[tuple[Entry, Scored]]:
