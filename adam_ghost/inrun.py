@@ -25,7 +25,7 @@ from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import play
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
+from adam_ghost.step.fingerprint import EDITED, Fingerprint, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
@@ -102,7 +102,7 @@ class InRun:
     ):
         _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
-            _check_window(train_loss, window, ahead, feedback, refresh)
+            windows = _window_options(train_loss, window, ahead, feedback, refresh)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -118,7 +118,7 @@ class InRun:
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
         self._schedule_name = schedule
         if schedule == "window":
-            self._schedule: Schedule = Window(self._loop, WindowOptions(train_loss, window, ahead, feedback), self.coverage)
+            self._schedule: Schedule = Window(self._loop, windows, self.coverage)
         else:
             self._schedule = _step_schedule(schedule, self._loop)
         self._totals = Totals()
@@ -229,8 +229,9 @@ class InRun:
         dropped = self._schedule.drop()
         if self._schedule.pending():
             grads = watch.grads()
-            gone = watch.fingerprint is None or watch.fingerprint.cleared(grads)
-            changed = not gone and not watch.fingerprint.untouched(grads)
+            before = watch.fingerprint
+            gone = before is None or before.cleared(grads)
+            changed = before is not None and not gone and not before.untouched(grads)
             if gone or changed:
                 self._schedule.forget()
                 watch.fingerprint = None
@@ -314,7 +315,7 @@ class InRun:
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
-        edited, void = self._follow_scaling(step)
+        edited, void = self._follow_scaling(step, loop.watch.fingerprint)
         if void.device.type == "cpu":  # where looking costs no synchronisation
             if bool(edited.any()):
                 raise ValueError(EDITED)
@@ -349,12 +350,12 @@ class InRun:
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
         self._books.add(Pending(entry.ids, entry.record, *read, told, found.at))
 
-    def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Finds by what the gradients were multiplied since the backward pass, for ``step``.
+    def _follow_scaling(self, step: Step, before: Fingerprint) -> tuple[Tensor, Tensor]:
+        """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
 
         Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
         """
-        scale, edited, void = self._loop.watch.fingerprint.changes(step.grads)
+        scale, edited, void = before.changes(step.grads)
         # a fused optimizer unscales inside its step, on what the scaler leaves with it
         if (factor := getattr(self.optimizer, "grad_scale", None)) is not None:
             inverse = factor.to(void.device).reciprocal()
@@ -369,8 +370,9 @@ class InRun:
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
         lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
-        when = {"epoch": self.epoch, "every": self._loop.every, "refresh": self._loop.refresh}
-        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds, **when)
+        record = StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds)
+        record.epoch, record.every, record.refresh = self.epoch, self._loop.every, self._loop.refresh
+        return record
 
     def _skip(self, micro: list[MicroBatch]) -> None:
         self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
@@ -561,7 +563,7 @@ def _step_schedule(name: str, loop: Loop) -> Schedule:
     return After(loop, name)
 
 
-def _check_window(train_loss: Any, window: Any, ahead: Any, feedback: Any, refresh: int) -> None:
+def _window_options(train_loss: Any, window: Any, ahead: Any, feedback: Any, refresh: int) -> WindowOptions:
     if not callable(train_loss):
         raise TypeError(
             "schedule='window' runs batches again: train_loss must be a callable of what run.batch(ids, inputs=...) is given,"
@@ -574,3 +576,4 @@ def _check_window(train_loss: Any, window: Any, ahead: Any, feedback: Any, refre
         raise ValueError(f"feedback must be None or one of {', '.join(FEEDBACKS)}, got {feedback!r}")
     if refresh != 1:
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
+    return WindowOptions(train_loss, window, ahead, feedback)

@@ -63,7 +63,7 @@ class AttributionCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         steps = self.run.steps if self.run is not None else []
-        due = trainer.global_step % trainer.log_every_n_steps == 0
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set in its constructor
         if not (trainer.loggers and due and steps) or steps[-1].skipped or steps[-1].step == self._logged:
             return
         self._logged = steps[-1].step

@@ -280,8 +280,7 @@ def weight_points(
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     for i, (s, w, g, m, v, v_max) in enumerate(zip(steps, *lists, strict=True)):
-        at_empty = empty_weights(s, w, m, v, v_max) if empty else None
-        at_mid = mid_weights(s, w, g, m, v, v_max) if mid else None
+        at_empty, at_mid = empty_weights(s, w, m, v, v_max), mid_weights(s, w, g, m, v, v_max)
         for target, value in ((empty, at_empty), (mid, at_mid)):
             if target:
                 target[i].copy_(value)

@@ -17,7 +17,7 @@ from adam_ghost.capture.recording import Packing
 class KeptBatch:
     """What it takes to run a micro-batch's forward pass again."""
 
-    ids: list[Hashable]
+    ids: Sequence[Hashable]
     inputs: Any
     packing: Packing | None
     rng: RngState  # when the batch was announced
@@ -41,7 +41,7 @@ class Rerun:
         self.names, self.params = list(params), list(params.values())
         self.device = self.params[0].device
 
-    def keep(self, ids: list[Hashable], inputs: Any, packing: Packing | None) -> KeptBatch:
+    def keep(self, ids: Sequence[Hashable], inputs: Any, packing: Packing | None) -> KeptBatch:
         """Called where the batch is announced."""
         return KeptBatch(ids, inputs, packing, rng_state(self.device))
 

@@ -22,6 +22,7 @@ from adam_ghost.run.feedback import FEEDBACKS, norm
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import KeptBatch, Rerun, first_output
 from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
+from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step, report_coverage
 from adam_ghost.warn import warn
@@ -239,7 +240,7 @@ class Sweep:
 
     def _states(self, segment: list[KeptStep]) -> list[OptState]:
         """The state before each step of a segment."""
-        states = [segment[0].state]
+        states = [state for state in (segment[0].state,) if state is not None]
         for step, after in pairwise(segment):
             states.append(states[-1].advanced(step.grads, after.scalars))
         return states
@@ -257,9 +258,9 @@ class Sweep:
         clipped = [(norm, factor) for norm, factor in zip(*table, strict=True) if factor < 1 - 1e-4]
         if not clipped:
             return None
-        norms, factors = zip(*clipped, strict=True)
+        sizes, factors = zip(*clipped, strict=True)
         same_factor = len(clipped) > 1 and max(factors) - min(factors) <= 1e-4 * max(factors)
-        return None if same_factor or max(norms) - min(norms) > 1e-3 * max(norms) else max(norms)
+        return None if same_factor or max(sizes) - min(sizes) > 1e-3 * max(sizes) else max(sizes)
 
     def _pull(self, step: KeptStep, state: OptState, adjoint: Adjoint) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient of the loss before it was scaled, and its adjoint, ``[K, *shape]``, per parameter."""
@@ -271,7 +272,7 @@ class Sweep:
         clipped = self.max_norm is not None and bool(factor < 1 - 1e-4)
         if clipped:
             size = norm(raw)
-            along = sum((x.flatten(1) @ g.flatten().to(x.dtype) for x, g in zip(pulled, raw, strict=True)))  # [K]
+            along = add(x.flatten(1) @ g.flatten().to(x.dtype) for x, g in zip(pulled, raw, strict=True))  # [K]
             share = (along / (size * (size + 1e-6))).to(along.dtype)
             pulled = [
                 factor.to(x.dtype) * (x - share.view(-1, *[1] * g.ndim) * g.to(x.dtype)) for x, g in zip(pulled, raw, strict=True)
@@ -335,7 +336,7 @@ class Sweep:
 
     def _compare(self, step: KeptStep, found: dict[str, Tensor]) -> None:
         """Raises ValueError where the batch, run again, does not give the gradient that the optimizer used."""
-        used = dict(zip(self.loop.params, step.grads, strict=True))
+        used = {name: g for name, g in zip(self.loop.params, step.grads, strict=True) if g is not None}
         again = {name: g * step.factor.to(g.dtype) for name, g in found.items()}
         off = norm([again[name] - used[name] for name in found])
         size = norm([used[name] for name in found])

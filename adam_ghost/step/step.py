@@ -1,7 +1,7 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,17 @@ class Step:
     params: dict[str, nn.Parameter]
     grads: dict[str, Tensor]
     recordings: list[Recording]
-    scale: dict[str, Tensor] | None = None  # what each gradient was multiplied by since it was recorded
+    scale: dict[str, Tensor] = field(default_factory=dict)  # what gradients were multiplied by since they were recorded
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
         p = self.params[name]
         shares = torch.cat([sample_gradients(r.calls, name, p, r.batch_size, block) for r in self.recordings])
-        return shares if self.scale is None else shares * self.scale[name]
+        return shares * self.scale[name] if self.scale else shares
 
     def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
-        if self.scale is not None:
+        if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
         return contract_all(self.recordings, P, per_token, half)
 
