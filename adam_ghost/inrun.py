@@ -26,7 +26,7 @@ from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import play
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
+from adam_ghost.step.fingerprint import EDITED, Fingerprint, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
@@ -105,7 +105,7 @@ class InRun:
     ):
         _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
-            options = _window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
+            windows = _window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -121,7 +121,7 @@ class InRun:
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
         self._schedule_name = schedule
         if schedule == "window":
-            self._schedule: Schedule = Window(self._loop, options, self.coverage)
+            self._schedule: Schedule = Window(self._loop, windows, self.coverage)
         else:
             self._schedule = _step_schedule(schedule, self._loop)
         self._totals = Totals()
@@ -232,8 +232,9 @@ class InRun:
         dropped = self._schedule.drop()
         if self._schedule.pending():
             grads = watch.grads()
-            gone = watch.fingerprint is None or watch.fingerprint.cleared(grads)
-            changed = not gone and not watch.fingerprint.untouched(grads)
+            before = watch.fingerprint
+            gone = before is None or before.cleared(grads)
+            changed = before is not None and not gone and not before.untouched(grads)
             if gone or changed:
                 self._schedule.forget()
                 watch.fingerprint = None
@@ -317,7 +318,7 @@ class InRun:
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
-        edited, void = self._follow_scaling(step)
+        edited, void = self._follow_scaling(step, loop.watch.fingerprint)
         if void.device.type == "cpu":  # where looking costs no synchronisation
             if bool(edited.any()):
                 raise ValueError(EDITED)
@@ -352,12 +353,12 @@ class InRun:
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
         self._books.add(Pending(entry.ids, entry.record, *read, told, found.at))
 
-    def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Finds by what the gradients were multiplied since the backward pass, for ``step``.
+    def _follow_scaling(self, step: Step, before: Fingerprint) -> tuple[Tensor, Tensor]:
+        """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
 
         Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
         """
-        scale, edited, void = self._loop.watch.fingerprint.changes(step.grads)
+        scale, edited, void = before.changes(step.grads)
         # a fused optimizer unscales inside its step, on what the scaler leaves with it
         if (factor := getattr(self.optimizer, "grad_scale", None)) is not None:
             inverse = factor.to(void.device).reciprocal()
@@ -372,8 +373,9 @@ class InRun:
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
         lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
-        when = {"epoch": self.epoch, "every": self._loop.every, "refresh": self._loop.refresh}
-        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds, **when)
+        record = StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds)
+        record.epoch, record.every, record.refresh = self.epoch, self._loop.every, self._loop.refresh
+        return record
 
     def _skip(self, micro: list[MicroBatch]) -> None:
         self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))

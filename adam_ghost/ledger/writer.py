@@ -111,7 +111,7 @@ class LedgerWriter:
         """The run, which may hold steps that have not arrived here; this, if it is gone."""
         return (self._filled_by and self._filled_by()) or self
 
-    def begin(self, ids: Sequence[int] | Sequence[str], settings: Callable[[], Mapping[str, Any]]) -> None:
+    def begin(self, ids: Sequence[Hashable], settings: Callable[[], Mapping[str, Any]]) -> None:
         """Called before a batch of ``ids``: refuses ids that cannot be written; at first, a folder that is not free for this run.
 
         Raises:
