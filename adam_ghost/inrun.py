@@ -23,7 +23,8 @@ from adam_ghost.run.steps import Steps
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
-from adam_ghost.shapley import play
+from adam_ghost.shapley import ShapleyValues, play
+from adam_ghost.step.alone import alone, tolerance
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
@@ -68,7 +69,9 @@ class InRun:
         every: attribute every that many optimizer steps; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
         audit_every: compare every that many attributed steps with the exact game (``exact_shapley``; costs
-            ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then.
+            ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then. The game is played
+            with the recorded gradients; whether these are their samples' is told by two samples, whose gradients are computed
+            alone (``audit.alone``, the relative difference; None where the model's outputs have no batch).
         half: in ``midpoint``, round the operands of the scores' large float32 products to bfloat16 (sums stay in float32),
             which moved the scores of real texts by less than a thousandth. None: where it is faster, on CPUs that multiply
             bfloat16.
@@ -184,7 +187,8 @@ class InRun:
 
         Raises:
             TypeError: an id is something else.
-            ValueError: wrong lengths, a BatchNorm in training mode, or gradients changed since the last micro-batch.
+            TypeError, ValueError: ids that are none, wrong lengths, a BatchNorm in training mode, parameters that were frozen or
+                unfrozen where that cannot be followed.
         """
         if self._closed:
             raise RuntimeError("this run is closed")
@@ -227,18 +231,10 @@ class InRun:
         """Drops micro-batches without gradients: a scaler skipped their step, or the loop went on to the next batch."""
         watch = self._loop.watch
         dropped = self._schedule.drop()
-        if self._schedule.pending():
-            grads = watch.grads()
-            gone = watch.fingerprint is None or watch.fingerprint.cleared(grads)
-            changed = not gone and not watch.fingerprint.untouched(grads)
-            if gone or changed:
-                self._schedule.forget()
-                watch.fingerprint = None
-                dropped += self._schedule.drop()
-            if changed:
-                raise ValueError(
-                    "gradients were changed between two micro-batches of a step: scale or clip them once, before the step"
-                )
+        if self._schedule.pending() and (watch.fingerprint is None or watch.fingerprint.cleared(watch.grads())):
+            self._schedule.forget()
+            watch.fingerprint = None
+            dropped += self._schedule.drop()
         if dropped:
             self._skip(dropped)
 
@@ -320,7 +316,7 @@ class InRun:
                 raise ValueError(EDITED)
             if bool(void):
                 return self._skip(micro)
-        audit = play(step, loop.validation, self.audit_permutations, self.step) if self._audit_due() else None
+        audit = self._play(step, micro) if self._audit_due() else None
         ids = [i for m in micro for i in m.ids]
         losses = [m.losses for m in micro if m.losses is not None]
         told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
@@ -332,9 +328,25 @@ class InRun:
         if found is None:
             return
         if audit is not None:
-            r, error = audit.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
-            entry.record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
+            game, apart = audit
+            r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
+            entry.record.audit = Audit(r, error, game.total.reshape(-1).tolist(), apart)
         self._enter(entry, found, void)
+
+    def _play(self, step: Step, micro: list[MicroBatch]) -> tuple[ShapleyValues, float | None]:
+        """The step's exact game, and how far recorded gradients are from those of samples alone, of the first micro-batch."""
+        first, validation = micro[0], self._loop.validation
+        apart = None
+        if first.whole is not None and first.packing is None:
+            apart = alone(step, first.whole, len(first.ids), validation, self.step)
+            if apart is not None and not apart <= tolerance(first.whole):
+                self.coverage.tell(
+                    "alone",
+                    f"step {self.step}: the gradients of samples computed alone differ from the recorded ones by {apart:.0%}: the"
+                    " model mixes the samples, or its batch was followed wrongly (a torch.autograd.Function of your own, a"
+                    " second argument that is no batch); the audit's r says nothing of that",
+                )
+        return play(step, validation, self.audit_permutations, self.step), apart
 
     def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
         for entry, scored in found:

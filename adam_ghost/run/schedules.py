@@ -17,6 +17,7 @@ from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.step.alone import WholePass
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
 from adam_ghost.step.step import Step
@@ -39,6 +40,7 @@ class MicroBatch:
     kept: Any = None  # KeptBatch, in a window
     losses: Tensor | None = None  # [n], as the loop told them
     arrivals: Arrivals | None = None  # of its gradients
+    whole: WholePass | None = None  # of an audited step
 
 
 @dataclass
@@ -180,7 +182,7 @@ class After(Collecting):
         model = self.loop.model
         self._watch()
         # ours see the forward pass first and last
-        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward))]
+        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)]
         self.recorder.attach()
         self._handles.append(model.register_forward_hook(Hook(self._after_forward), always_call=True))
 
@@ -210,8 +212,10 @@ class After(Collecting):
         micro.recording.on_arrival = micro.arrivals
         self._armed = micro
 
-    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._armed is not None and torch.is_grad_enabled() and not self.recorder.open:
+            if self._armed.audit:
+                self._armed.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
             self.recorder.begin(self._armed.recording)
 
@@ -225,6 +229,8 @@ class After(Collecting):
         rows = micro.recording.batch_size
         if micro.packing is None and rows != len(micro.ids):
             raise ValueError(f"run.batch got {len(micro.ids)} ids, but the model was called with a batch of {rows}")
+        if micro.whole is not None:
+            micro.whole.ended(output)
         self._micro.append(micro)
 
     def collect(self) -> list[MicroBatch] | None:
