@@ -83,7 +83,7 @@ def half_squares(model, x, y):
     return (model(torch.from_numpy(x)) - torch.from_numpy(y)).square().sum() / 2 / len(x)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 @given(st.lists(steps, min_size=1, max_size=4))
 def test_totals_are_those_of_books_kept_by_hand(sequence):
     torch.manual_seed(0)
