@@ -99,9 +99,7 @@ def show(console: Console, result: Result, corpus: Corpus, share: float, batch: 
         "Most helpful samples": _extremes(result, corpus, order[:5]),
         "Most harmful samples": _extremes(result, corpus, order[::-1][:5]),
         "Audit: against the exact Shapley values of the step, Pearson R / relative L2 error": _audit(result),
-        "Completeness: do the scores add up to what the batch took off, against the step that momentum takes without it?": _completeness(
-            result
-        ),
+        "Completeness: do scores add up to what the batch took off, against the step without it?": _completeness(result),
     }
     for title, table in parts.items():
         console.print(Text(f"\n{title}", style="bold"))
