@@ -24,7 +24,8 @@ from adam_ghost.run.store import parse_bytes
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
-from adam_ghost.shapley import play
+from adam_ghost.shapley import ShapleyValues, play
+from adam_ghost.step.alone import alone, tolerance
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, Fingerprint, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
@@ -69,7 +70,9 @@ class InRun:
         every: attribute every that many optimizer steps; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
         audit_every: compare every that many attributed steps with the exact game (``exact_shapley``; costs
-            ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then.
+            ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then. The game is played
+            with the recorded gradients; whether these are their samples' is told by two samples, whose gradients are computed
+            alone (``audit.alone``, the relative difference; None where the model's outputs have no batch).
         half: in ``midpoint``, round the operands of the scores' large float32 products to bfloat16 (sums stay in float32),
             which moved the scores of real texts by less than a thousandth. None: where it is faster, on CPUs that multiply
             bfloat16.
@@ -187,7 +190,8 @@ class InRun:
 
         Raises:
             TypeError: an id is something else.
-            ValueError: wrong lengths, a BatchNorm in training mode, or gradients changed since the last micro-batch.
+            TypeError, ValueError: ids that are none, wrong lengths, a BatchNorm in training mode, parameters that were frozen or
+                unfrozen where that cannot be followed.
         """
         if self._closed:
             raise RuntimeError("this run is closed")
@@ -224,25 +228,18 @@ class InRun:
         return Packing(offsets.to(device, non_blocking=True), int(offsets[-1]))
 
     def _audit_due(self) -> bool:
+        if isinstance(self._schedule, Window):  # which audits its own sweeps
+            return False
         return self.audit_every is not None and self._loop.attributed % self.audit_every == self.audit_every - 1
 
     def _settle(self) -> None:
         """Drops micro-batches without gradients: a scaler skipped their step, or the loop went on to the next batch."""
         watch = self._loop.watch
         dropped = self._schedule.drop()
-        if self._schedule.pending():
-            grads = watch.grads()
-            before = watch.fingerprint
-            gone = before is None or before.cleared(grads)
-            changed = before is not None and not gone and not before.untouched(grads)
-            if gone or changed:
-                self._schedule.forget()
-                watch.fingerprint = None
-                dropped += self._schedule.drop()
-            if changed:
-                raise ValueError(
-                    "gradients were changed between two micro-batches of a step: scale or clip them once, before the step"
-                )
+        if self._schedule.pending() and (watch.fingerprint is None or watch.fingerprint.cleared(watch.grads())):
+            self._schedule.forget()
+            watch.fingerprint = None
+            dropped += self._schedule.drop()
         if dropped:
             self._skip(dropped)
 
@@ -301,7 +298,10 @@ class InRun:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         scored, self._scored = self._scored, None
         if scored is not None and not scored.untouched(self._loop.watch.grads()):
-            self._books.withdraw()
+            if isinstance(self._schedule, Window):
+                self._schedule.withdraw()
+            else:
+                self._books.withdraw()
             raise RuntimeError(
                 "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
                 " would not be those of the step. Register that hook before the run is built"
@@ -324,7 +324,7 @@ class InRun:
                 raise ValueError(EDITED)
             if bool(void):
                 return self._skip(micro)
-        audit = play(step, loop.validation, self.audit_permutations, self.step) if self._audit_due() else None
+        audit = self._play(step, micro) if self._audit_due() else None
         ids = [i for m in micro for i in m.ids]
         losses = [m.losses for m in micro if m.losses is not None]
         told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
@@ -336,9 +336,25 @@ class InRun:
         if found is None:
             return
         if audit is not None:
-            r, error = audit.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
-            entry.record.audit = Audit(r, error, audit.total.reshape(-1).tolist())
+            game, apart = audit
+            r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
+            entry.record.audit = Audit(r, error, game.total.reshape(-1).tolist(), apart)
         self._enter(entry, found, void)
+
+    def _play(self, step: Step, micro: list[MicroBatch]) -> tuple[ShapleyValues, float | None]:
+        """The step's exact game, and how far recorded gradients are from those of samples alone, of the first micro-batch."""
+        first, validation = micro[0], self._loop.validation
+        apart = None
+        if first.whole is not None and first.packing is None:
+            apart = alone(step, first.whole, len(first.ids), validation, self.step)
+            if apart is not None and not apart <= tolerance(first.whole):
+                self.coverage.tell(
+                    "alone",
+                    f"step {self.step}: the gradients of samples computed alone differ from the recorded ones by {apart:.0%}: the"
+                    " model mixes the samples, or its batch was followed wrongly (a torch.autograd.Function of your own, a"
+                    " second argument that is no batch); the audit's r says nothing of that",
+                )
+        return play(step, validation, self.audit_permutations, self.step), apart
 
     def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
         for entry, scored in found:
@@ -501,10 +517,10 @@ def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, r
     for group in optimizer.param_groups:
         if group.get("eps") == 0:
             raise ValueError("the optimizer has eps=0: where Adam has no history yet, its step without the batch would be 0/0")
-    if is_compiled(model) and (schedule != "lookahead" or audit_every):
+    if is_compiled(model) and schedule != "window" and (schedule != "lookahead" or audit_every):
         raise ValueError(
             "the model is compiled: its layer calls cannot be recorded, which schedule='midpoint' and audit_every need;"
-            " use schedule='lookahead' without audits, or compile nothing"
+            " use schedule='window', or 'lookahead' without audits, or compile nothing"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")

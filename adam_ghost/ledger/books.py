@@ -20,7 +20,8 @@ class Audit:
 
     r: float  # Pearson's correlation
     relative_l2: float
-    loss_drop: PerTarget  # U(B): what the batch's step really took off the validation loss
+    loss_drop: PerTarget  # U(B): what the batch's gradient really took off the validation loss
+    alone: float | None = None  # largest relative difference between recorded gradients and those of two samples alone
 
 
 @dataclass
@@ -34,7 +35,7 @@ class StepRecord:
     refreshed: bool  # whether that was in this step
     score_sum: PerTarget
     total: PerTarget  # < P , g(B) >, what the scores must add up to
-    history: PerTarget  # what momentum and weight decay took off the validation loss, to first order
+    history: PerTarget  # what momentum and weight decay took off: by two steps' losses where there are two, or to first order
     coverage: float  # share of the parameters with a gradient that the scores explain
     skipped: bool  # the gradients were not finite and the optimizer did not step: no scores
     seconds: float  # of the host, spent on attribution around this step

@@ -17,6 +17,7 @@ from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.step.alone import WholePass
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
 from adam_ghost.step.step import Step
@@ -39,6 +40,7 @@ class MicroBatch:
     kept: Any = None  # KeptBatch, in a window
     losses: Tensor | None = None  # [n], as the loop told them
     arrivals: Arrivals = field(init=False)  # of its gradients, from when it is opened
+    whole: WholePass | None = None  # of an audited step
 
 
 @dataclass
@@ -180,7 +182,7 @@ class After(Collecting):
         model = self.loop.model
         self._watch()
         # ours see the forward pass first and last
-        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward))]
+        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)]
         self.recorder.attach()
         self._handles.append(model.register_forward_hook(Hook(self._after_forward), always_call=True))
 
@@ -209,9 +211,12 @@ class After(Collecting):
         micro.recording, recording.on_arrival = recording, micro.arrivals
         self._armed = micro
 
-    def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        recording = None if self._armed is None else self._armed.recording
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        micro = self._armed
+        recording = None if micro is None else micro.recording
         if recording is not None and torch.is_grad_enabled() and not self.recorder.open:
+            if micro.audit:
+                micro.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
             self.recorder.begin(recording)
 
@@ -225,6 +230,8 @@ class After(Collecting):
         rows = micro.recording.batch_size
         if micro.packing is None and rows != len(micro.ids):
             raise ValueError(f"run.batch got {len(micro.ids)} ids, but the model was called with a batch of {rows}")
+        if micro.whole is not None:
+            micro.whole.ended(output)
         self._micro.append(micro)
 
     def collect(self) -> list[MicroBatch] | None:

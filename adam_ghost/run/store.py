@@ -60,7 +60,7 @@ class Held:
 
 
 class Store:
-    """Keeps tensors within ``limit`` bytes of the device; the rest in pinned memory, or, of tensors on a CPU, in a folder's files."""
+    """Keeps tensors within ``limit`` bytes of the device; the rest in pinned memory or, on a CPU, in a folder's files."""
 
     def __init__(self, limit: int | None, folder: str | None = None):
         self.limit, self.used = limit, 0

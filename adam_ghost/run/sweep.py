@@ -161,10 +161,10 @@ class Sweep:
         pulled = state.pull(used, adjoint)
         if self.is_clipped(used):
             # the factor, max_norm over the gradient's norm, shrinks as the gradient grows: nothing along it passes
-            squared = sum(g.square().sum(dtype=torch.float64) for g in raw)
-            along = (
-                sum((x.flatten(1) @ g.flatten().to(x.dtype)).double() for x, g in zip(pulled, raw, strict=True)) / squared
-            )  # [K]
+            size = norm(raw)
+            squared = size * (size + 1e-6 / self.unclipped)  # clip_grad_norm_'s own small number
+            dots = [x.flatten(1) @ g.flatten().to(x.dtype) for x, g in zip(pulled, raw, strict=True)]  # each [K]
+            along = torch.stack(dots).double().sum(0) / squared
             pulled = [x - along.view(-1, *[1] * g.ndim).to(x.dtype) * g.to(x.dtype) for x, g in zip(pulled, raw, strict=True)]
         return raw, [x * step.factor.to(x.dtype) for x in pulled]
 

@@ -43,7 +43,8 @@ class Totals:
         n = len(self._rows)
         steps = self._steps[:n].copy()
         sums = self._sums[:n].copy()
-        sums = sums[..., 0] if squeeze and n else sums
+        if squeeze:
+            sums = sums[..., 0] if n else sums.reshape(0, 2)
         return SampleScores(list(self._rows), sums[:, 0], (sums[:, 1].T / np.maximum(steps, 1)).T, steps)
 
     def state_dict(self) -> dict[str, Any]:

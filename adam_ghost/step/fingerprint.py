@@ -84,7 +84,8 @@ class GradientWatch:
     """Takes the fingerprint of a model's gradients at the end of each backward pass in which a recorded gradient arrived.
 
     A backward pass may also begin on gradients that were cleared since the last one, without a step: a scaler skipped it, or
-    the loop went on to the next batch. ``on_cleared`` is told so, before anything is added to them.
+    the loop went on to the next batch. ``on_cleared`` is told so, before anything is added to them. On gradients that were
+    changed otherwise it may not begin: that raises ValueError there.
     """
 
     def __init__(self, params: Mapping[str, Tensor]):
@@ -93,7 +94,7 @@ class GradientWatch:
         self.ended = 0  # backward passes
         self.fingerprint: Fingerprint | None = None
         self._tasks: set[int] = set()  # backward passes whose end is awaited
-        self._begun = -1  # the backward pass whose beginning was seen last
+        self._looked = False  # whether the beginning of the next backward pass was looked at
         self._beginnings: list[Any] = []  # hooks on the parameters' nodes in the graph, which live as long as these are held
 
     def grads(self) -> dict[str, Tensor]:
@@ -102,6 +103,7 @@ class GradientWatch:
 
     def forward_begins(self) -> None:
         self._tasks.clear()
+        self._looked = False
 
     def await_beginnings(self) -> None:
         """The gradients hold something already: what begins on them from now on is looked at."""
@@ -120,13 +122,15 @@ class GradientWatch:
         self._beginnings, self.fingerprint, self.on_cleared = [], None, _nothing
 
     def _begins(self, grads: tuple) -> None:
-        task = torch._C._current_graph_task_id()
-        if task == self._begun:
+        if self._looked or self.fingerprint is None:
             return
-        self._begun = task
-        if self.fingerprint is not None and self.fingerprint.cleared(self.grads()):
+        self._looked, now = True, self.grads()
+        if self.fingerprint.cleared(now):
             self.fingerprint = None
             self.on_cleared()
+        elif not self.fingerprint.untouched(now):
+            self.fingerprint = None
+            raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
 
     def arrived(self) -> None:
         """A recorded gradient has come, in the midst of a backward pass."""
@@ -137,6 +141,7 @@ class GradientWatch:
 
     def _ended(self) -> None:
         self.ended += 1
+        self._looked = False
         grads = self.grads()
         if grads:
             self.fingerprint = Fingerprint.of(grads)
