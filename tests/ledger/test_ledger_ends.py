@@ -15,7 +15,7 @@ import made
 import adam_ghost as ag
 from adam_ghost.ledger import layout, leaving
 
-ENDS = 50
+ENDS = 8
 STATUS = {"normal": 0, "exception": 1, "exit": 3, "sigterm": -signal.SIGTERM, "handled": 4, "fork": 0}
 
 
