@@ -11,6 +11,7 @@ from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, Fingerprint
 from adam_ghost.step.step import Step, gather_step
+from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
 
 
@@ -18,8 +19,9 @@ class LayerCache:
     """Records each layer call's input and output gradient inside ``with cache:``, for ``attribute``, ``gram`` and the like.
 
     A layer is a module that owns trainable parameters and has no submodules (``nn.MultiheadAttention`` and parametrized
-    modules count as one); parameters used by torch functions outside such modules are recorded per function. Nothing of it
-    stays on the model after the block, and outputs, gradients and random state are those of the bare model.
+    modules count as one); parameters used by torch functions outside such modules are recorded per function. Entered again, it
+    forgets what it held. Nothing of it stays on the model after the block, and outputs, gradients and random state are those of
+    the bare model.
 
     Args:
         model: the module whose forward pass runs inside the block, called with the batch along dimension 0.
@@ -28,8 +30,9 @@ class LayerCache:
         strict: raise instead of warning where a parameter's gradient cannot be attributed.
 
     Raises:
-        ValueError: on entering, if a BatchNorm is in training mode (it mixes the samples), or if a block is nested or
-            repeated before its calls were used or cleared; inside, if the batch is not dimension 0.
+        TypeError: the model is spread over processes or devices, or has complex parameters.
+        ValueError: on entering, if a BatchNorm is in training mode (it mixes the samples), or if a block is nested; inside, if
+            the batch is not dimension 0.
     """
 
     def __init__(self, model: nn.Module, val_loss: Callable[[], Tensor] | None = None, *, strict: bool = False):
@@ -37,6 +40,7 @@ class LayerCache:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if val_loss is not None and not callable(val_loss):
             raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
+        refuse_unsupported(model)
         self.model = model
         self.coverage = Coverage(strict)
         self.validation = Validation(val_loss, model)
@@ -46,15 +50,12 @@ class LayerCache:
     def clear(self) -> None:
         """Forgets what was recorded."""
         self.recorded = Recording()
-        self.used = False
         self._fingerprint: Fingerprint | None = None
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __enter__(self) -> "LayerCache":
         if self._recorder is not None:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
-        if self.recorded.calls and not self.used:
-            raise ValueError("`with cache` was entered again before its recording was used: call attribute, or cache.clear()")
         refuse_mixed_samples(self.model)
         self.clear()
         self._recorder = Recorder(self.model)
@@ -120,5 +121,4 @@ def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) ->
             raise ValueError(f"the gradient of '{name}' is not finite")
     step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage)
     step.scale = cache.scaled_since()
-    cache.used = True
     return step

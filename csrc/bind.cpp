@@ -2,11 +2,8 @@
 // What the kernels do not take is answered by a status before anything is written; adam_op.py explains or falls back.
 #include <new>
 
-#include "job.h"
-#include "read.h"
-#ifdef ADAM_GHOST_WITH_CUDA
 #include "cuda.h"
-#endif
+#include "read.h"
 
 namespace {
 
@@ -108,6 +105,7 @@ struct Job {
   std::vector<StepRow> steps;        // the step table where the host holds it
   const StepRow* on_device = nullptr;  // or where it lies on the device, and how long it is
   int64_t rows_on_device = 0;
+  int lead = 0;  // dimensions before a parameter's own in the op's lists
   int64_t K = 1;
 
   DLDevice device() const { return models.empty() ? DLDevice{kDLCPU, 0} : models[0].x.device; }
@@ -135,7 +133,7 @@ void read_table(Job& job, PyObject* table, PyObject* rows) {
   }
 }
 
-// What both ops share: parameters, Adam's state, steps.
+// What the ops share: parameters, Adam's state, steps.
 Job read_state(PyObject* const* args, PyObject* table, PyObject* rows) {
   require(PyList_Check(args[0]), SHAPE);
   const Py_ssize_t n = PyList_Size(args[0]);
@@ -158,25 +156,24 @@ Job read_state(PyObject* const* args, PyObject* table, PyObject* rows) {
   return job;
 }
 
-// A tensor is read once, also where it stands in two lists: reading costs more than all the rest for a small one.
-void read_direction(Job& job, PyObject* vals, PyObject* outs) {
-  const Py_ssize_t n = job.params.size();
-  const List val(vals, n), out(outs, n);
-  for (Py_ssize_t i = 0; i < n; ++i) {
+// An op's own lists: tensors of the parameter's shape, or of K of them; those that `optional` has the bit of may be None.
+void read_planes(Job& job, std::initializer_list<PyObject*> objects, unsigned optional) {
+  std::vector<List> lists;
+  for (PyObject* object : objects) lists.emplace_back(object, job.params.size());
+  for (size_t i = 0; i < job.params.size(); ++i) {
     const Model& model = job.models[i];
-    Param& p = job.params[i];
-    const DLTensor x = view(val[i]), y = out[i] == val[i] ? x : view(out[i]);
-    const int lead = x.ndim - model.x.ndim;
-    require(lead == 0 || lead == 1, SHAPE);
-    const int64_t K = lead == 1 ? x.shape[0] : 1;
-    if (i == 0) job.K = K;
-    model.check(x, lead);
-    model.check(y, lead);
-    require(K == job.K && (lead == 0 || y.shape[0] == K), SHAPE);
-    p.val = {x.data, dtype_of(x)};
-    p.out = {y.data, dtype_of(y)};
-    p.val_stride = lead ? x.strides[0] : 0;
-    p.out_stride = lead ? y.strides[0] : 0;
+    for (size_t j = 0; j < lists.size(); ++j) {
+      if (lists[j][i] == Py_None && (optional >> j & 1)) continue;
+      const DLTensor x = view(lists[j][i]);
+      const int lead = x.ndim - model.x.ndim;
+      if (i == 0 && j == 0) job.lead = lead, job.K = lead == 1 ? x.shape[0] : 1;
+      require((lead == 0 || lead == 1) && lead == job.lead, SHAPE);
+      model.check(x, lead);
+      require(lead == 0 || x.shape[0] == job.K, SHAPE);
+      const int64_t stride = job.K > 1 ? x.strides[0] : 0;
+      require(job.K <= 1 || stride >= model.numel, LAYOUT);
+      job.params[i].planes[j] = {x.data, stride, dtype_of(x)};
+    }
   }
 }
 
@@ -218,6 +215,24 @@ void report(const char* error) {
 }
 #endif
 
+// Runs the kernel of the tensors' device. `cuda` is a template, so that a build without CUDA needs none of its functions.
+template <class Cpu, class Cuda>
+void run(const Job& job, int64_t sums, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
+  if (job.device().device_type == kDLCPU) {
+    const WithoutInterpreterLock unlocked;
+    return cpu();
+  }
+#ifdef ADAM_GHOST_WITH_CUDA
+  require(job.device().device_type == kDLCUDA, DEVICE);
+  const Launch l = launch_on(job);
+  const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, sums));
+  report(cuda(l, held.data()));
+#else
+  (void)sums;
+  throw Refused{DEVICE};
+#endif
+}
+
 // Runs `body` and turns refusals into a status; C++ exceptions do not pass into the interpreter.
 template <class Body>
 PyObject* answer(const Body& body) {
@@ -241,50 +256,42 @@ PyObject* variance_correction(PyObject*, PyObject* args) {
     return nullptr;
   return answer([&] {
     Job job = read_state(state, table, rows);
-    read_direction(job, val, out);
+    read_planes(job, {val, out}, 0);
     const DLTensor s = view(sums);
     require(s.ndim == 2 && s.shape[0] == int64_t(job.params.size()) && s.shape[1] == sum_count(job.K) && s.dtype.bits == 64 &&
                 row_major(s.shape, s.strides, 2) && rule >= SECANT && rule <= SGD, SHAPE);
-    if (job.device().device_type == kDLCPU) {
-      const WithoutInterpreterLock unlocked;
-      return variance_correction_cpu(job.params, job.steps.data(), rule, job.K, static_cast<double*>(s.data));
-    }
-#ifdef ADAM_GHOST_WITH_CUDA
-    require(job.device().device_type == kDLCUDA, DEVICE);
-    const Launch l = launch_on(job);
-    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, job.K));
-    report(variance_correction_cuda(l, job.params, rule, job.K, held.data(), static_cast<double*>(s.data)));
-#else
-    throw Refused{DEVICE};
-#endif
+    double* to = static_cast<double*>(s.data);
+    run(job, job.K, [&] { variance_correction_cpu(job.params, job.steps.data(), rule, job.K, to); },
+        [&](const auto& l, void* workspace) { return variance_correction_cuda(l, job.params, rule, job.K, workspace, to); });
   });
 }
 
 PyObject* weight_points(PyObject*, PyObject* args) {
-  PyObject *state[5], *empties, *mids, *table, *rows;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empties, &mids, &table, &rows))
+  PyObject *state[5], *empty, *mid, *table, *rows;
+  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empty, &mid, &table, &rows))
     return nullptr;
   return answer([&] {
     Job job = read_state(state, table, rows);
-    const Py_ssize_t n = job.params.size();
-    const List empty(empties, n), mid(mids, n);
-    for (Py_ssize_t i = 0; i < n; ++i) {
-      const Model& model = job.models[i];
-      job.params[i].empty = model.array(empty[i]);
-      job.params[i].mid = model.array(mid[i]);
-    }
-    if (job.device().device_type == kDLCPU) {
-      const WithoutInterpreterLock unlocked;
-      return weight_points_cpu(job.params, job.steps.data());
-    }
-#ifdef ADAM_GHOST_WITH_CUDA
-    require(job.device().device_type == kDLCUDA, DEVICE);
-    const Launch l = launch_on(job);
-    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, 0));
-    report(weight_points_cuda(l, job.params, held.data()));
-#else
-    throw Refused{DEVICE};
-#endif
+    read_planes(job, {empty, mid}, 1u << EMPTY | 1u << MID);
+    require(job.lead == 0, SHAPE);
+    run(job, 0, [&] { weight_points_cpu(job.params, job.steps.data()); },
+        [&](const auto& l, void* workspace) { return weight_points_cuda(l, job.params, workspace); });
+  });
+}
+
+PyObject* adjoint(PyObject*, PyObject* args) {
+  PyObject *state[5], *lambda[PLANES], *table, *rows;
+  if (!PyArg_ParseTuple(args, "OOOOOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &lambda[LAMBDA_W],
+                        &lambda[LAMBDA_M], &lambda[LAMBDA_V], &lambda[LAMBDA_V_MAX], &lambda[LAMBDA_G], &table, &rows))
+    return nullptr;
+  return answer([&] {
+    Job job = read_state(state, table, rows);
+    read_planes(job, {lambda[0], lambda[1], lambda[2], lambda[3], lambda[4]}, 1u << LAMBDA_V_MAX);
+    for (const Param& p : job.params)
+      for (int i = 0; i < PLANES; ++i)
+        for (int j = 0; j < i; ++j) require(p.numel == 0 || !p.planes[i].data || p.planes[i].data != p.planes[j].data, SHAPE);
+    run(job, 0, [&] { adjoint_cpu(job.params, job.steps.data(), job.K); },
+        [&](const auto& l, void* workspace) { return adjoint_cuda(l, job.params, job.K, workspace); });
   });
 }
 
@@ -299,6 +306,7 @@ PyObject* built(PyObject*, PyObject*) {
 
 PyMethodDef methods[] = {{"variance_correction", variance_correction, METH_VARARGS, nullptr},
                          {"weight_points", weight_points, METH_VARARGS, nullptr},
+                         {"adjoint", adjoint, METH_VARARGS, nullptr},
                          {"built", built, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

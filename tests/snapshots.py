@@ -9,7 +9,7 @@ def everything(model, optimizer):
     found |= {f"grad.{k}": p.grad for k, p in model.named_parameters()}
     found |= {f"optimizer.{i}.{k}": x for i, s in optimizer.state_dict()["state"].items() for k, x in s.items()}
     found |= {f"mode.{k}": torch.tensor(m.training) for k, m in model.named_modules()}
-    return {k: x.detach().clone() for k, x in found.items() if x is not None} | {"random": torch.get_rng_state()}
+    return {k: x.detach().to_dense().clone() for k, x in found.items() if x is not None} | {"random": torch.get_rng_state()}
 
 
 def same(a, b):

@@ -15,7 +15,7 @@ VERBS = {"layer_cache", "attribution", "pairwise", "shapley", "inrun"}
 # what each wing, or module of the top, may import beside itself and the foundation
 MAY_IMPORT = {
     "__init__": VERBS | {"ledger", "optim"},  # on demand, when a public name is asked for
-    "extension": set(),
+    "extension": {"warn"},
     "extras": set(),
     "warn": set(),
     "kernels": set(),

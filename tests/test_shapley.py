@@ -154,7 +154,6 @@ def test_the_method_on_a_language_model():
         with cache:
             optimizer.zero_grad()
             loss(x).backward()
-        cache.used = True
         if step in (10, 30):
             game = ag.exact_shapley(cache, optimizer, permutations=8)
             for name, (rule, at) in {

@@ -15,6 +15,7 @@ from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, keeps_apart, layer_kind, output_axes
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.surroundings import Surroundings
 
 
 def unseen(hook: Callable) -> Callable:
@@ -116,6 +117,7 @@ class Recorder:
         self.entries: dict[tuple[nn.Module, int], set[Tag]] = {}  # where the batch was in a layer's i-th argument
         self.follow = False  # whether the layer now running is followed function by function
         self.buffers: dict[str, Tensor] = {}
+        self.surroundings: Surroundings | None = None
         self.inside_model = self.inside_layer = 0
         self.rng: RngState | None = None
         self.scored = False  # whether the layer now running takes care of its own scores
@@ -202,13 +204,15 @@ class Recorder:
             for i, x in enumerate(leaves):
                 if isinstance(x, Tensor) and self.batch[x]:
                     self.entries.setdefault((module, i), set()).add(self.batch[x])
-        self.rng, self.buffers, self.follow = None, {}, False
+        self.rng, self.buffers, self.surroundings, self.follow = None, {}, None, False
         if layer_kind(module) is None:
             self.rng = rng_state(next(module.parameters()).device)
             if module.training:
                 self.buffers = {k: x.clone() for k, x in module.named_buffers()}
             # what torch.nn does to the batch is known; any other code is followed
             self.follow = not type(module).__module__.startswith("torch.nn.")
+            if self.follow:
+                self.surroundings = Surroundings(module.modules())
             self.inner = WeakIdKeyDictionary()
 
     def _tag_again(self, module: nn.Module, leaves: list[Any], new: list[Tensor]) -> None:
@@ -250,7 +254,7 @@ class Recorder:
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
-        call = Call(name, module, *self._recorded(args, kwargs), own, self.names, rng=self.rng, buffers=self.buffers)
+        call = Call(name, module, *self._recorded(args, kwargs), own, self.names, self.rng, False, self.buffers, self.surroundings)
         if any(isinstance(x, Tensor) and x.requires_grad for x in vars(module).values()):
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
         self._classify(call, tensors, outs, place)

@@ -37,6 +37,12 @@ class Recording:
             self.calls.append(call)
         call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
 
+    def forget(self) -> None:
+        """The gradients that have come count no more; others may come, by another backward pass."""
+        for call in self.calls:
+            call.grad_output = {}
+        self.calls = []
+
     def covered(self) -> set[str]:
         """The names of the parameters whose gradient the recorded calls explain."""
         return {name for call in self.calls for name in call.parameters()} - self.unattributed

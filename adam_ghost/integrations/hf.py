@@ -15,7 +15,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.inrun import InRun
-from adam_ghost.integrations.ids import ID, take_ids
+from adam_ghost.integrations.ids import ID, logged, take_ids
 
 _STATE = "adam_ghost.pt"
 
@@ -23,8 +23,9 @@ _STATE = "adam_ghost.pt"
 class AttributionCallback(TrainerCallback):
     """Attributes a ``Trainer``'s steps: accumulation, clipping, mixed precision, checkpoints and resuming included.
 
-    The ids reach the run through the collator; the model never sees them. ``attribution/score_sum``, ``/total``, ``/val_loss``
-    go where the Trainer reports to, and the run's state into every checkpoint.
+    The ids reach the run through the collator; the model never sees them. ``attribution/score_sum``, ``/total``, ``/val_loss``,
+    ``/gap`` (how far the scores miss ``/total``) and ``/coverage`` go where the Trainer reports to, and the run's state into
+    every checkpoint. A collator that packs samples into rows, as TRL's ``packing=True`` does, drops their ids: train unpacked.
 
     Args:
         val_loss: called with the model; returns the validation loss, ``[]`` or ``[K]``, with a graph.
@@ -75,7 +76,8 @@ class AttributionCallback(TrainerCallback):
             if training:
                 raise KeyError(
                     f"the batch has no {self.column!r}: give the data set that column, and the callback to the Trainer with"
-                    " callback.attach(trainer)"
+                    " callback.attach(trainer). If the data set has it, something on the way drops it: TRL's packing=True does"
+                    " (train with packing=False)"
                 )
             return None
         kwargs = dict(kwargs)
@@ -97,7 +99,7 @@ class AttributionCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any):
         steps = self.run and self.run.steps
         if logs is not None and steps and not steps[-1].skipped:
-            found = {f"attribution/{name}": sum(getattr(steps[-1], name)) for name in ("score_sum", "total", "val_loss")}
+            found = logged(steps[-1])
             logs.update(found)
             if state.log_history:
                 state.log_history[-1].update(found)  # the Trainer's own record was written already

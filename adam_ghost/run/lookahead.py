@@ -53,6 +53,10 @@ class ContractingRecording(Recording):
         self._arrived = scores if self._arrived is None else self._arrived + scores
         self.scored |= params
 
+    def forget(self) -> None:
+        super().forget()
+        self._arrived = self.slot.grad = None
+
     def covered(self) -> set[str]:
         return self.scored - self.unattributed
 

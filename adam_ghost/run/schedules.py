@@ -18,7 +18,7 @@ from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
-from adam_ghost.step.fingerprint import GradientWatch
+from adam_ghost.step.fingerprint import Arrivals, GradientWatch
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
@@ -38,6 +38,7 @@ class MicroBatch:
     recording: Recording | None = None
     kept: Any = None  # KeptBatch, in a window
     losses: Tensor | None = None  # [n], as the loop told them
+    arrivals: Arrivals | None = None  # of its gradients
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Scored(NamedTuple):
     total: Tensor  # [K]: < P , g(B) >
     history: Tensor  # [K]
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
+    at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
 
 
 @dataclass
@@ -97,7 +99,10 @@ class Schedule(Protocol):
         """The next forward pass is ``micro``'s, ``first`` of its step."""
 
     def forget(self) -> None:
-        """Whatever was announced has no part in the step."""
+        """The gradients that have arrived are gone: they have no part in the step."""
+
+    def drop(self) -> list[MicroBatch]:
+        """Takes out the micro-batches of which no gradient has arrived, or which were forgotten."""
 
     def collect(self) -> list[MicroBatch] | None:
         """The step's micro-batches in their order, handed over; None where this step cannot be scored."""
@@ -119,19 +124,61 @@ class Schedule(Protocol):
     def load_state_dict(self, state: Any) -> None: ...
 
 
-class After:
+class Collecting:
+    """Collects the micro-batches of the step in the making."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self._micro: list[MicroBatch] = []
+
+    def _watch(self) -> None:
+        """Follows what becomes of the gradients, from now until the watch is told to remove its hooks."""
+        self.loop.watch.on_cleared = lambda: self._forget(self.loop.watch.ended - 1)
+
+    def _await(self, micro: MicroBatch) -> None:
+        """Follows what becomes of the micro-batch's gradients."""
+        if self._micro:
+            self.loop.watch.await_beginnings()
+        micro.arrivals = Arrivals(self.loop.watch)
+
+    def pending(self) -> list[MicroBatch]:
+        return self._micro
+
+    def forget(self) -> None:
+        self._forget(self.loop.watch.ended)
+
+    def _forget(self, last: int) -> None:
+        """Those whose gradients came before more than ``last`` backward passes had ended."""
+        for micro in self._micro:
+            if micro.arrivals.last is not None and micro.arrivals.last <= last:
+                micro.arrivals.last = None
+                if micro.recording is not None:
+                    micro.recording.forget()
+
+    def drop(self) -> list[MicroBatch]:
+        dropped = [m for m in self._micro if m.arrivals.last is None]
+        self._micro = [m for m in self._micro if m.arrivals.last is not None]
+        return dropped
+
+    def collect(self) -> list[MicroBatch] | None:
+        micro, self._micro = self._micro, []
+        return micro
+
+
+class After(Collecting):
     """``midpoint`` and ``gauss``: layer calls are kept until the gradients are final, and contracted with ``P`` then."""
 
     def __init__(self, loop: Loop, place: str):
-        self.loop, self.place = loop, place
+        super().__init__(loop)
+        self.place = place
         self.recorder = Recorder(loop.model)
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
-        self._micro: list[MicroBatch] = []
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         model = self.loop.model
+        self._watch()
         # ours see the forward pass first and last
         self._handles = [model.register_forward_pre_hook(Hook(self._before_forward))]
         self.recorder.attach()
@@ -142,6 +189,7 @@ class After:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.loop.watch.remove()
         self._armed, self._micro, self._val = None, [], None
 
     def due(self) -> bool:
@@ -158,7 +206,8 @@ class After:
 
     def _arm(self, micro: MicroBatch) -> None:
         self.recorder.end()
-        micro.recording.on_arrival = self.loop.watch.arrived
+        self._await(micro)
+        micro.recording.on_arrival = micro.arrivals
         self._armed = micro
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
@@ -178,23 +227,17 @@ class After:
             raise ValueError(f"run.batch got {len(micro.ids)} ids, but the model was called with a batch of {rows}")
         self._micro.append(micro)
 
-    def forget(self) -> None:
-        self._micro = []
-
-    def pending(self) -> list[MicroBatch]:
-        return self._micro
-
     def collect(self) -> list[MicroBatch] | None:
         self.recorder.end()
         self.recorder.recording, self._armed = None, None
-        micro, self._micro = self._micro, []
-        return micro
+        return super().collect()
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
-        return Scored(scores, direction.val_loss, direction.total, direction.history, edited)
+        at = 0.5 if self.loop.refreshes else None
+        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
@@ -267,7 +310,8 @@ class Ahead(After):
         if edited.device.type == "cpu" and bool(edited.any()):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
         scores = torch.cat([m.recording.scores for m in micro]) * scale.mean()
-        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited)
+        at = 0.0 if self.loop.refreshes else None
+        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited, at)
 
 
 class AheadCompiled(Ahead):
@@ -277,8 +321,10 @@ class AheadCompiled(Ahead):
         After.__init__(self, loop, "midpoint")
         self._direction: Direction | None = None
         self._layers = CompiledLayers(loop.model)
+        self._running: ContractingRecording | None = None  # of the forward pass that was announced last
 
     def attach(self) -> None:
+        self._watch()
         self._layers.attach()
 
     def open(self, micro: MicroBatch, first: bool) -> None:
@@ -288,14 +334,17 @@ class AheadCompiled(Ahead):
         if self._direction is None:
             return
         micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
-        micro.recording.on_arrival = self.loop.watch.arrived
+        self._await(micro)
+        micro.recording.on_arrival = micro.arrivals
         micro.recording.batch_size = len(micro.ids)
         self._layers.begin(micro.recording)
+        self._running = micro.recording
         self._micro.append(micro)
 
     def _end(self) -> None:
-        if self._micro:
-            self._layers.end(self._micro[-1].recording)
+        if self._running is not None:
+            self._layers.end(self._running)
+            self._running = None
 
     def _foreseeable(self, opt_state: OptState) -> bool:
         return opt_state.steps_taken(default=self.loop.step) > 0

@@ -6,7 +6,6 @@ gradient at its end, step by step, by the adjoint of the optimizer's step. What 
 Mathematics: docs/method.md, 6.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,9 +21,10 @@ from adam_ghost.optim.protocol import Adjoint
 from adam_ghost.run.feedback import FEEDBACKS, norm
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import KeptBatch, Rerun, first_output
-from adam_ghost.run.schedules import Entry, Loop, MicroBatch, Scored
+from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step, report_coverage
+from adam_ghost.warn import warn
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
@@ -57,16 +57,16 @@ class WindowOptions:
     feedback: str | None = None
 
 
-class Window:
+class Window(Collecting):
     """Keeps steps, and sweeps each window when the steps ahead of it are done."""
 
     def __init__(self, loop: Loop, options: WindowOptions, coverage: Coverage):
-        self.loop, self.options, self.coverage = loop, options, coverage
+        super().__init__(loop)
+        self.options, self.coverage = options, coverage
         self.params = list(loop.params.values())
         self.rerun = Rerun(loop.model, loop.params, options.train_loss)
         self._segment = max(1, round((options.window + options.ahead) ** 0.5))  # steps from one kept state to the next
         self._armed: MicroBatch | None = None
-        self._micro: list[MicroBatch] = []
         self._kept: list[KeptStep] = []
         self._handles: list[Any] = []
         self._sweeping = False
@@ -75,6 +75,7 @@ class Window:
 
     def attach(self) -> None:
         model = self.loop.model
+        self._watch()
         self._handles = [
             model.register_forward_pre_hook(Hook(self._before_forward)),
             self.rerun.head.register_forward_hook(Hook(self._output)),
@@ -85,6 +86,7 @@ class Window:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.loop.watch.remove()
         self._armed, self._micro, self._kept = None, [], []
 
     def due(self) -> bool:
@@ -98,6 +100,7 @@ class Window:
     def open(self, micro: MicroBatch, first: bool) -> None:
         if micro.inputs is None:
             raise ValueError("schedule='window' runs batches again: call run.batch(ids, inputs=...) with what train_loss takes")
+        self._await(micro)
         self._armed = micro
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
@@ -110,13 +113,13 @@ class Window:
     def _output(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._armed is None or self._armed.kept is None or self._sweeping:
             return
-        kept, out = self._armed.kept, first_output(output)
+        micro, out = self._armed, first_output(output)
         if out is None or not out.requires_grad:
             return
 
         def arrived(grad: Tensor) -> None:
-            self.loop.watch.arrived()
-            kept.first_row = grad.detach()[0].norm() if grad.ndim else grad.detach().abs()
+            micro.arrivals()
+            micro.kept.first_row = grad.detach()[0].norm() if grad.ndim else grad.detach().abs()
 
         out.register_hook(arrived)
 
@@ -125,16 +128,9 @@ class Window:
             self._micro.append(self._armed)
             self._armed = None
 
-    def forget(self) -> None:
-        self._micro = []
-
-    def pending(self) -> list[MicroBatch]:
-        return self._micro
-
     def collect(self) -> list[MicroBatch] | None:
         self._armed = None
-        micro, self._micro = self._micro, []
-        return micro
+        return super().collect()
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> None:
         """Keeps the step; its scores come with its window's sweep."""
@@ -167,11 +163,7 @@ class Window:
             missing = first + self.options.window + self.options.ahead - last
             found += self._sweep(first, first + self.options.window)
             if missing > 0 and found:
-                warnings.warn(
-                    f"adam_ghost: the run ended {missing} steps before the last window's end: its scores look less far ahead",
-                    UserWarning,
-                    stacklevel=3,
-                )
+                warn(f"the run ended {missing} steps before the last window's end: its scores look less far ahead")
         return found
 
     def _sweep(self, after: int, score_to: int) -> list[tuple[Entry, Scored]]:

@@ -28,7 +28,7 @@ class Coverage:
         size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
         gap = np.abs(scores.sum(0) - total)
         if not np.all(gap <= SELF_CHECK * size):
-            self._tell(
+            self.tell(
                 "sum",
                 f"{where}the scores add up to {scores.sum(0).tolist()}, but the step's gradient to {total.tolist()}: part of the"
                 " gradient did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from"
@@ -41,9 +41,10 @@ class Coverage:
         if not missing:
             return
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        self._tell("missing", f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient")
+        self.tell("missing", f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient")
 
-    def _tell(self, what: str, message: str) -> None:
+    def tell(self, what: str, message: str) -> None:
+        """Warns with ``message``, once for each ``what``; raises RuntimeError under ``strict``."""
         if self.strict:
             raise RuntimeError(message)
         if what not in self._told:

@@ -51,6 +51,9 @@ def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recordin
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
         if p.grad.layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
+    for name, p in model.named_parameters():
+        if not p.requires_grad and p.grad is not None and p in opt_state:
+            raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
     grads = {name: p.grad for name, p in params.items()}
     if recordings:
         inside = set(model.parameters())

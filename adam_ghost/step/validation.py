@@ -2,21 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.surroundings import Surroundings, custom_modules, random_state, set_random_state
+
 
 class Validation:
-    """Evaluates ``val_loss`` and its gradient without a trace on modes, buffers, gradients or the training's random numbers.
+    """Evaluates ``val_loss`` and its gradient without a trace on the model's modes, buffers and plain attributes, on gradients
+    or the training's random numbers.
 
-    Random numbers that ``val_loss`` draws (a new batch each time, dropout) come from a stream of its own, split off at
-    the first call: it neither advances the training's stream nor draws the same numbers again.
+    Random numbers that ``val_loss`` draws (a new batch each time, dropout) come from streams of its own, of PyTorch, NumPy and
+    Python, split off at the first call: it neither advances the training's streams nor draws the same numbers again. A counter
+    that is to go on from call to call belongs outside of the model.
     """
 
     def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module):
         self.val_loss, self.model = val_loss, model
-        self._stream: list[Tensor] | None = None
+        self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
@@ -35,19 +40,21 @@ class Validation:
 
     @contextmanager
     def undisturbed(self, advance: bool = True) -> Iterator[None]:
-        """Modes, buffers and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
+        """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
         modes = [(m, m.training) for m in self.model.modules()]
         buffers = [(x.data, x.clone()) for x in self.model.buffers()]  # running statistics, power iterations
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), Surroundings(custom_modules(self.model)).entered():
             if self._stream is not None:
-                torch.set_rng_state(self._stream[0])
-                for device, state in zip(devices, self._stream[1:], strict=True):
+                torch.set_rng_state(self._stream["torch"][0])
+                for device, state in zip(devices, self._stream["torch"][1:], strict=True):
                     torch.cuda.set_rng_state(state, device)
+                set_random_state(self._stream["others"])
             try:
                 yield
                 if advance:
-                    self._stream = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+                    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+                    self._stream = {"torch": states, "others": random_state()}
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -103,11 +110,11 @@ class Validation:
             raise ValueError(f"val_loss is not finite: {loss.detach().tolist()}")
         return loss
 
-    def state_dict(self) -> list[Tensor] | None:
-        """The state of the random stream."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the random streams are, in tensors and plain values."""
         return self._stream
 
-    def load_state_dict(self, state: list[Tensor] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._stream = state
 
 

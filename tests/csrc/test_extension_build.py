@@ -68,7 +68,7 @@ def test_cuda_kernels_have_no_spills():
         if name:
             registers, stack, _, local = map(int, numbers)
             assert stack == local == 0, f"{name} on sm_{arch} spills: stack {stack}, local {local}"
-            assert registers <= (128 if "ELi1E" in name else 255), f"{name} on sm_{arch}: {registers} registers"
+            assert registers <= (255 if "ELi4E" in name else 128), f"{name} on sm_{arch}: {registers} registers"
             seen.setdefault(arch, set()).add(name)
     assert set(seen) == set(extension.built["cuda"].split())
     assert all(sum("correct" in name for name in names) == 8 for names in seen.values())  # four rules, one target or several

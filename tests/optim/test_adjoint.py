@@ -1,15 +1,23 @@
-"""The vector-Jacobian product of one Adam step against autograd: through a step written out here, and through torch's own."""
+"""The vector-Jacobian product of one Adam step against autograd, through a step written out here and through torch's own; then
+the extension against that definition in float64, by the rule of ``rounding``."""
 
 import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rounding import EPS, assert_as_good, spread
 
+from adam_ghost import extension
+from adam_ghost.optim import adam_definition as definition
 from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import StepScalars
 
 SHAPES = [(3, 5), (), (40, 7), (0,), (1,)]
 NAMES = ("w", "m", "v", "v_max")
+needs_cpp = pytest.mark.skipif(bool(extension.reason("cpu")), reason=extension.reason("cpu") or "built")
+IMPLS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 
 
 def step(s, w, m, v, v_max, g):
@@ -205,3 +213,166 @@ def test_compiles_without_a_graph_break():
     lr = torch.tensor(1e-3)
     for a, b in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(good(), lr), f(good(), lr), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# ---- the extension ----
+
+
+def cast(drawn, dtype, state_dtype=None, lambda_dtype=None):
+    """``draw``'s weights and gradients in one dtype, the moments and the lambdas in others."""
+    state, grads, lambdas = drawn
+    moments = {k: [x.to(state_dtype or dtype) for x in xs] for k, xs in state.items()}
+    moments["w"] = [x.to(dtype) for x in state["w"]]
+    lambdas = {k: [x.to(lambda_dtype or dtype) for x in xs] for k, xs in lambdas.items()}
+    return moments, [x.to(dtype) for x in grads], lambdas
+
+
+def sizes(s, w, g, m, v, v_max, l_w, l_m, l_v, l_v_max):
+    """The terms that each result is a sum of, by absolute value."""
+    path = definition._path(s, w, g, m, v, v_max)
+    x, denominator = path.start.abs() + path.g.abs(), path.root(path.start + path.g) + s.eps
+    per_m, root = s.lr / s.bc1 / denominator, denominator - s.eps
+    to_m = l_m.abs() + l_w.abs() * per_m
+    by_u = per_m * (s.beta1 * path.m.abs() + (1 - s.beta1) * x) / denominator / (2 * s.bc2 * root)
+    to_u = l_w.abs() * torch.where(root > 0, by_u, 0) + l_v_max.abs() * s.amsgrad
+    to_x = (1 - s.beta1) * to_m + 2 * (1 - s.beta2) * x * (l_v.abs() + to_u)
+    return l_w.abs() + s.weight_decay * to_x, to_m, l_v.abs() + to_u, l_v_max.abs() + to_u, to_x
+
+
+def assert_as_good_as_float32(s, drawn, impl):
+    """Of tensors of any dtype, every result; returned."""
+    state, grads, lambdas = drawn
+    got = swept(s, *drawn, impl=impl)
+    low = swept(s, *cast(drawn, torch.float32), impl="reference")
+    exact = swept(s, *cast(drawn, torch.float64), impl="reference")
+    for i in range(len(grads)):
+        columns = [state["w"], grads, *(state[k] for k in NAMES[1:]), *lambdas.values()]
+        inputs = [column[i].double() for column in columns]
+        terms = sizes(s, *inputs)
+        for j, name in enumerate(definition.Adjoint._fields):
+            pick = lambda *x, j=j: definition.step_adjoint(s, *x)[j]  # noqa: E731
+            bound = spread(pick, inputs, torch.finfo(got[j][i].dtype).eps / 2) + 16 * EPS * terms[j]
+            assert got[j][i].shape == lambdas["w"][i].shape, name
+            assert_as_good(got[j][i], low[j][i], exact[j][i], bound)
+    return got
+
+
+KINDS = {
+    "adam": StepScalars(3, 1e-3, 0.9, 0.999, 1e-8),
+    "first": StepScalars(1, 1e-3, 0.9, 0.999, 1e-8),
+    "l2": StepScalars(10, 1e-2, 0.9, 0.95, 1e-8, 0.1),
+    "adamw-maximize": StepScalars(1000, 3e-4, 0.9, 0.95, 1e-8, 0.1, decoupled=True, maximize=True),
+    "amsgrad-l2-maximize": StepScalars(7, 1e-3, 0.9, 0.99, 1e-8, 0.2, amsgrad=True, maximize=True),
+}
+kinds = pytest.mark.parametrize("s", KINDS.values(), ids=KINDS)
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@kinds
+@pytest.mark.parametrize("K", [None, 3])
+def test_matches_float64(s, K, impl):
+    assert_as_good_as_float32(s, cast(draw([*SHAPES, (513,), (100, 400)], K), FULL), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtypes", list(itertools.product((FULL, HALF), repeat=3)), ids=str)
+def test_dtypes(dtypes, impl):
+    got = assert_as_good_as_float32(KINDS["amsgrad-l2-maximize"], cast(draw(K=2), *dtypes), impl)
+    assert {x.dtype for xs in got for x in xs} == {dtypes[2]}
+
+
+# magnitudes that states really hold: never touched, denormal, tiny, ordinary, huge
+magnitude = st.sampled_from([0.0, 1e-42, 1e-30, 1e-20, 1e-10, 1e-4, 1.0, 1e4, 1e12])
+element = st.tuples(*([magnitude] * 4), *([st.floats(-1, 1)] * 7))
+drawn_steps = st.builds(
+    StepScalars,
+    t=st.sampled_from([1, 2, 10, 10**6]),
+    lr=st.sampled_from([1e-6, 1e-3, 1.0]),
+    beta1=st.sampled_from([0.0, 0.9]),
+    beta2=st.sampled_from([0.0, 0.95, 0.99999]),
+    eps=st.sampled_from([1e-8, 1e-3]),
+    weight_decay=st.sampled_from([0.0, 0.1]),
+    decoupled=st.booleans(),
+    amsgrad=st.booleans(),
+    maximize=st.booleans(),
+)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(elements=st.lists(element, min_size=1, max_size=40), s=drawn_steps)
+def test_any_state_is_as_good_as_float32(impl, elements, s):
+    size, m, v, v_max, w, x, y, *lambdas = (torch.tensor(c, dtype=torch.float64) for c in zip(*elements, strict=True))
+    g = size * x
+    v = torch.maximum(v, g.square() * (0 if s.t == 1 else 1e-3))
+    state = {"w": [w], "m": [torch.minimum(m, v.sqrt()) * y], "v": [v], "v_max": [torch.maximum(v, v_max)]}
+    drawn = state, [g], {k: [x] for k, x in zip(NAMES, lambdas, strict=True)}
+    assert_as_good_as_float32(s, cast(drawn, FULL), impl)
+
+
+def views(x):
+    """The same values, lying otherwise: off the vector alignment, transposed, strided."""
+    shifted = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)[1:].view_as(x).copy_(x)
+    strided = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype)[..., ::2].copy_(x)
+    return shifted, x.mT.contiguous().mT, strided
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", range(3), ids=["unaligned", "transposed", "strided"])
+@pytest.mark.parametrize("only", [None, "w", "v", "lambda_w", "lambda_v", "out"], ids=lambda x: x or "all")
+def test_layouts(kind, only, impl):
+    s = KINDS["amsgrad-l2-maximize"]
+    state, grads, lambdas = cast(draw([(33, 65), (64, 48)], K=2), FULL)
+    want = swept(s, state, grads, lambdas, impl=impl)
+    lay = lambda name, xs: [views(x)[kind] for x in xs] if only in (None, name) else [x.clone() for x in xs]  # noqa: E731
+    state = {k: lay(k, xs) for k, xs in state.items()}
+    moved = [lay(f"lambda_{k}", xs) for k, xs in lambdas.items()]
+    out = lay("out", [torch.zeros_like(x) for x in lambdas["w"]])
+    adam_op.adjoint(state["w"], lay("g", grads), state["m"], state["v"], state["v_max"], [s] * 2, *moved, out=out, impl=impl)
+    for a, b in zip([*moved, out], want, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("n", [0, 1, 1000])
+def test_many_small_parameters_with_their_own_steps(n, impl):
+    state, grads, lambdas = cast(draw([(i % 5,) for i in range(n)]), FULL)
+    own = [StepScalars(1 + i % 7, 1e-3 * (1 + i % 3), 0.9, 0.999, 1e-8, maximize=bool(i % 2)) for i in range(n)]
+    moved, out = [[x.clone() for x in lambdas[k]] for k in NAMES[:3]], [torch.zeros_like(g) for g in grads]
+    adam_op.adjoint(state["w"], grads, state["m"], state["v"], [None] * n, own, *moved, [], out=out, impl=impl)
+    for i in range(0, n, 97):
+        one = {k: xs[i : i + 1] for k, xs in state.items()}
+        want = swept(own[i], one, grads[i : i + 1], {k: xs[i : i + 1] for k, xs in lambdas.items()}, impl=impl)
+        assert all(torch.equal(a[i], b[0]) for a, b in zip([*moved, out], [*want[:3], want[4]], strict=True))
+
+
+@needs_cpp
+def test_result_does_not_depend_on_the_number_of_threads():
+    drawn, found = cast(draw([(200_001,), (7,), (100, 1000)]), FULL), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(swept(KINDS["l2"], *drawn))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in itertools.pairwise(found):
+        assert all(torch.equal(x, y) for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_lambda_v_max_is_amsgrads(impl):
+    """Elsewhere it stays as it is, whatever the dtype, and may be missing."""
+    for dtype in (FULL, HALF):
+        drawn = cast(draw(K=2), dtype)
+        got = swept(KINDS["adam"], *drawn, impl=impl)
+        assert all(map(torch.equal, got[3], drawn[2]["v_max"]))
+
+
+def test_memory_of_two_lists_is_refused():
+    given = good()
+    given["out"] = [x.view_as(x) for x in given["lambda_m"]]
+    with pytest.raises(ValueError, match=r"lambda_m\[0\]: expected a tensor of its own, got that of another list"):
+        adam_op.adjoint(**given)

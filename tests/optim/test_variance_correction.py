@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import EPS, assert_as_good, spread
 
 from adam_ghost import extension
 from adam_ghost.optim import adam_definition as definition
@@ -21,7 +22,6 @@ from adam_ghost.optim.adam_definition import RULES, StepScalars
 needs_cpp = pytest.mark.skipif(bool(extension.reason("cpu")), reason=extension.reason("cpu") or "built")
 IMPLS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 STATE = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
-EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 SHAPES = [(3, 5), (), (1000, 37), (0,), (1,), (513,), (2, 3, 4, 5)]
 STEPS = {
     "adam": StepScalars(3, 1e-3, 0.9, 0.999, 1e-8),
@@ -53,22 +53,6 @@ def mapped(lists, f):
 
 def wide(lists):
     return mapped(lists, torch.Tensor.double)
-
-
-def spread(f, inputs, unit):
-    """How far ``f`` moves when each float64 input moves by some roundings: what no arithmetic of that unit can resolve."""
-    at, moved = f(*inputs), 0.0
-    for i, x in enumerate(inputs):
-        for h in (8 * EPS, -8 * EPS):
-            moved = moved + (f(*inputs[:i], x * (1 + h), *inputs[i + 1 :]) - at).abs()
-    return moved + (8 * EPS + unit) * at.abs() + TINY
-
-
-def assert_as_good(got, low, exact, bound):
-    """``got`` is no further from ``exact`` than float32's ``low`` is, up to ``bound``; where ``low`` overflows, it may too."""
-    judged = low.isfinite() & exact.isfinite()
-    worse = judged & ~((got.double() - exact).abs() <= (low.double() - exact).abs() + bound)
-    assert not worse.any(), f"got {got[worse][:3]} for {exact[worse][:3]}, float32 reference {low[worse][:3]}"
 
 
 def assert_correct(lists, s, rule, impl, out_dtype=None):

@@ -1,4 +1,4 @@
-// The CUDA kernels, run on the CPU, against the CPU kernels: directions and weights to the bit, sums to double's rounding.
+// The CUDA kernels, run on the CPU, against the CPU kernels: directions, weights and adjoints to the bit, sums to double's rounding.
 // Buffers end exactly where their tensors do, so that an address sanitizer sees an access beyond.
 #include <cmath>
 #include <cstdio>
@@ -41,12 +41,27 @@ struct Memory {
     }
     return a;
   }
+
+  Planes planes(int64_t numel, int64_t K, Dtype dtype, int offset) {
+    return {draw(numel * K, dtype, offset).data, K > 1 ? numel : 0, dtype};
+  }
+
+  // The same numbers in memory of their own.
+  Planes copy(const Planes& from, int64_t numel, int64_t K, int offset) {
+    Planes to = planes(numel, K, from.dtype, offset);
+    std::memcpy(to.data, from.data, numel * K * (from.dtype == F32 ? 4 : 2));
+    return to;
+  }
 };
 
-void compare(const char* what, const Array& a, const Array& b, int64_t numel) {
-  if (numel == 0 || std::memcmp(a.data, b.data, numel * (a.dtype == F32 ? 4 : 2)) == 0) return;
-  std::printf("%s differs\n", what);
-  std::exit(1);
+void compare(const char* what, const std::vector<Param>& a, const std::vector<Param>& b, int plane, int64_t K) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    const Planes &x = a[i].planes[plane], &y = b[i].planes[plane];
+    if (a[i].numel == 0 || !x.data) continue;
+    if (std::memcmp(x.data, y.data, a[i].numel * K * (x.dtype == F32 ? 4 : 2)) == 0) continue;
+    std::printf("%s of tensor %zu differs, K %d\n", what, i, int(K));
+    std::exit(1);
+  }
 }
 
 int main() {
@@ -55,48 +70,72 @@ int main() {
   int checks = 0;
   for (int64_t K : {int64_t(1), int64_t(2), int64_t(5)})
     for (int rule = SECANT; rule <= SGD; ++rule) {
-        const bool on_device = (rule + K) % 2;
-        Memory memory;
-        std::vector<Param> params, others;
-        for (int64_t i = 0; i < 120; ++i) {  // more than a launch takes; one of more than one chunk
-          Param p;
-          p.numel = i == 40 ? 16384 * 2 + 13 : i == 90 ? 16384 : i % 23;
-          p.row = i % 4;
-          const int offset = i % 3;
-          const auto dtype = [&](int bit) { return Dtype((i >> bit) & 1); };
-          p.w = memory.draw(p.numel, dtype(0), offset);
-          if (i % 7) p.g = memory.draw(p.numel, dtype(0), offset);
-          if (i % 5) p.m = memory.draw(p.numel, dtype(1), offset);
-          if (i % 5) p.v = memory.draw(p.numel, dtype(1), offset, true);
-          if (i % 6) p.v_max = memory.draw(p.numel, dtype(1), offset, true);
-          p.val_stride = p.out_stride = K > 1 ? p.numel : 0;
-          p.val = memory.draw(p.numel * K, dtype(0), offset);
-          Param q = p;
-          p.out = memory.draw(p.numel * K, dtype(2), 0);
-          q.out = memory.draw(p.numel * K, dtype(2), i % 4);
-          p.empty = memory.draw(p.numel, dtype(0), 0), q.empty = memory.draw(p.numel, dtype(0), 0);
-          p.mid = memory.draw(p.numel, dtype(0), 0), q.mid = memory.draw(p.numel, dtype(0), offset);
-          params.push_back(p);
-          others.push_back(q);
-        }
-        const int64_t width = sum_count(K);
-        std::vector<double> expected(params.size() * width, NAN), sums(expected);
-        const Launch l{0, nullptr, on_device ? nullptr : rows, on_device ? rows : nullptr, 4};
-        std::vector<double> workspace(workspace_bytes_cuda(others, l, K) / 8 + 1, NAN);
-        variance_correction_cpu(params, rows, rule, K, expected.data());
-        weight_points_cpu(params, rows);
-        if (variance_correction_cuda(l, others, rule, K, workspace.data(), sums.data())) return 2;
-        if (weight_points_cuda(l, others, workspace.data())) return 2;
-        for (size_t i = 0; i < params.size(); ++i) {
-          compare("P", params[i].out, others[i].out, params[i].numel * K);
-          compare("w(empty)", params[i].empty, others[i].empty, params[i].numel);
-          compare("w_mid", params[i].mid, others[i].mid, params[i].numel);
-          for (int64_t j = i * width; j < int64_t(i + 1) * width; ++j, ++checks)
-            if (!(std::fabs(sums[j] - expected[j]) <= 1e-9 * std::fabs(expected[j]) + 1e-12)) {
-              std::printf("rule %d, K %d, tensor %zu, sum %d: %g instead of %g\n", rule, int(K), i, int(j % width), sums[j], expected[j]);
-              return 1;
-            }
-        }
+      const bool on_device = (rule + K) % 2;
+      const Launch l{0, nullptr, on_device ? nullptr : rows, on_device ? rows : nullptr, 4};
+      Memory memory;
+      std::vector<Param> params;
+      for (int64_t i = 0; i < 120; ++i) {  // more than a launch takes; one of more than one chunk
+        Param p;
+        p.numel = i == 40 ? 16384 * 2 + 13 : i == 90 ? 16384 : i % 23;
+        p.row = i % 4;
+        const int offset = i % 3;
+        p.w = memory.draw(p.numel, Dtype(i & 1), offset);
+        if (i % 7) p.g = memory.draw(p.numel, Dtype(i & 1), offset);
+        if (i % 5) p.m = memory.draw(p.numel, Dtype(i >> 1 & 1), offset);
+        if (i % 5) p.v = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
+        if (i % 6) p.v_max = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
+        params.push_back(p);
       }
+      const auto dtype = [](size_t i) { return Dtype(i >> 2 & 1); };
+      const auto filled = [&](const auto& fill) {
+        std::vector<Param> made = params;
+        for (size_t i = 0; i < made.size(); ++i) fill(made[i], i);
+        return made;
+      };
+
+      const int64_t width = sum_count(K);
+      std::vector<double> expected(params.size() * width, NAN), sums(expected);
+      std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
+      const auto cpu = filled([&](Param& p, size_t i) {
+        p.planes[VAL] = memory.planes(p.numel, K, Dtype(i & 1), i % 3);
+        p.planes[OUT] = memory.planes(p.numel, K, dtype(i), 0);
+      });
+      const auto cuda = filled([&](Param& p, size_t i) {
+        p.planes[VAL] = cpu[i].planes[VAL];
+        p.planes[OUT] = memory.planes(p.numel, K, dtype(i), i % 4);
+      });
+      variance_correction_cpu(cpu, rows, rule, K, expected.data());
+      if (variance_correction_cuda(l, cuda, rule, K, workspace.data(), sums.data())) return 2;
+      compare("P", cpu, cuda, OUT, K);
+      for (size_t j = 0; j < sums.size(); ++j, ++checks)
+        if (!(std::fabs(sums[j] - expected[j]) <= 1e-9 * std::fabs(expected[j]) + 1e-12)) {
+          std::printf("rule %d, K %d, sum %zu: %g instead of %g\n", rule, int(K), j, sums[j], expected[j]);
+          return 1;
+        }
+
+      const auto points = [&](Param& p, size_t i) {
+        for (int plane : {EMPTY, MID}) p.planes[plane] = memory.planes(p.numel, 1, dtype(i), i % 3);
+      };
+      const auto moved_cpu = filled(points), moved_cuda = filled(points);
+      weight_points_cpu(moved_cpu, rows);
+      if (weight_points_cuda(l, moved_cuda, workspace.data())) return 2;
+      compare("w(empty)", moved_cpu, moved_cuda, EMPTY, 1);
+      compare("w_mid", moved_cpu, moved_cuda, MID, 1);
+
+      const auto lambdas_cpu = filled([&](Param& p, size_t i) {
+        for (int plane = 0; plane < PLANES; ++plane)
+          if (plane != LAMBDA_V_MAX || i % 4 != 2) p.planes[plane] = memory.planes(p.numel, K, dtype(i + plane), i % 3);
+      });
+      const auto lambdas_cuda = filled([&](Param& p, size_t i) {
+        for (int plane = 0; plane < PLANES; ++plane)
+          if (plane != LAMBDA_G && lambdas_cpu[i].planes[plane].data)
+            p.planes[plane] = memory.copy(lambdas_cpu[i].planes[plane], p.numel, K, i % 4);
+        p.planes[LAMBDA_G] = memory.planes(p.numel, K, dtype(i + LAMBDA_G), i % 4);
+      });
+      adjoint_cpu(lambdas_cpu, rows, K);
+      if (adjoint_cuda(l, lambdas_cuda, K, workspace.data())) return 2;
+      const char* names[PLANES] = {"lambda_w", "lambda_m", "lambda_v", "lambda_v_max", "lambda_g"};
+      for (int plane = 0; plane < PLANES; ++plane) compare(names[plane], lambdas_cpu, lambdas_cuda, plane, K);
+    }
   std::printf("%d sums equal, on %s\n", checks, cpu_capability());
 }
