@@ -376,6 +376,5 @@ def _versions() -> dict[str, str]:
 
 
 def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    dist = sys.modules.get("torch.distributed")  # who has not loaded it has no ranks
+    return dist.get_rank() if dist is not None and dist.is_available() and dist.is_initialized() else 0
