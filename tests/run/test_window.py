@@ -111,7 +111,9 @@ def test_clipping_by_norm(max_norm, clipped, parts, divided):
 
 def test_clipping_in_a_window_with_one_clipped_step():
     norms = []
-    training = Training(mlp(), adam(), max_norm=1e9, clip=lambda ps, _: norms.append(nn.utils.clip_grad_norm_(ps, 1e9)) or norms[-1])
+    training = Training(
+        mlp(), adam(), max_norm=1e9, clip=lambda ps, _: norms.append(nn.utils.clip_grad_norm_(ps, 1e9)) or norms[-1]
+    )
     training.train(6)
     second, first = sorted(norms)[-2:]
     training = Training(mlp(), adam(), max_norm=float(first + second) / 2).attach().train(6)
@@ -210,3 +212,75 @@ def test_dropout(model, data, feedback):
     for module in training.model.modules():
         module.dropout = module.p = 0.0
     assert apart(training.credit(1, 4, 6), want) > 0.1
+
+
+def steps_of(run):
+    """``(step, window, horizon)`` of each record, in their order."""
+    return [(s.step, s.window, s.horizon) for s in run.steps]
+
+
+@pytest.mark.parametrize("window, ahead, every", [(3, 0, 1), (3, 2, 1), (2, 5, 1), (3, 1, 2), (2, 5, 2), (1, 0, 1), (1, 3, 3)])
+def test_windows_follow_each_other(window, ahead, every):
+    """Side by side, overlapping, with gaps; each score looks to its own window's end, and is booked in the order of steps."""
+    training = Training(mlp(), adam(), parts=(3, 2)).attach(window=window, ahead=ahead, every=every).train(12)
+    firsts = [f for f in range(1, 13, window * every) if f + window - 1 + ahead <= 12]
+    want = [training.credit(f, f + window - 1, f + window - 1 + ahead) for f in firsts]
+    assert apart(training.scores(), torch.cat(want)) <= EXACT
+    assert steps_of(training.run) == [
+        (step, f, f + window - 1 + ahead - step) for f in firsts for step in range(f, f + window)
+    ]  # fmt: skip
+    kept = [s.number for s in training.run._schedule._kept]
+    assert kept == list(range(kept[0], 13)) if kept else True
+    for s in training.run.steps:
+        torch.testing.assert_close(s.score_sum, s.total, rtol=1e-9, atol=1e-12)
+
+
+def test_closed_in_the_middle():
+    training = Training(mlp(), adam()).attach(window=4, ahead=3).train(10)
+    with pytest.warns(UserWarning) as told:
+        training.run.close()
+    assert [str(w.message) for w in told] == [
+        f"adam_ghost: the run ended {missing} steps before the window from step {first} did: its scores look less far ahead"
+        for missing, first in ((1, 5), (5, 9))
+    ]
+    want = [training.credit(1, 4, 7), training.credit(5, 8, 10), training.credit(9, 10, 10)]
+    assert apart(training.scores(), torch.cat(want)) <= EXACT
+    ends = {1: 7, 5: 10, 9: 10}
+    firsts = [1] * 4 + [5] * 4 + [9] * 2
+    assert steps_of(training.run) == [(s, f, ends[f] - s) for s, f in enumerate(firsts, 1)]
+
+
+def test_a_ledger_holds_window_and_horizon(tmp_path):
+    pytest.importorskip("duckdb")
+    training = Training(mlp(), adam(), targets=2).attach(window=3, ahead=2, ledger=tmp_path / "run").train(8)
+    training.run.flush()
+    query = 'select step, "window", horizon from steps where target = 1'
+    found = [tuple(row.values()) for row in ag.open_ledger(tmp_path / "run").sql(query).to_pylist()]
+    assert found == steps_of(training.run) == [(1, 1, 4), (2, 1, 3), (3, 1, 2), (4, 4, 4), (5, 4, 3), (6, 4, 2)]
+    training.run._schedule._plans.clear()
+    training.run.close()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("max_norm", [None, 1.2], ids=["", "clipped"])
+@pytest.mark.parametrize("bad", [(), (1,), (3,), (4,), (0, 5)], ids=str)
+def test_a_gradient_scaler_that_skips_steps(bad, max_norm, fused):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+    training = Training(mlp(), adam(fused=fused), parts=(4, 3), scaler=scaler, bad=bad, max_norm=max_norm)
+    training.attach().train(6 + len(bad))
+    assert len(training.taken) == 6
+    run = training.run
+    scored = [s for s in run.steps if not s.skipped]
+    # a step that the optimizer itself skipped has a number, one that it was not called for has none
+    called = fused
+    end = 6 - sum(b < 6 for b in bad) * called
+    last = 4 - sum(b < 4 for b in bad) * called
+    assert len(scored) == last
+    # clip_grad_norm_ adds 1e-6 to a norm that is known but for the scale's growth
+    assert apart(training.scores(), training.credit(1, last, end)) <= (EXACT if max_norm is None else 1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run ends in a window
+        run.close()
+    numbers = [s.step for s in run.steps]
+    assert numbers == sorted(numbers)
+    assert [s.step for s in run.steps if s.skipped] == [b + 1 if called else b - sum(c < b for c in bad) for b in bad]
