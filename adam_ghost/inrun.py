@@ -109,7 +109,7 @@ class InRun:
         _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
             windows = _window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
-        for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
+        for name, value in (("every", every), ("refresh", refresh), ("audit_every", 1 if audit_every is None else audit_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.model, self.optimizer = model, optimizer

@@ -4,6 +4,7 @@ The steps of a window, and of those ahead of it, are kept as they are taken, and
 validation gradient at the end, step by step. Mathematics: docs/method.md, 6.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -168,8 +169,15 @@ class Window(Collecting):
         return max(1, round((plan.end - plan.first + 1) ** 0.5))
 
     def withdraw(self) -> None:
-        """The step that was kept last is not scored."""
-        self._kept.pop().drop()
+        """The step that was kept last was another one: no window is carried through it, the next begins after it."""
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        for step in self._kept:
+            step.drop()
+        self._kept = []
+        self._plans.clear()
+        self._next = self.loop.step + 1
 
     # the sweeps
 
@@ -217,7 +225,7 @@ class Window(Collecting):
     def _heed(self, record: StepRecord) -> None:
         """Takes an audit's word on the length of the windows."""
         audit, options = record.audit, self.options
-        if audit is None or (audit.r >= TOO_LONG and not options.auto):
+        if audit is None or math.isnan(audit.r) or (audit.r >= TOO_LONG and not options.auto):
             return
         now = f"{options.window} steps and {options.ahead} ahead"
         if not options.auto:
@@ -235,10 +243,6 @@ class Window(Collecting):
         return {"window": self.options.window, "ahead": self.options.ahead}
 
     def load_state_dict(self, state: Any) -> None:
-        for step in self._kept:
-            step.drop()
-        self._kept = []
-        self._plans.clear()
-        self._next = self.loop.step + 1
+        self._begin_anew()
         if self.options.auto:
             self.options = replace(self.options, **state)
