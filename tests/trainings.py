@@ -95,6 +95,7 @@ class Training:
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None  # of learning rates
     scaler: Any = None
     bad: tuple[int, ...] = ()  # batches whose gradients are not finite
+    without: tuple[int, int, int] | None = None  # batch, micro-batch and place of a sample that has no share
     clip: Callable[[list[Tensor], float], Any] = nn.utils.clip_grad_norm_
     taken: list[Taken] = field(default_factory=list)
     run: Any = None
@@ -141,6 +142,10 @@ class Training:
                 self.run.batch([f"{self.number}.{m}.{i}" for i in range(len(y))], inputs=(x, y))
             torch.manual_seed(seed)
             loss = self.train_loss((x, y))
+            if self.without is not None and self.without[:2] == (self.number, m):
+                torch.manual_seed(seed)
+                share = sample_losses(self.trained(x), y)[self.without[2]] / len(y)
+                loss = loss - (share / len(self.parts) if self.divided == "train_loss" else share)
             if self.divided == "loop":
                 loss = loss / len(self.parts)
             if self.number in self.bad:
@@ -179,10 +184,13 @@ class Training:
         """``[samples]`` or ``[samples, K]``, in the order of the steps."""
         return torch.from_numpy(self.run.scores().total)
 
-    def credit(self, first: int, last: int, end: int, feedback: str = "exact") -> Tensor:
-        """What the samples of steps ``first .. last``, counted from 1, did to the validation loss after step ``end``."""
+    def credit(self, first: int, last: int, end: int, feedback: str = "exact", state: dict[str, tuple] | None = None) -> Tensor:
+        """What the samples of steps ``first .. last``, counted from 1, did to the validation loss after step ``end``.
+
+        ``state``: of the optimizer at the start, by parameter: both moments, the second's maximum and the steps taken.
+        """
         weights = {name: x.clone().requires_grad_() for name, x in self.start.items()}
-        state: dict[str, tuple] = {}
+        state = dict(state or {})
         eps = [[torch.ones(len(y), dtype=torch.float64, requires_grad=True) for _, _, y in t.micro] for t in self.taken]
         for t, step_eps in zip(self.taken[:end], eps, strict=False):
             grads = self._gradient(weights, list(t.hyper), t.micro, step_eps, feedback)
