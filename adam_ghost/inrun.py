@@ -327,6 +327,9 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
+        on_host = found.scores.device.type == "cpu" and found.unexplained is not None
+        if on_host and self.coverage.asks_why(found.scores.detach().numpy(), found.total.numpy()):
+            self.coverage.blamed = found.unexplained()
         if audit is not None:
             game, apart = audit
             r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))

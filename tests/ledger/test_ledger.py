@@ -80,7 +80,7 @@ def test_ranges_and_top(tmp_path):
     assert late.index.tolist() == expected.index.tolist()
     for harmful in (False, True):
         ours = [(r["sample"], r["value"]) for r in made.ledger.top(4, harmful=harmful, value="total").to_pylist()]
-        theirs = made.run.top(4, harmful=harmful)
+        theirs = made.run.top(4, harmful=harmful, value="total")
         assert [i for i, _ in ours] == [i for i, _ in theirs]
         np.testing.assert_allclose([v for _, v in ours], [v for _, v in theirs])
     found = made.run.scores()
