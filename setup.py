@@ -87,7 +87,7 @@ commands, extensions = extension()
 setup(
     packages=[*find_packages(include=["adam_ghost", "adam_ghost.*"]), "adam_ghost.kernels"],
     package_dir={"adam_ghost.kernels": "kernels"},
-    package_data={"adam_ghost.report": ["page.*"]},
+    package_data={"adam_ghost": ["py.typed"], "adam_ghost.report": ["page.*"]},
     ext_modules=extensions,
     cmdclass=commands,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},

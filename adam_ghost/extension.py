@@ -1,18 +1,19 @@
 """The compiled extension, if this installation has it, and otherwise the reason."""
 
 import functools
+from typing import Any
 
 import torch  # noqa: F401  the extension finds libtorch in the process
 
 from adam_ghost import checkout
 from adam_ghost.warn import warn
 
+C: Any = None
 try:
-    from adam_ghost import _C as C
+    from adam_ghost import _C
 
-    missing = ""
+    C, missing = _C, ""
 except ImportError as error:
-    C = None
     # an extension that is there and does not load is a defect to report; one that was never built is a choice
     absent = "cannot import name '_C'" in str(error)
     hint = "pip install -e . --no-build-isolation" if checkout else "pip install --no-build-isolation, with a C++ compiler"

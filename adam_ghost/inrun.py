@@ -20,13 +20,14 @@ from adam_ghost.run.ids import normalise
 from adam_ghost.run.readback import Books, Pending, Readback
 from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.steps import Steps
+from adam_ghost.run.store import parse_bytes
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.window import Window, WindowOptions
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import ShapleyValues, play
 from adam_ghost.step.alone import alone, tolerance
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
+from adam_ghost.step.fingerprint import EDITED, Fingerprint, GradientWatch, Seen
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
@@ -95,17 +96,19 @@ class InRun:
         refresh: int = 1,
         audit_every: int | None = None,
         audit_permutations: int = 8,
-        window: int = 32,
+        window: int | str = 32,
         ahead: int = 32,
         train_loss: Callable[[Any], Tensor] | None = None,
-        feedback: str | None = None,
+        feedback: str = "differences",
+        memory: str | int | None = None,
+        audit_samples: int = 4,
         half: bool | None = None,
         strict: bool = False,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
         _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
-            _check_window(train_loss, window, ahead, feedback, refresh)
+            windows = _window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -121,7 +124,7 @@ class InRun:
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
         self._schedule_name = schedule
         if schedule == "window":
-            self._schedule: Schedule = Window(self._loop, WindowOptions(train_loss, window, ahead, feedback), self.coverage)
+            self._schedule: Schedule = Window(self._loop, windows, self.coverage)
         else:
             self._schedule = _step_schedule(schedule, self._loop)
         self._totals = Totals()
@@ -225,6 +228,8 @@ class InRun:
         return Packing(offsets.to(device, non_blocking=True), int(offsets[-1]))
 
     def _audit_due(self) -> bool:
+        if isinstance(self._schedule, Window):  # which audits its own sweeps
+            return False
         return self.audit_every is not None and self._loop.attributed % self.audit_every == self.audit_every - 1
 
     def _settle(self) -> None:
@@ -293,7 +298,10 @@ class InRun:
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         scored, self._scored = self._scored, None
         if scored is not None and not scored.untouched(self._loop.watch.grads()):
-            self._books.withdraw()
+            if isinstance(self._schedule, Window):
+                self._schedule.withdraw()
+            else:
+                self._books.withdraw()
             raise RuntimeError(
                 "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
                 " would not be those of the step. Register that hook before the run is built"
@@ -310,7 +318,7 @@ class InRun:
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
-        edited, void = self._follow_scaling(step)
+        edited, void = self._follow_scaling(step, loop.watch.fingerprint)
         if void.device.type == "cpu":  # where looking costs no synchronisation
             if bool(edited.any()):
                 raise ValueError(EDITED)
@@ -327,9 +335,8 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
-        on_host = found.scores.device.type == "cpu" and found.unexplained is not None
-        if on_host and self.coverage.asks_why(found.scores.detach().numpy(), found.total.numpy()):
-            self.coverage.blamed = found.unexplained()
+        if found.unexplained is not None and found.scores.device.type == "cpu":
+            self.coverage.blame(found.scores.detach().numpy(), found.total.numpy(), found.unexplained)
         if audit is not None:
             game, apart = audit
             r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
@@ -364,12 +371,12 @@ class InRun:
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
         self._books.add(Pending(entry.ids, entry.record, *read, told, found.at))
 
-    def _follow_scaling(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Finds by what the gradients were multiplied since the backward pass, for ``step``.
+    def _follow_scaling(self, step: Step, before: Fingerprint) -> tuple[Tensor, Tensor]:
+        """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
 
         Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
         """
-        scale, edited, void = self._loop.watch.fingerprint.changes(step.grads)
+        scale, edited, void = before.changes(step.grads)
         # a fused optimizer unscales inside its step, on what the scaler leaves with it
         if (factor := getattr(self.optimizer, "grad_scale", None)) is not None:
             inverse = factor.to(void.device).reciprocal()
@@ -384,8 +391,9 @@ class InRun:
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
         lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
-        when = {"epoch": self.epoch, "every": self._loop.every, "refresh": self._loop.refresh}
-        return StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds, **when)
+        record = StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds)
+        record.epoch, record.every, record.refresh = self.epoch, self._loop.every, self._loop.refresh
+        return record
 
     def _skip(self, micro: list[MicroBatch]) -> None:
         self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
@@ -511,10 +519,10 @@ def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, r
     for group in optimizer.param_groups:
         if group.get("eps") == 0:
             raise ValueError("the optimizer has eps=0: where Adam has no history yet, its step without the batch would be 0/0")
-    if is_compiled(model) and (schedule != "lookahead" or audit_every):
+    if is_compiled(model) and schedule != "window" and (schedule != "lookahead" or audit_every):
         raise ValueError(
             "the model is compiled: its layer calls cannot be recorded, which schedule='midpoint' and audit_every need;"
-            " use schedule='lookahead' without audits, or compile nothing"
+            " use schedule='window', or 'lookahead' without audits, or compile nothing"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")
@@ -576,16 +584,33 @@ def _step_schedule(name: str, loop: Loop) -> Schedule:
     return After(loop, name)
 
 
-def _check_window(train_loss: Any, window: Any, ahead: Any, feedback: Any, refresh: int) -> None:
+def _window_options(
+    train_loss: Any,
+    window: Any,
+    ahead: Any,
+    feedback: Any,
+    memory: Any,
+    audit_every: int | None,
+    audit_samples: Any,
+    refresh: int,
+    model: nn.Module,
+) -> WindowOptions:
     if not callable(train_loss):
         raise TypeError(
             "schedule='window' runs batches again: train_loss must be a callable of what run.batch(ids, inputs=...) is given,"
             f" returning the loss that the loop calls backward() on; got {type(train_loss).__name__}"
         )
-    for name, value, least in (("window", window, 1), ("ahead", ahead, 0)):
-        if not isinstance(value, int) or value < least:
+    auto = window == "auto"
+    window = 32 if auto else window
+    for name, value, least in (("window", window, 1), ("ahead", ahead, 0), ("audit_samples", audit_samples, 2)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if feedback is not None and feedback not in FEEDBACKS:
-        raise ValueError(f"feedback must be None or one of {', '.join(FEEDBACKS)}, got {feedback!r}")
+    if auto and audit_every is None:
+        raise ValueError("window='auto' goes by audits: give audit_every, in windows")
+    if feedback not in FEEDBACKS:
+        raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {feedback!r}")
     if refresh != 1:
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("model.compile() hides the model's calls from schedule='window': use model = torch.compile(model)")
+    return WindowOptions(train_loss, window, ahead, auto, feedback, parse_bytes(memory), audit_every, audit_samples)

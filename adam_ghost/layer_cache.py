@@ -63,9 +63,10 @@ class LayerCache:
         self._recorder.begin(self.recorded)
         return self
 
-    def __exit__(self, *exc) -> None:
-        recorder, self._recorder = self._recorder, None
-        recorder.detach()
+    def __exit__(self, *exc: object) -> None:
+        if self._recorder is not None:
+            self._recorder.detach()
+        self._recorder = None
         if exc[0] is not None:
             self.clear()
             return
@@ -85,14 +86,14 @@ class LayerCache:
         named = self.model.named_parameters()
         return {name: p.grad for name, p in named if p.grad is not None and p.grad.layout is torch.strided}
 
-    def scaled_since(self) -> dict[str, Tensor] | None:
-        """What the gradients were multiplied by since the block ended (clipped, unscaled); None if by nothing.
+    def scaled_since(self) -> dict[str, Tensor]:
+        """What the gradients were multiplied by since the block ended (clipped, unscaled); empty if by nothing.
 
         Raises ValueError if they were changed in any other way.
         """
         grads = self._grads()
         if self._fingerprint is None or self._fingerprint.untouched(grads):
-            return None
+            return {}
         changes = self._fingerprint.changes(grads)
         if changes.edited.device.type == "cpu" and bool(changes.edited.any()):
             raise ValueError(EDITED)
@@ -116,8 +117,8 @@ def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) ->
         raise ValueError("the weights changed since `with cache`: compute the scores before optimizer.step()")
     for name, p in cache.model.named_parameters():
         # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
-        looked_at = p.grad is not None and p.grad.device.type == "cpu" and p.grad.layout is torch.strided
-        if looked_at and not bool(p.grad.isfinite().all()):
+        g = p.grad
+        if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
     step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage)
     step.scale = cache.scaled_since()

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
 _OURS = (str(Path(__file__).resolve().parent), "torch")  # a folder, and a package's name
 
@@ -15,7 +16,7 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(f"adam_ghost: {message}", category, stacklevel=level)
 
 
-def _inside(frame) -> bool:
+def _inside(frame: FrameType) -> bool:
     folder, package = _OURS
     name = frame.f_globals.get("__name__", "")
     return name.split(".")[0] == package or frame.f_code.co_filename.startswith(folder)

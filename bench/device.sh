@@ -19,7 +19,7 @@ nvidia-smi >"$OUT/gpu.txt" 2>&1
 stage build 100 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
 stage doctor 10 "$PYTHON" -m adam_ghost doctor
 KERNELS=(tests/kernels/test_{contract,wgrad_score,ghost_gram,embedding,norm}.py)
-stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider "${KERNELS[@]}" tests/optim/test_variance_correction.py \
+stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider "${KERNELS[@]}" tests/optim/test_variance_correction.py tests/optim/test_adjoint.py \
   tests/scores/test_ops.py tests/scores/test_impl.py tests/csrc/test_reading.py
 stage kernels 50 "$PYTHON" -m bench kernels --json "$OUT/kernels-gpu.json"
 stage ops 30 "$PYTHON" -m bench ops --device cuda --json "$OUT/ops-gpu.json"

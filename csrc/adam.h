@@ -1,5 +1,6 @@
-// Adam's step, its linearizations and its adjoint for one element, shared by the CPU and the CUDA kernels (symbols: docs/method.md).
-// The definitions are adam_ghost/optim/adam_definition.py; here everything is float32 and small denominators are divided by one after another.
+// Adam's step, its linearizations and its adjoint for one element, shared by the CPU and the CUDA kernels.
+// Symbols: docs/method.md; definitions: adam_ghost/optim/adam_definition.py. Here everything is float32, and small denominators
+// are divided by one after another.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -251,8 +251,8 @@ PyObject* answer(const Body& body) {
 PyObject* variance_correction(PyObject*, PyObject* args) {
   PyObject *state[5], *val, *out, *table, *rows, *sums;
   int rule;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &val, &out, &table, &rows, &rule,
-                        &sums))
+  if (!PyArg_ParseTuple(args, "OOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &val, &out, &table, &rows,
+                        &rule, &sums))
     return nullptr;
   return answer([&] {
     Job job = read_state(state, table, rows);

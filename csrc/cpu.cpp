@@ -160,7 +160,9 @@ void weight_points_cpu(const std::vector<Param>& params, const StepRow* rows) {
 }
 
 void adjoint_cpu(const std::vector<Param>& params, const StepRow* rows, int64_t K) {
-  in_chunks(params, rows, [K](const Param& p, const Step& s, int64_t begin, int64_t end) { kernels().adjoint(p, s, K, begin, end); });
+  in_chunks(params, rows, [K](const Param& p, const Step& s, int64_t begin, int64_t end) {
+    kernels().adjoint(p, s, K, begin, end);
+  });
 }
 
 }  // namespace adam_ghost

@@ -133,7 +133,8 @@ __device__ __forceinline__ double block_sum(double x) {
 
 // One chunk against targets first_k .. first_k + KB - 1.
 template <int RULE, bool AMSGRAD, int KB>
-__device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K, double* sums) {
+__device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K,
+                                              double* sums) {
   const Param& p = slot.p;
   double reached[KB] = {}, history[KB] = {};
   const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
@@ -175,7 +176,8 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
 }
 
 template <int RULE, int KB>
-__global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1) correct(const __grid_constant__ Batch batch, int64_t K, double* partial) {
+__global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1)
+    correct(const __grid_constant__ Batch batch, int64_t K, double* partial) {
   const int at = slot_of(batch, blockIdx.x);
   const Slot& slot = batch.slot[at];
   const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
@@ -188,7 +190,8 @@ __global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1) correct(const __grid
 }
 
 // One block per tensor and kind of sum adds up the chunks'.
-__global__ void __launch_bounds__(THREADS) add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
+__global__ void __launch_bounds__(THREADS)
+    add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
   const Slot& slot = batch.slot[blockIdx.x];
   const int64_t width = 2 * K, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
   double sum = 0;
@@ -344,7 +347,8 @@ int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch& l, 
   return steps_bytes(l) + chunks * sum_count(K) * int64_t(sizeof(double));
 }
 
-const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace, double* sums) {
+const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace,
+                                     double* sums) {
   double* partial = reinterpret_cast<double*>(static_cast<char*>(workspace) + steps_bytes(l));
   return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
     if (blocks) {
@@ -355,7 +359,8 @@ const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& 
         default: launch_correct<SGD>(batch, blocks, K, partial, l.stream);
       }
     }
-    launch(add_up, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, static_cast<const double*>(partial), sums);
+    const double* made = partial;
+    launch(add_up, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, made, sums);
   });
 }
 

@@ -80,7 +80,8 @@ class Call:
         buffers: dict[str, Tensor] | None = None,
         surroundings: Surroundings | None = None,
     ):
-        self.name, self.fn, self.own, self.rng, self.inplace = name, fn, own, rng, inplace
+        self.fn: Any = fn  # of a module, its own attributes are asked for
+        self.name, self.own, self.rng, self.inplace = name, own, rng, inplace
         self._names = names
         self.buffers = buffers or {}  # of a module that may write them, as the call found them
         self.surroundings = surroundings
@@ -151,7 +152,7 @@ class Call:
 
         def value(p: Tensor) -> Tensor:
             name = self._names.get(p)
-            return values[name] if name in values else others(p.detach())
+            return values[name] if name is not None and name in values else others(p.detach())
 
         leaves = []
         for x in self.arguments():
@@ -164,14 +165,14 @@ class Call:
         with ExitStack() as stack:
             if layer_kind(self.fn) is None:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one attention with forward-mode derivatives
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             if self.rng is not None:
                 state, device_state, device = self.rng
                 stack.enter_context(torch.random.fork_rng([] if device is None else [device]))
                 torch.set_rng_state(state)
-                if device is not None:
+                if device is not None and device_state is not None:
                     torch.cuda.set_rng_state(device_state, device)
             if self.surroundings is not None:
                 stack.enter_context(self.surroundings.entered())

@@ -22,7 +22,7 @@ class Recording:
     def __init__(self, packing: Packing | None = None):
         self.packing = packing
         self.calls: list[Call] = []
-        self.batch_size: int | None = None
+        self.batch_size = 0  # until the batch has been seen
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
         self.outputs: list[Tensor] | None = None  # if a list, it takes the tensors whose gradients are awaited
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass

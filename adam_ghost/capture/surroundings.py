@@ -20,7 +20,8 @@ RandomState = tuple[Any, Any]
 
 def random_state() -> RandomState:
     """Where Python's and NumPy's random streams are, in plain values."""
-    kind, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()  # a tuple, as legacy=True has it
+    kind, keys, *rest = state
     return random.getstate(), (kind, keys.tolist(), *rest)
 
 

@@ -52,8 +52,12 @@ def _domains(by_domain: dict[str, tuple[float, float, int]]) -> Table:
 
 def _extremes(result: Result, corpus: Corpus, order: np.ndarray) -> Table:
     table = Table()
-    for name, justify in (("id", "right"), ("score", "right"), ("domain", "left"), ("source", "left"), ("text", "left")):
-        table.add_column(name, justify=justify, overflow="fold" if name == "text" else "ellipsis")
+    for name in ("id", "score", "domain", "source", "text"):
+        table.add_column(
+            name,
+            justify="right" if name in ("id", "score") else "left",
+            overflow="fold" if name == "text" else "ellipsis",
+        )
     for k in order:
         i = result.scores.ids[k]
         # any text may hold the terminal's markup: Text shows it as it is

@@ -139,7 +139,7 @@ def train(
         booked = sum(s.score_sum[0] for s in run.steps), sum(s.history[0] for s in run.steps)
     with torch.no_grad():
         after = trainer.target_loss().item()
-    domains = np.array([corpus.domains[i] for i in scores.ids])
+    domains = np.array([corpus.domains[int(str(i))] for i in scores.ids])
     clean, bad = domains == "prose", domains == "corrupted"
     auroc = {
         "mean score standardised within steps": _auroc(scores.standardized[clean], scores.standardized[bad]),
@@ -168,7 +168,7 @@ def audit(trainer: Trainer, ids: list[int], step: int) -> Audited:
 def summarize(scores: SampleScores, corpus: Corpus) -> dict[str, tuple[float, float, int]]:
     """Mean total score of each domain's samples, its standard error, and their number."""
     found = {}
-    domains = np.array([corpus.domains[i] for i in scores.ids])
+    domains = np.array([corpus.domains[int(str(i))] for i in scores.ids])
     for domain in DOMAINS:
         x = scores.total[domains == domain]
         error = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")

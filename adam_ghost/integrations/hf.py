@@ -58,7 +58,7 @@ class AttributionCallback(TrainerCallback):
 
         return with_ids
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, optimizer: Any = None, **kwargs: Any):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         self.run = InRun(model, optimizer, lambda: self._val_loss(model), **self.options)
         saved = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
@@ -82,7 +82,7 @@ class AttributionCallback(TrainerCallback):
             return None
         kwargs = dict(kwargs)
         ids = take_ids(kwargs, self.column)
-        if training:
+        if training and self.run is not None:
             self.run.batch(ids)
         return args, kwargs
 
@@ -93,10 +93,11 @@ class AttributionCallback(TrainerCallback):
         finally:
             self._validating = False
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any):
-        self.run.epoch = int(state.epoch or 0)
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is not None:
+            self.run.epoch = int(state.epoch or 0)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         steps = self.run and self.run.steps
         if logs is not None and steps and not steps[-1].skipped:
             found = logged(steps[-1])
@@ -104,11 +105,12 @@ class AttributionCallback(TrainerCallback):
             if state.log_history:
                 state.log_history[-1].update(found)  # the Trainer's own record was written already
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run is not None and state.is_world_process_zero:
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             torch.save(self.run.state_dict(), os.path.join(folder, _STATE))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
-        self._forward.remove()
-        self.run.close()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is not None:
+            self._forward.remove()
+            self.run.close()

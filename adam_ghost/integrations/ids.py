@@ -1,6 +1,6 @@
 """Sample ids on their way through somebody else's loader: a column of the data set that the model must not see."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, MutableMapping
 from typing import Any
 
 from adam_ghost.ledger.books import StepRecord
@@ -14,7 +14,7 @@ def take_ids(batch: Any, column: str = ID, cure: str = "") -> list[Hashable]:
     Raises:
         KeyError: the batch has no such column.
     """
-    if not isinstance(batch, Mapping) or column not in batch:
+    if not isinstance(batch, MutableMapping) or column not in batch:
         there = f"it has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"it is a {type(batch).__name__}"
         raise KeyError(f"the batch has no column {column!r} with the samples' ids, {there}{cure}")
     ids = batch.pop(column)

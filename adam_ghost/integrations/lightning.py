@@ -57,12 +57,13 @@ class AttributionCallback(Callback):
             self.run.load_state_dict(self._loaded)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.run.epoch = trainer.current_epoch
-        self.run.batch(self.ids(batch))
+        if self.run is not None:
+            self.run.epoch = trainer.current_epoch
+            self.run.batch(self.ids(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        steps = self.run.steps
-        due = trainer.global_step % trainer.log_every_n_steps == 0
+        steps = self.run.steps if self.run is not None else []
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set in its constructor
         if not (trainer.loggers and due and steps) or steps[-1].skipped or steps[-1].step == self._logged:
             return
         self._logged = steps[-1].step

@@ -4,7 +4,7 @@ A field added here is a column of the table ``steps`` (``layout.steps_schema``),
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
@@ -54,7 +54,7 @@ class Arrived:
     """A step as it is booked; no scores where it was skipped."""
 
     record: StepRecord
-    ids: Sequence[int] | Sequence[str] = ()
+    ids: Sequence[Hashable] = ()
     scores: np.ndarray | None = None  # [n, K], float64
     losses: np.ndarray | None = None  # [n]: each sample's share of the training loss, where the loop told it
 

@@ -4,6 +4,7 @@ SIGTERM is taken over only where nobody else handles it; the process then dies o
 """
 
 import atexit
+import concurrent.futures.thread  # noqa: F401  pyarrow loads it when it first writes, which fails when the interpreter is ending
 import multiprocessing
 import os
 import signal

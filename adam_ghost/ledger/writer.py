@@ -111,7 +111,7 @@ class LedgerWriter:
         """The run, which may hold steps that have not arrived here; this, if it is gone."""
         return (self._filled_by and self._filled_by()) or self
 
-    def begin(self, ids: Sequence[int] | Sequence[str], settings: Callable[[], Mapping[str, Any]]) -> None:
+    def begin(self, ids: Sequence[Hashable], settings: Callable[[], Mapping[str, Any]]) -> None:
         """Called before a batch of ``ids``: refuses ids that cannot be written; at first, a folder that is not free for this run.
 
         Raises:
@@ -376,6 +376,5 @@ def _versions() -> dict[str, str]:
 
 
 def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    dist = sys.modules.get("torch.distributed")  # who has not loaded it has no ranks
+    return dist.get_rank() if dist is not None and dist.is_available() and dist.is_initialized() else 0

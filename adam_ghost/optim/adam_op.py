@@ -4,7 +4,7 @@ Lists have one entry per parameter, as optimizers hold them. ``cpp`` is the comp
 ``reference`` is always there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -165,7 +165,7 @@ def _run(name: str, *arguments: Any) -> Any:
 
 
 def _variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, impl):
-    inputs = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads]
+    inputs = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads
     sums = _new_sums(params, val_grads)
     check = lambda: _check_variance_correction(*inputs, out)  # noqa: E731
     if _in_extension("variance_correction", impl, check, inputs, [out], table, rows, RULES.index(rule), sums):
@@ -189,7 +189,7 @@ def _new_sums(params: list[Tensor], val_grads: list[Tensor]) -> Tensor:
 
 
 def _weight_points(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, empty, mid, table, rows, impl):
-    inputs = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
+    inputs = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs
     check = lambda: _check_weight_points(*inputs, empty, mid)  # noqa: E731
     if not _in_extension("weight_points", impl, check, inputs, [empty, mid], table, rows):
         definition.weight_points(table_steps(table, rows), *inputs, empty, mid)
@@ -207,8 +207,8 @@ def _check_weight_points(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, 
 def _adjoint(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, lambda_w, lambda_m, lambda_v, lambda_v_max, out, table, rows, impl
 ):
-    inputs = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
-    outputs = [lambda_w, lambda_m, lambda_v, lambda_v_max, out]
+    inputs = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs
+    outputs = lambda_w, lambda_m, lambda_v, lambda_v_max, out
     check = lambda: _check_adjoint(*inputs, *outputs)  # noqa: E731
     if not _in_extension("adjoint", impl, check, inputs, outputs, table, rows):
         definition.adjoint(table_steps(table, rows), *inputs, *outputs)
@@ -217,7 +217,7 @@ def _adjoint(
 def _adjoint_fake(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, lambda_w, lambda_m, lambda_v, lambda_v_max, out, table, rows, impl
 ):
-    state = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
+    state = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs
     _check_adjoint(*state, lambda_w, lambda_m, lambda_v, lambda_v_max, out)
 
 
@@ -235,23 +235,34 @@ def _check_adjoint(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, lambda
             raise ValueError(f"{twice}[{i}]: expected a tensor of its own, got that of another list")
 
 
-def _check_state(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) -> None:
+def _check_state(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
     check(params, params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs)
 
 
-_IMPLEMENTATIONS = {"variance_correction": _variance_correction, "weight_points": _weight_points, "adjoint": _adjoint}
-_FAKES = {"variance_correction": _variance_correction_fake, "weight_points": _weight_points_fake, "adjoint": _adjoint_fake}
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "variance_correction": _variance_correction,
+    "weight_points": _weight_points,
+    "adjoint": _adjoint,
+}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "variance_correction": _variance_correction_fake,
+    "weight_points": _weight_points_fake,
+    "adjoint": _adjoint_fake,
+}
 for _name in _IMPLEMENTATIONS:
     _lib.impl(_name, _IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"adam_ghost::{_name}", _FAKES[_name], lib=_lib)
 
 
-def _in_extension(name: str, impl: str | None, check: Callable[[], None], inputs: list, outputs: list[list[Tensor]], *rest) -> bool:
+def _in_extension(
+    name: str, impl: str | None, check: Callable[[], None], inputs: Sequence[Tensors], outputs: Sequence[Tensors], *rest: Any
+) -> bool:
     """Whether the extension did it. Else nothing is written, and ``check`` has found nothing wrong with the tensors.
 
     Raises where ``impl="cpp"`` asked for the extension and it cannot.
     """
-    device, status = inputs[0][0].device.type, None
+    params: Any = inputs[0]  # each of them a tensor
+    device, status = params[0].device.type, None
     why = extension.reason(device)
     if impl not in (None, "cpp", "reference"):
         raise ValueError(f"impl: expected None, 'cpp' or 'reference', got {impl!r}")
@@ -259,27 +270,19 @@ def _in_extension(name: str, impl: str | None, check: Callable[[], None], inputs
         raise RuntimeError(f"impl='cpp': {why}")
     if impl is None and why and device in extension.built:
         extension.warn_once(device)
-    if impl != "reference" and not why:
-        status = _call(getattr(extension.C, name), inputs, outputs, *rest)
-        if status == _DONE:
-            return True
+    kernel = None if impl == "reference" or why else getattr(extension.C, name)
+    if kernel and (status := kernel(*inputs, *outputs, *rest)) == _DONE:
+        return True
     check()
-    if impl == "cpp":
-        raise TypeError(f"impl='cpp': {'float32 and bfloat16 only' if status == _DTYPE else 'not for these tensors'}")
-    return False
-
-
-def _call(kernel, inputs: list, outputs: list[list[Tensor]], *rest) -> int:
-    """The extension's answer. Tensors that are not dense are read from, and written through, row-major copies."""
-    status = kernel(*inputs, *outputs, *rest)
-    if status == _LAYOUT:
+    if kernel and status == _LAYOUT:  # tensors that are not dense are read from, and written through, row-major copies
         made = [row_major(x) for x in outputs]
         status = kernel(*map(row_major, inputs), *made, *rest)
-        if status == _DONE:
-            for x, y in zip(chain(*outputs), chain(*made), strict=True):
-                if x is not y:
-                    x.copy_(y)
-    return status
+        for x, y in zip(chain(*outputs), chain(*made), strict=True):
+            if status == _DONE and x is not None and y is not None and x is not y:
+                x.copy_(y)
+    if impl == "cpp" and status != _DONE:
+        raise TypeError(f"impl='cpp': {'float32 and bfloat16 only' if status == _DTYPE else 'not for these tensors'}")
+    return status == _DONE
 
 
 def step_table(params: list[Tensor], steps: list[StepScalars]) -> tuple[Tensor, list[int]]:
@@ -321,7 +324,7 @@ def targets(params: list[Tensor], name: str, of_targets: list[Tensor]) -> tuple[
     return lead, of_targets[0].shape[0] if lead == 1 else 1
 
 
-def check(params: list[Tensor], lead: int = 0, K: int = 1, /, **lists: Tensors | None) -> None:
+def check(params: list[Tensor], lead: int = 0, K: int = 1, /, **lists: Sequence[Tensor | None] | None) -> None:
     """Raise ValueError naming the first list and entry whose length, shape or device does not suit ``params``.
 
     ``lead=1``: entries are ``[K, *param]`` instead of ``[*param]``.

@@ -26,6 +26,13 @@ class Adjoint(NamedTuple):
     state: list[list[Tensor]]  # per kind of state that the optimizer keeps
 
 
+class Kept(NamedTuple):
+    """A state apart from its tensors, which may wait elsewhere: ``rebuild(tensors)`` is the state again."""
+
+    tensors: list[Tensor | None]
+    rebuild: "Callable[[list[Tensor | None]], OptState]"
+
+
 @runtime_checkable
 class OptState(Protocol):
     """What an optimizer will do to any gradient in the step about to be taken, without doing it.
@@ -92,8 +99,8 @@ class OptState(Protocol):
         """What the step depends on beside tensors of the parameters' size: learning rate, step count and the like."""
         ...
 
-    def kept(self, params: Sequence[Tensor]) -> "OptState":
-        """All that the step depends on, in memory of its own; the copies of ``params`` are its parameters, in their order."""
+    def kept(self, params: Sequence[Tensor]) -> "Kept":
+        """A copy of all that the step depends on; the copies of ``params`` are its parameters, in their order."""
         ...
 
     def advanced(self, grads: Sequence[Tensor | None], scalars: Any) -> "OptState":

@@ -5,6 +5,7 @@ which is zero and whose derivative by ``slot`` is the score. What it takes from 
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class CompiledLayers:
 
     def __init__(self, model: nn.Module):
         layers = [m for m in model.modules() if _has_form(m)]
-        names = {p: name for name, p in model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.sites = [_Site(m, names) for m in layers if any(p is not None for p in own_parameters(m))]
 
     def attach(self) -> None:
@@ -77,7 +78,8 @@ def _has_form(module: nn.Module) -> bool:
 
 
 def _forward(site: _Site, x: Tensor) -> Tensor:
-    layer, slot = site.layer, site.slot
+    layer: Any = site.layer  # nn.Module types its attributes as modules too
+    slot = site.slot
     # an embedding of a plain list of indices may be one of positions, without samples: it is left to be named as not covered
     without = x.shape[0] != (0 if slot is None else len(slot)) or (site.kind == "embedding" and x.ndim == 1)
     if slot is None or without or not torch.is_grad_enabled():
@@ -93,7 +95,7 @@ def _forward(site: _Site, x: Tensor) -> Tensor:
     return y
 
 
-def _run_with(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_with(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's own forward with other parameters, in their dtype."""
     if isinstance(layer, nn.Embedding):
         return F.embedding(x, weight)

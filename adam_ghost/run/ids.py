@@ -20,12 +20,12 @@ def normalise(ids: Any) -> list[Id]:
     """
     if isinstance(ids, (str, bytes, Mapping, Set)) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
         raise TypeError(f"ids must be a list or a tensor of one id per sample, got {_named(ids)}")
-    shape = getattr(ids, "shape", None)
-    if shape is not None and len(shape) != 1:
-        if len(shape) != 2 or shape[1] != 1:
-            raise ValueError(f"ids must be one per sample, [n], got a {type(ids).__name__} {list(shape)}")
-        ids = ids.reshape(-1)
+    shape: tuple[int, ...] = getattr(ids, "shape", (0,))
+    if len(shape) != 1 and (len(shape) != 2 or shape[1] != 1):
+        raise ValueError(f"ids must be one per sample, [n], got a {type(ids).__name__} {list(shape)}")
     listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if len(shape) == 2:
+        listed = [row[0] for row in listed]
     return listed if set(map(type, listed)) <= {int, str} else [_plain(i) for i in listed]
 
 

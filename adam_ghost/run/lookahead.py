@@ -18,6 +18,7 @@ from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.scores.contract import contract
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
+from adam_ghost.scores.shapes import add
 
 
 class ContractingRecording(Recording):
@@ -40,7 +41,7 @@ class ContractingRecording(Recording):
     def scores(self) -> Tensor:
         """``[n, K]``, of all backward passes so far."""
         parts = [x for x in (self._arrived, self.slot.grad) if x is not None]
-        return sum(parts) if parts else torch.zeros_like(self.slot)
+        return add(parts) if parts else torch.zeros_like(self.slot)
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         self._tell()

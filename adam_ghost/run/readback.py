@@ -1,6 +1,6 @@
 """A step's numbers on their way from the device to the books, which wait for them; the device never does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ class Readback:
 class Pending:
     """A step's results on their way."""
 
-    ids: Sequence[int] | Sequence[str]
+    ids: Sequence[Hashable]
     record: StepRecord
     scores: Readback  # [n, K]
     numbers: Readback  # [4, K]: val_loss, total, history, 1 where the step is void

@@ -12,6 +12,11 @@ from torch.utils import _pytree as pytree
 from adam_ghost.capture.calls import RngState, rng_state
 from adam_ghost.capture.recording import Packing
 
+# of the rows of a model's output, those whose gradients tell how the loss was scaled, and that Gauss-Newton products are taken on
+EVERY = 4
+# factors this near to 1 are rounding
+_ROUNDING = 1e-4
+
 
 @dataclass
 class KeptBatch:
@@ -20,17 +25,20 @@ class KeptBatch:
     ids: list[Hashable]
     inputs: Any
     packing: Packing | None
-    rng: RngState  # when the batch was announced
-    rng_in_model: RngState | None = None  # when the model's forward pass began
-    autocast: torch.dtype | None = None  # in the model's forward pass
-    first_row: Tensor | None = None  # [], norm of the gradient that came to the first row of the model's output
+    rng: RngState  # when the model's forward pass began
+    autocast: torch.dtype | None  # in that pass
+    slopes: Tensor | None = None  # norms of the gradients that came to every fourth row of the model's output
+    scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
 
 
-def _set_rng(state: RngState) -> None:
-    host, on_device, device = state
-    torch.set_rng_state(host)
-    if on_device is not None:
-        torch.cuda.set_rng_state(on_device, device)
+def slopes(grad: Tensor) -> Tensor:
+    """``[rows / 4]``: the norm of the gradient in every fourth row of a model's output."""
+    return grad.detach().reshape(len(grad), -1)[::EVERY].norm(dim=1) if grad.ndim else grad.detach().abs().reshape(1)
+
+
+def first_output(output: Any) -> Tensor | None:
+    """The first floating-point tensor of what a module returned."""
+    return next((x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()), None)
 
 
 class Rerun:
@@ -42,39 +50,10 @@ class Rerun:
         self.device = self.params[0].device
 
     def keep(self, ids: list[Hashable], inputs: Any, packing: Packing | None) -> KeptBatch:
-        """Called where the batch is announced."""
-        return KeptBatch(ids, inputs, packing, rng_state(self.device))
-
-    def note_forward(self, batch: KeptBatch) -> None:
-        """Called where the model's forward pass begins."""
-        batch.rng_in_model = rng_state(self.device)
+        """Called where the batch's forward pass begins."""
         kind = self.device.type
-        batch.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-    @contextmanager
-    def _as_then(self, batch: KeptBatch) -> Iterator[None]:
-        """The random state and precision of the batch's own pass."""
-        pending = [batch.rng_in_model]
-
-        def begin(module: nn.Module, args: tuple) -> None:
-            if pending and (state := pending.pop()) is not None:
-                _set_rng(state)
-
-        with ExitStack() as stack:
-            stack.callback(self.model.register_forward_pre_hook(begin, prepend=True).remove)
-            if batch.autocast is not None:
-                stack.enter_context(torch.autocast(self.device.type, batch.autocast))
-            _set_rng(batch.rng)
-            yield
-
-    def loss(self, batch: KeptBatch, inputs: Any = None) -> Tensor:
-        """``train_loss`` of the batch (or of other ``inputs`` under its random numbers), with a graph."""
-        with self._as_then(batch), torch.enable_grad():
-            loss = self.train_loss(batch.inputs if inputs is None else inputs)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"train_loss must return the scalar that the loop calls backward() on, got {got}")
-        return loss
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return KeptBatch(ids, inputs, packing, rng_state(self.device), autocast)
 
     @property
     def head(self) -> nn.Module:
@@ -82,48 +61,72 @@ class Rerun:
         embeddings = getattr(self.model, "get_output_embeddings", lambda: None)()
         return self.model if embeddings is None else embeddings
 
-    def some_rows(self, batch: KeptBatch, share: float) -> Tensor:
-        """Indices of evenly spaced rows, the first among them; all, where rows are not samples."""
-        n = len(batch.ids)
-        if batch.packing is not None:
-            return torch.arange(n, device=self.device)
-        return torch.arange(0, n, max(1, int(1 / share)), device=self.device)
+    @contextmanager
+    def _as_then(self, batch: KeptBatch) -> Iterator[None]:
+        """The random state and precision of the batch's own pass; the former once more where the model's forward pass begins."""
+        host, on_device, device = batch.rng
 
-    def loss_and_output(self, batch: KeptBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``train_loss`` of some rows of a batch, and what the model made of them: ``[rows, ...]``.
+        def begin(*_: Any) -> None:
+            torch.set_rng_state(host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, device)
 
-        Raises ValueError where the output does not have the batch along its first dimension.
+        with ExitStack() as stack:
+            stack.callback(self.model.register_forward_pre_hook(begin, prepend=True).remove)
+            if batch.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, batch.autocast))
+            begin()
+            yield
+
+    def loss(self, batch: KeptBatch, inputs: Any = None) -> Tensor:
+        """``train_loss`` of the batch, or of other ``inputs`` under its random numbers.
+
+        Raises ValueError where it returns anything but a scalar.
         """
-        n, seen = len(batch.ids), []
-        alike = lambda x: isinstance(x, Tensor) and x.ndim > 0 and len(x) == n and batch.packing is None  # noqa: E731
-        inputs = pytree.tree_map(lambda x: x[rows.to(x.device)] if alike(x) else x, batch.inputs)
+        with self._as_then(batch):
+            loss = self.train_loss(batch.inputs if inputs is None else inputs)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"train_loss must return the scalar that the loop calls backward() on, got {got}")
+        return loss
+
+    def loss_and_output(self, batch: KeptBatch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``train_loss`` of the batch, or of some rows of it, and what the model made of them: ``[rows, ...]``."""
+        inputs = batch.inputs
+        if rows is not None:
+            ours = lambda x: isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(batch.ids)  # noqa: E731
+            inputs = pytree.tree_map(lambda x: x[rows.to(x.device)] if ours(x) else x, inputs)
+        seen: list[Tensor | None] = []
         handle = self.head.register_forward_hook(lambda module, args, output: seen.append(first_output(output)))
         try:
-            loss = self.loss(batch, inputs) if torch.is_grad_enabled() else self._value(batch, inputs)
+            loss = self.loss(batch, inputs)
         finally:
             handle.remove()
-        if len(seen) != 1 or seen[0] is None or seen[0].ndim < 2 or (batch.packing is None and len(seen[0]) != len(rows)):
-            raise ValueError(
-                "feedback='gauss-newton' needs a model that is called once per batch and whose output has the batch as its"
-                " first dimension; use feedback='differences'"
-            )
+        if len(seen) != 1 or seen[0] is None:
+            raise ValueError("schedule='window' needs a model that train_loss calls once, and that returns a tensor")
         return loss, seen[0]
 
-    def _value(self, batch: KeptBatch, inputs: Any) -> Tensor:
-        with self._as_then(batch), torch.no_grad():
-            return self.train_loss(inputs)
+    def measure_scale(self, batch: KeptBatch, found: Tensor) -> None:
+        """Takes, from the output's slopes where the batch ran again at its own weights, what its loss was multiplied by then."""
+        size = found.norm()
+        scale = torch.where(size > 0, batch.slopes.to(found).norm() / size, 1.0)
+        batch.scale = torch.where((scale - 1).abs() < _ROUNDING, 1.0, scale)
+
+    def find_scales(self, batches: Sequence[KeptBatch]) -> None:
+        """``measure_scale`` of those whose scale is not known, by a forward pass at the weights that the model holds."""
+        for batch in batches:
+            if batch.scale is None:
+                with torch.enable_grad():
+                    loss, out = self.loss_and_output(batch)
+                    self.measure_scale(batch, slopes(torch.autograd.grad(loss, out)[0]))
 
     def gradient(self, batches: Sequence[KeptBatch]) -> list[Tensor]:
-        """The gradient of the batches' losses by the parameters, summed as ``.grad`` sums them; zeros where there is none."""
-        total: list[Tensor] | None = None
+        """The gradient of the batches' losses, as the loop scaled them, by the parameters; zeros where there is none."""
+        total = [torch.zeros_like(p) for p in self.params]
         for batch in batches:
-            found = torch.autograd.grad(self.loss(batch), self.params, allow_unused=True)
-            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)]
-            total = grads if total is None else torch._foreach_add(total, grads)
-        assert total is not None
+            with torch.enable_grad():
+                found = torch.autograd.grad(self.loss(batch), self.params, allow_unused=True)
+            for x, g in zip(total, found, strict=True):
+                if g is not None:
+                    x.add_(g if batch.scale is None else g * batch.scale.to(g.dtype))
         return total
-
-
-def first_output(output: Any) -> Tensor | None:
-    """The first floating-point tensor of what a module returned."""
-    return next((x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()), None)

@@ -3,8 +3,8 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -33,14 +33,14 @@ _HISTORY = 10
 class MicroBatch:
     """The samples of one forward and backward pass, and what was recorded of it."""
 
-    ids: list[Hashable]
+    ids: Sequence[Hashable]
     packing: Packing | None
     audit: bool  # whether its step will be played exactly, which needs the calls themselves
     inputs: Any = None  # what the loop computes its loss from, where it is to be run again
     recording: Recording | None = None
     kept: Any = None  # KeptBatch, in a window
     losses: Tensor | None = None  # [n], as the loop told them
-    arrivals: Arrivals | None = None  # of its gradients
+    arrivals: Arrivals = field(init=False)  # of its gradients, from when it is opened
     whole: WholePass | None = None  # of an audited step
 
 
@@ -205,28 +205,30 @@ class After(Collecting):
     finish = swept
 
     def open(self, micro: MicroBatch, first: bool) -> None:
-        micro.recording = Recording(micro.packing)
-        self._arm(micro)
+        self._arm(micro, Recording(micro.packing))
 
-    def _arm(self, micro: MicroBatch) -> None:
+    def _arm(self, micro: MicroBatch, recording: Recording) -> None:
         self.recorder.end()
         self._await(micro)
-        micro.recording.on_arrival = micro.arrivals
+        micro.recording, recording.on_arrival = recording, micro.arrivals
         self._armed = micro
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._armed is not None and torch.is_grad_enabled() and not self.recorder.open:
-            if self._armed.audit:
-                self._armed.whole = WholePass(module, args, kwargs)
+        micro = self._armed
+        if micro is None or micro.recording is None:
+            return
+        if torch.is_grad_enabled() and not self.recorder.open:
+            if micro.audit:
+                micro.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
-            self.recorder.begin(self._armed.recording)
+            self.recorder.begin(micro.recording)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.recorder.open or self.recorder.inside_model:
             return
         self.recorder.end()
         micro, self._armed = self._armed, None
-        if output is None:  # the forward pass raised
+        if micro is None or micro.recording is None or output is None:  # the forward pass raised
             return
         rows = micro.recording.batch_size
         if micro.packing is None and rows != len(micro.ids):
@@ -274,7 +276,7 @@ class Ahead(After):
     def __init__(self, loop: Loop):
         super().__init__(loop, "midpoint")
         self._direction: Direction | None = None
-        self._layers = ScoredLinears(loop.model, self.recorder)
+        self._layers: ScoredLinears | CompiledLayers = ScoredLinears(loop.model, self.recorder)
 
     def attach(self) -> None:
         super().attach()
@@ -293,8 +295,7 @@ class Ahead(After):
         if self._direction is None:
             super().open(micro, first)
         else:
-            micro.recording = ContractingRecording(self._direction.P, len(micro.ids), micro.packing, keep=micro.audit)
-            self._arm(micro)
+            self._arm(micro, ContractingRecording(self._direction.P, len(micro.ids), micro.packing, keep=micro.audit))
 
     def _foresee(self) -> Direction | None:
         """``P`` from the gradient that history lets expect; None where it is too short."""
@@ -318,7 +319,8 @@ class Ahead(After):
         edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
         if edited.device.type == "cpu" and bool(edited.any()):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
-        scores = torch.cat([m.recording.scores for m in micro]) * scale.mean()
+        recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
+        scores = torch.cat([r.scores for r in recordings]) * scale.mean()
         at = 0.0 if self.loop.refreshes else None
         return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited, at)
 
@@ -329,7 +331,7 @@ class AheadCompiled(Ahead):
     def __init__(self, loop: Loop):
         After.__init__(self, loop, "midpoint")
         self._direction: Direction | None = None
-        self._layers = CompiledLayers(loop.model)
+        self._layers = self._compiled = CompiledLayers(loop.model)
         self._running: ContractingRecording | None = None  # of the forward pass that was announced last
 
     def attach(self) -> None:
@@ -342,17 +344,16 @@ class AheadCompiled(Ahead):
             self._direction = self._foresee()
         if self._direction is None:
             return
-        micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
+        recording = micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
         self._await(micro)
-        micro.recording.on_arrival = micro.arrivals
-        micro.recording.batch_size = len(micro.ids)
-        self._layers.begin(micro.recording)
-        self._running = micro.recording
+        recording.on_arrival, recording.batch_size = micro.arrivals, len(micro.ids)
+        self._compiled.begin(recording)
+        self._running = recording
         self._micro.append(micro)
 
     def _end(self) -> None:
         if self._running is not None:
-            self._layers.end(self._running)
+            self._compiled.end(self._running)
             self._running = None
 
     def _foreseeable(self, opt_state: OptState) -> bool:

@@ -1,5 +1,7 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,9 +26,10 @@ class Coverage:
         size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
         return not np.all(np.abs(scores.sum(0) - total) <= SELF_CHECK * size)
 
-    def asks_why(self, scores: np.ndarray, total: np.ndarray) -> bool:
-        """Whether ``check`` will have something new to tell, for which the parameters at fault should be named in ``blamed``."""
-        return self.share == 1 and "sum" not in self._told and self.misses(scores, total)
+    def blame(self, scores: np.ndarray, total: np.ndarray, why: Callable[[], list[str]]) -> None:
+        """Has ``why`` name the parameters at fault, if ``check`` will have something new to tell."""
+        if self.share == 1 and "sum" not in self._told and self.misses(scores, total):
+            self.blamed = why()
 
     def check(self, scores: np.ndarray, total: np.ndarray, where: str = "") -> None:
         """Tells if the scores do not add up, where parameters left out do not explain it. Raises RuntimeError under ``strict``."""

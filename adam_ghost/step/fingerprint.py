@@ -111,8 +111,9 @@ class GradientWatch:
             return
         with torch.enable_grad():
             # not hooks on the parameters, which torch.autograd.grad would call as well
-            nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in self.params.values()]
-        self._beginnings = [(node, node.register_prehook(self._begins)) for node in nodes]
+            grad_fns = [p.expand_as(p).grad_fn for p in self.params.values()]
+            nodes = [fn.next_functions[0][0] for fn in grad_fns if fn is not None]
+        self._beginnings = [(node, node.register_prehook(self._begins)) for node in nodes if node is not None]
 
     def remove(self) -> None:
         """Takes its hooks off and forgets."""

@@ -1,7 +1,7 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,17 @@ class Step:
     params: dict[str, nn.Parameter]
     grads: dict[str, Tensor]
     recordings: list[Recording]
-    scale: dict[str, Tensor] | None = None  # what each gradient was multiplied by since it was recorded
+    scale: dict[str, Tensor] = field(default_factory=dict)  # what gradients were multiplied by since they were recorded
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
         p = self.params[name]
         shares = torch.cat([sample_gradients(r.calls, name, p, r.batch_size, block) for r in self.recordings])
-        return shares if self.scale is None else shares * self.scale[name]
+        return shares * self.scale[name] if self.scale else shares
 
     def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
-        if self.scale is not None:
+        if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
         return contract_all(self.recordings, P, per_token, half)
 
@@ -49,23 +49,23 @@ class Step:
             if not gap <= 1e-3 * total.abs().max():
                 off[name] = float(gap)
         worst = max(off.values(), default=0.0)
-        return [name for name in sorted(off, key=off.get, reverse=True) if off[name] > 0.1 * worst]
+        return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
 
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
     for name, p in params.items():
         if p not in opt_state:
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
-        if p.grad.layout is not torch.strided:
+        if grads[name].layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
     for name, p in model.named_parameters():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
-    grads = {name: p.grad for name, p in params.items()}
     if recordings:
         inside = set(model.parameters())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]

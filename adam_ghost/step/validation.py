@@ -126,7 +126,7 @@ def _by_grad(losses: Tensor, params: Sequence[Tensor]) -> list[Sequence[Tensor |
 def _by_backward(losses: Tensor, params: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
     """By ``.backward()``; the ``.grad`` of all ``leaves`` are put back."""
     held = [p.grad for p in leaves]
-    rows = []
+    rows: list[Sequence[Tensor | None]] = []
     try:
         for k, x in enumerate(losses):
             for p in leaves:

@@ -155,3 +155,9 @@ def test_doctor_agrees_with_this_installation():
     assert findings["extension, CPU"].active == (not extension.reason("cpu"))
     assert findings["extension, CUDA"].active == (not extension.reason("cuda") and torch.cuda.is_available())
     assert all(f.why for f in findings.values())
+
+
+def test_one_range_of_torch():
+    """What doctor calls supported is what an installation asks for."""
+    low, high = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).groups()
+    assert tuple(tuple(map(int, x.split("."))) for x in (low, high)) == doctor.TORCH

@@ -371,8 +371,13 @@ def test_lambda_v_max_is_amsgrads(impl):
         assert all(map(torch.equal, got[3], drawn[2]["v_max"]))
 
 
-def test_memory_of_two_lists_is_refused():
-    given = good()
-    given["out"] = [x.view_as(x) for x in given["lambda_m"]]
+@pytest.mark.parametrize("strided", [False, True])
+def test_memory_of_two_lists_is_refused(strided):
+    given = cast(draw([(4, 5)]), FULL)[2] | {"out": [torch.zeros(4, 5)]}
+    held = torch.zeros(4, 10)[:, ::2] if strided else torch.zeros(4, 5)
+    given["m"], given["out"] = [held], [held.view_as(held)]
     with pytest.raises(ValueError, match=r"lambda_m\[0\]: expected a tensor of its own, got that of another list"):
-        adam_op.adjoint(**given)
+        adam_op.adjoint(
+            [torch.ones(4, 5)], [None], [None], [None], [None], [KINDS["adam"]], *map(given.get, NAMES), out=given["out"]
+        )
+    assert not held.any()

@@ -1,4 +1,4 @@
-// The CUDA kernels, run on the CPU, against the CPU kernels: directions, weights and adjoints to the bit, sums to double's rounding.
+// The CUDA kernels, run on the CPU, against the CPU kernels: directions, weights, adjoints to the bit, sums to double's rounding.
 // Buffers end exactly where their tensors do, so that an address sanitizer sees an access beyond.
 #include <cmath>
 #include <cstdio>
@@ -49,7 +49,7 @@ struct Memory {
   // The same numbers in memory of their own.
   Planes copy(const Planes& from, int64_t numel, int64_t K, int offset) {
     Planes to = planes(numel, K, from.dtype, offset);
-    std::memcpy(to.data, from.data, numel * K * (from.dtype == F32 ? 4 : 2));
+    if (numel) std::memcpy(to.data, from.data, numel * K * (from.dtype == F32 ? 4 : 2));
     return to;
   }
 };
