@@ -335,6 +335,8 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
+        if found.unexplained is not None and found.scores.device.type == "cpu":
+            self.coverage.blame(found.scores.detach().numpy(), found.total.numpy(), found.unexplained)
         if audit is not None:
             game, apart = audit
             r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))

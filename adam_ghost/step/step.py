@@ -40,6 +40,17 @@ class Step:
             P = {name: x * self.scale[name] for name, x in P.items()}
         return contract_all(self.recordings, P, per_token, half)
 
+    def unexplained(self, P: Directions) -> list[str]:
+        """The names of parameters whose samples' shares do not add up to their gradient, as far as ``P`` sees it; worst first."""
+        off = {}
+        for name, g in self.grads.items():
+            total = P[name].flatten(1) @ g.flatten().to(P[name].dtype)  # [K]
+            gap = (self.scores({name: P[name]}).sum(0) - total).abs().max()
+            if not gap <= 1e-3 * total.abs().max():
+                off[name] = float(gap)
+        worst = max(off.values(), default=0.0)
+        return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
+
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
