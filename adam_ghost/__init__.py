@@ -12,6 +12,7 @@ if _checkout:
 
 if TYPE_CHECKING:
     from adam_ghost.attribution import attribute
+    from adam_ghost.capture.declared import keeps_samples_apart
     from adam_ghost.inrun import InRun
     from adam_ghost.layer_cache import LayerCache
     from adam_ghost.ledger.reader import open_ledger
@@ -29,6 +30,7 @@ __all__ = [
     "attribute",
     "exact_shapley",
     "gram",
+    "keeps_samples_apart",
     "open_ledger",
 ]
 
@@ -42,6 +44,7 @@ _HOMES = {
     "attribute": "attribution",
     "exact_shapley": "shapley",
     "gram": "pairwise",
+    "keeps_samples_apart": "capture.declared",
     "open_ledger": "ledger.reader",
 }
 

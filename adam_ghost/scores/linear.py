@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.calls import Call
+from adam_ghost.capture.declared import FOLLOWED
 from adam_ghost.capture.kinds import is_transposed
 from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
@@ -99,6 +100,9 @@ class _ScoredLinear(torch.autograd.Function):
             sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
             scores, d_bias = scores + sums @ P_bias.mT, sums.sum(0)
         return d_input, d_weight, d_bias, scores, None, None, None
+
+
+FOLLOWED.add(_ScoredLinear)
 
 
 def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | None, ...], offsets: Tensor | None) -> Tensor:
