@@ -52,12 +52,11 @@ register_kind("affine", _is_affine)  # linear in its parameters: run with P in t
 
 
 # forwards of torch.nn whose treatment of a batch is told by ``output_axis``; any other code is followed function by function
-_KNOWN = {
-    cls.forward
-    for cls in (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding, nn.EmbeddingBag)
-    + (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU, _BatchNorm, _InstanceNorm)
-    + (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm, _InstanceNorm)
+_SEQUENCES = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
+_OTHERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+_KNOWN = {cls.forward for cls in (*_CONVOLUTIONS, *_NORMS, *_SEQUENCES, *_OTHERS)}
 _CONVOLVE = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
