@@ -54,7 +54,7 @@ def check(name, compiled, model, prefix):
             run.batch([f"{step}-{i}" for i in range(N)])
             losses(compiled(x)).sum().backward()
             direction = run._schedule._direction
-            if direction is not None:
+            if direction is not None and name in ALONE:
                 plain.load_state_dict(model.state_dict())
                 P = {k.removeprefix(prefix): v[0] for k, v in direction.P.items()}
                 for i in range(N):

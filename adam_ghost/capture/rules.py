@@ -40,6 +40,10 @@ def _swapped_last(x, axis, out):
     return _swap(x, axis, out, -1, -2) if x.ndim > 1 else axis
 
 
+def _reversed(x, axis, out):
+    return x.ndim - 1 - axis
+
+
 def _move(x, axis, out, source, destination):
     return torch.empty([7 if d == axis else 1 for d in range(x.ndim)], device="meta").movedim(source, destination).shape.index(7)
 
@@ -277,7 +281,8 @@ RULES: dict[Callable, Callable] = {
     for name in names.split()
     for f in functions(name)
 }
-RULES |= {getattr(Tensor, name).__get__: _swapped_last for name in ("T", "mT", "H", "mH")}
+RULES |= {getattr(Tensor, name).__get__: _reversed for name in ("T", "H")}
+RULES |= {getattr(Tensor, name).__get__: _swapped_last for name in ("mT", "mH")}
 RESHAPES = frozenset(
     f for name in ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "ravel") for f in functions(name)
 )
