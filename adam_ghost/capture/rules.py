@@ -274,8 +274,8 @@ RULES: dict[Callable, Callable] = {
         ("avg_pool3d lp_pool3d adaptive_avg_pool3d fractional_max_pool3d fractional_max_pool3d_with_indices", _before_last(3)),
         ("max_pool3d max_pool3d_with_indices adaptive_max_pool3d adaptive_max_pool3d_with_indices", _before_last(3)),
         ("cholesky inverse pinverse det logdet slogdet matrix_exp matrix_power qr svd", _before_last(2)),
-        ("linalg.cholesky linalg.cholesky_ex linalg.inv linalg.inv_ex linalg.pinv linalg.det linalg.slogdet", _before_last(2)),
-        ("linalg.matrix_exp linalg.matrix_power linalg.matrix_rank linalg.cond linalg.qr linalg.lu", _before_last(2)),
+        ("linalg.cholesky linalg.cholesky_ex linalg.inv linalg.inv_ex linalg.det linalg.slogdet", _before_last(2)),
+        ("linalg.matrix_exp linalg.matrix_power linalg.cond linalg.qr linalg.lu", _before_last(2)),
         ("linalg.svd linalg.svdvals linalg.eig linalg.eigvals linalg.eigh linalg.eigvalsh", _before_last(2)),
     )
     for name in names.split()
