@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # where a suitable torch is there already (a GPU machine's, say), it is used; elsewhere this one is installed, first and
 # pinned, so that nothing pulls a larger build
 TORCH ?= torch==2.13.0
-HAS_TORCH := $(shell $(PYTHON) -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2])); print((2, 11) <= v < (2, 14))" 2>/dev/null)
+# pyproject.toml says which: from, to below
+TORCH_RANGE := $(shell sed -n 's/.*"torch>=\([0-9.]*\),<\([0-9.]*\)".*/\1 \2/p' pyproject.toml)
+HAS_TORCH := $(shell $(PYTHON) -c "import sys, torch; v, low, high = (tuple(map(int, x.split('.')[:2])) \
+  for x in (torch.__version__, *sys.argv[1:])); print(low <= v < high)" $(TORCH_RANGE) 2>/dev/null)
 SITE := $(if $(filter True,$(HAS_TORCH)),--system-site-packages)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
@@ -18,7 +21,7 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench throughput

@@ -46,14 +46,16 @@ def toolkit(nvcc):
 
 
 def extension():
-    """The extension and its build command, or nothing, and why."""
+    """The extension's build command and the extension, or neither, having said why."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        return say("no torch in the build environment, C++ part left out (pip install --no-build-isolation .)") or ({}, [])
+        say("no torch in the build environment, C++ part left out (pip install --no-build-isolation .)")
+        return {}, []
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        return say(f"no C++ compiler ({compiler}), C++ part left out: reference code serves") or ({}, [])
+        say(f"no C++ compiler ({compiler}), C++ part left out: reference code serves")
+        return {}, []
     nvcc = find_nvcc()
     if nvcc is None:
         say("CUDA part left out: " + ("ADAM_GHOST_CUDA=0" if CUDA == "0" else "no nvcc"))
@@ -85,7 +87,7 @@ commands, extensions = extension()
 setup(
     packages=[*find_packages(include=["adam_ghost", "adam_ghost.*"]), "adam_ghost.kernels"],
     package_dir={"adam_ghost.kernels": "kernels"},
-    package_data={"adam_ghost.report": ["page.*"]},
+    package_data={"adam_ghost": ["py.typed"], "adam_ghost.report": ["page.*"]},
     ext_modules=extensions,
     cmdclass=commands,
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},

@@ -19,10 +19,10 @@ def attribute(
     """How much each sample of the recorded batch lowers the validation loss in the step about to be taken.
 
     Call it after the backward pass, with the final ``.grad`` in place, before ``optimizer.step()``. The scores are shares of
-    the step: they add up to ``< P , g(B) >``, which is the step's change of the validation loss beyond what momentum and
-    weight decay do alone, up to ``O(lr^3)``. Weights, gradients, optimizer state, module modes and random state are as
-    before afterwards, to the bit. The recording stays for further calls until the cache is entered again. Gradients may be
-    clipped or unscaled in between, as the optimizer will see them: the scores follow.
+    the step: they add up to ``< P , g(B) >``, which is what the batch's gradient takes off the validation loss, against the
+    step that momentum and weight decay would take without it, up to ``O(lr^3)``. Weights, gradients, optimizer state, module
+    modes and random state are as before afterwards, to the bit. The recording stays for further calls until the cache is
+    entered again. Gradients may be clipped or unscaled in between, as the optimizer will see them: the scores follow.
 
     Args:
         layer_cache: what ``with layer_cache:`` recorded of the forward and backward pass of ``n`` samples.

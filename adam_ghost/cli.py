@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adam_ghost import __version__
+from adam_ghost.extras import how_to_install
+
 app = typer.Typer(
-    help="In-run data attribution for Adam and AdamW: which training samples helped, which harmed, read from a run's ledger.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,  # a corpus is a local: rendering one takes minutes
@@ -22,11 +24,24 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Argument(help="The run's ledger: what InRun(..., ledger=DIR) wrote.", metavar="DIR")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 Target = Annotated[int, typer.Option(min=0, help="Which validation loss, where val_loss returned several.")]
-Value = Annotated[str, typer.Option(help="total, standardized (for finding bad samples) or share (of each step's loss drop).")]
+Value = Annotated[str, typer.Option(help="standardized (within steps: for finding bad samples) or total (sum over steps).")]
 First = Annotated[int, typer.Option("--from", help="First step.")]
 Last = Annotated[int | None, typer.Option("--to", help="Last step.")]
 Bootstrap = Annotated[int, typer.Option(min=0, help="Resamplings of the steps, for a 95% interval.")]
 GroupFile = Annotated[Path | None, typer.Option("--by", help="CSV with the columns sample and group, instead of the ledger's own.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"adam-ghost {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """In-run data attribution for Adam and AdamW: which training samples helped, which harmed, read from a run's ledger."""
 
 
 @app.command()
@@ -54,7 +69,7 @@ def demo(
     display.save(out / "scores.csv", result, corpus)
     console.print(f"All scores: {out / 'scores.csv'}")
     if ledger is None:
-        console.print("For a ledger and a report: pip install 'adam-ghost[report]'")
+        console.print(Text(f"For a ledger and a report: {how_to_install('report')}"))
     else:
         from adam_ghost.report import write_report
 
@@ -67,7 +82,7 @@ def top(
     folder: Folder,
     k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
     harmful: Annotated[bool, typer.Option(help="The most harmful instead of the most helpful.")] = False,
-    value: Value = "total",
+    value: Value = "standardized",
     target: Target = 0,
     first: First = 0,
     last: Last = None,
@@ -77,9 +92,15 @@ def top(
     """The most helpful, or most harmful, samples."""
 
     def ask(ledger: Any) -> Any:
-        return ledger.top(k, harmful=harmful, target=target, steps=_steps(first, last), value=value, bootstrap=bootstrap)
+        from adam_ghost.ledger.gap import find_gap
 
-    _print(_read(folder, ask).to_pylist(), as_json)
+        found = ledger.top(k, harmful=harmful, target=target, steps=_steps(first, last), value=value, bootstrap=bootstrap)
+        return found.to_pylist(), find_gap(ledger, target).line
+
+    found, line = _read(folder, ask)
+    _print(found, as_json)
+    if not as_json:
+        _console().print(Text(line))
 
 
 @app.command()
@@ -124,6 +145,7 @@ def show(
 def report(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="The page to write; report.html beside DIR's files, if not given.")] = None,
+    value: Value = "standardized",
     target: Target = 0,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
 ) -> None:
@@ -132,7 +154,7 @@ def report(
     def write(ledger: Any) -> Path:
         from adam_ghost.report import write_report
 
-        return write_report(ledger, out or folder / "report.html", target=target, title=title)
+        return write_report(ledger, out or folder / "report.html", value=value, target=target, title=title)
 
     _console().print(Text(f"Report: {_read(folder, write)}"))
 
@@ -141,23 +163,39 @@ def report(
 def audit(
     folder: Folder,
     target: Target = 0,
-    minimum: Annotated[float, typer.Option("--min-r", help="Exit with 1 if an audited step's correlation is below this.")] = 0.0,
+    minimum: Annotated[float, typer.Option("--min-r", help="Fail if an audited step's correlation is below this.")] = 0.9,
+    largest: Annotated[
+        float,
+        typer.Option("--max-gap", help="Fail if a step whose scores cover all parameters misses more of its gradient than this."),
+    ] = 0.05,
     as_json: AsJson = False,
 ) -> None:
     """Can the scores be trusted: audited steps against their exact Shapley values, and every step's sum against its gradient."""
     query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS true_loss_drop,
                abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
                WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
-    books = """SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped, min(coverage) AS least_coverage,
-               max(abs(score_sum - total) / nullif(abs(total), 0)) AS largest_difference FROM steps WHERE target = ?"""
-    audited, summary = _read(folder, lambda ledger: [ledger.sql(q, [target]).to_pylist() for q in (query, books)])
+    books = """SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped, min(coverage) AS least_coverage
+               FROM steps WHERE target = ?"""
+
+    def ask(ledger: Any) -> Any:
+        from adam_ghost.ledger.gap import find_gap
+
+        found = find_gap(ledger, target)  # which refuses a target that is not there
+        return ledger.sql(query, [target]).to_pylist(), ledger.sql(books, [target]).to_pylist()[0], found
+
+    audited, summary, (gap, line) = _read(folder, ask)
+    summary["largest_gap"] = gap
     if as_json:
-        _print({"audited": audited, **summary[0]}, True)
+        _print({"audited": audited, **summary}, True)
     else:
         _print(audited, False, empty="No step was audited: InRun(..., audit_every=N) does.")
-        _print(summary, False)
-    if any(not row["r"] >= minimum for row in audited):
-        raise typer.Exit(1)
+        _print([summary], False)
+        _console().print(Text(line))
+    bad = [row["step"] for row in audited if not row["r"] >= minimum]
+    if bad:
+        _fail(f"the correlation is below {minimum:g} in steps {', '.join(map(str, bad[:6]))}", 1)
+    if gap is not None and not gap <= largest:
+        _fail(f"a step's scores miss {gap:.1%} of its gradient, more than {largest:.1%}", 1)
 
 
 @app.command()
@@ -178,19 +216,16 @@ def export(
     every_score: Annotated[bool, typer.Option(help="A line per score, instead of one per sample.")] = False,
     value: Value = "total",
     target: Target = 0,
+    raw: Annotated[bool, typer.Option(help="Leave ids as they are that a spreadsheet would run as formulas.")] = False,
 ) -> None:
-    """Write scores as CSV."""
+    """Write scores as CSV. An id that begins as a formula does gets an apostrophe before it."""
 
     def write(ledger: Any) -> None:
-        query = "SELECT * FROM scores ORDER BY step" if every_score else None
-        import pyarrow.csv
+        from adam_ghost.ledger.export import write_csv
 
-        table = ledger.sql(query) if query else ledger.totals(target=target, value=value).sort_by([("value", "descending")])
-        if to is None:
-            pyarrow.csv.write_csv(table, sys.stdout.buffer)
-        else:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.csv.write_csv(table, str(to))
+        query = "SELECT * FROM scores ORDER BY step"
+        table = ledger.sql(query) if every_score else ledger.totals(target=target, value=value)
+        write_csv(table if every_score else table.sort_by([("value", "descending")]), to or sys.stdout.buffer, raw=raw)
 
     _read(folder, write)
 
@@ -198,18 +233,24 @@ def export(
 def _read(folder: Path, ask: Callable[[Any], Any]) -> Any:
     """Asks the ledger in ``folder``; what people get wrong ends in one line, not in a traceback."""
     try:
+        from adam_ghost.ledger.check import DamagedLedger
         from adam_ghost.ledger.reader import open_ledger
-
+    except ImportError as error:
+        _fail(str(error), 1)
+    try:
         with open_ledger(folder) as ledger:
             return ask(ledger)
-    except (FileNotFoundError, KeyError, ImportError) as error:
-        _fail(error.args[0] if isinstance(error, KeyError) else str(error), 1)
+    except KeyError as error:
+        _fail(error.args[0], 1)
+    except (OSError, ImportError, DamagedLedger) as error:
+        _fail(str(error), 1)
     except ValueError as error:
         _fail(str(error), 2)
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    Console(stderr=True).print(Text(f"adam-ghost: {text}"))
+    text = "".join(c if c.isprintable() else " " for c in text.removeprefix("adam_ghost: "))
+    Console(stderr=True).print(Text(f"adam-ghost: {text}"), soft_wrap=True)
     raise typer.Exit(code)
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from adam_ghost import extension
+from adam_ghost.extras import how_to_install
 
 TORCH = ((2, 11), (2, 14))  # supported: from, to below
 
@@ -41,7 +42,7 @@ def _triton() -> Finding:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return Finding("Triton kernels", False, "triton is not installed (pip install adam-ghost[triton])")
+        return Finding("Triton kernels", False, f"triton is not installed ({how_to_install('triton')})")
     if torch.cuda.is_available():
         return Finding("Triton kernels", True, version)
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -11,6 +11,7 @@ from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, Fingerprint
 from adam_ghost.step.step import Step, gather_step
+from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
 
 
@@ -18,8 +19,9 @@ class LayerCache:
     """Records each layer call's input and output gradient inside ``with cache:``, for ``attribute``, ``gram`` and the like.
 
     A layer is a module that owns trainable parameters and has no submodules (``nn.MultiheadAttention`` and parametrized
-    modules count as one); parameters used by torch functions outside such modules are recorded per function. Nothing of it
-    stays on the model after the block, and outputs, gradients and random state are those of the bare model.
+    modules count as one); parameters used by torch functions outside such modules are recorded per function. Entered again, it
+    forgets what it held. Nothing of it stays on the model after the block, and outputs, gradients and random state are those of
+    the bare model.
 
     Args:
         model: the module whose forward pass runs inside the block, called with the batch along dimension 0.
@@ -28,8 +30,9 @@ class LayerCache:
         strict: raise instead of warning where a parameter's gradient cannot be attributed.
 
     Raises:
-        ValueError: on entering, if a BatchNorm is in training mode (it mixes the samples), or if a block is nested or
-            repeated before its calls were used or cleared; inside, if the batch is not dimension 0.
+        TypeError: the model is spread over processes or devices, or has complex parameters.
+        ValueError: on entering, if a BatchNorm is in training mode (it mixes the samples), or if a block is nested; inside, if
+            the batch is not dimension 0.
     """
 
     def __init__(self, model: nn.Module, val_loss: Callable[[], Tensor] | None = None, *, strict: bool = False):
@@ -37,6 +40,7 @@ class LayerCache:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if val_loss is not None and not callable(val_loss):
             raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
+        refuse_unsupported(model)
         self.model = model
         self.coverage = Coverage(strict)
         self.validation = Validation(val_loss, model)
@@ -46,15 +50,12 @@ class LayerCache:
     def clear(self) -> None:
         """Forgets what was recorded."""
         self.recorded = Recording()
-        self.used = False
         self._fingerprint: Fingerprint | None = None
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __enter__(self) -> "LayerCache":
         if self._recorder is not None:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
-        if self.recorded.calls and not self.used:
-            raise ValueError("`with cache` was entered again before its recording was used: call attribute, or cache.clear()")
         refuse_mixed_samples(self.model)
         self.clear()
         self._recorder = Recorder(self.model)
@@ -62,10 +63,10 @@ class LayerCache:
         self._recorder.begin(self.recorded)
         return self
 
-    def __exit__(self, *exc) -> None:
-        recorder, self._recorder = self._recorder, None
-        recorder.end()
-        recorder.detach()
+    def __exit__(self, *exc: object) -> None:
+        if self._recorder is not None:
+            self._recorder.detach()
+        self._recorder = None
         if exc[0] is not None:
             self.clear()
             return
@@ -85,14 +86,14 @@ class LayerCache:
         named = self.model.named_parameters()
         return {name: p.grad for name, p in named if p.grad is not None and p.grad.layout is torch.strided}
 
-    def scaled_since(self) -> dict[str, Tensor] | None:
-        """What the gradients were multiplied by since the block ended (clipped, unscaled); None if by nothing.
+    def scaled_since(self) -> dict[str, Tensor]:
+        """What the gradients were multiplied by since the block ended (clipped, unscaled); empty if by nothing.
 
         Raises ValueError if they were changed in any other way.
         """
         grads = self._grads()
         if self._fingerprint is None or self._fingerprint.untouched(grads):
-            return None
+            return {}
         changes = self._fingerprint.changes(grads)
         if changes.edited.device.type == "cpu" and bool(changes.edited.any()):
             raise ValueError(EDITED)
@@ -116,10 +117,9 @@ def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) ->
         raise ValueError("the weights changed since `with cache`: compute the scores before optimizer.step()")
     for name, p in cache.model.named_parameters():
         # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
-        looked_at = p.grad is not None and p.grad.device.type == "cpu" and p.grad.layout is torch.strided
-        if looked_at and not bool(p.grad.isfinite().all()):
+        g = p.grad
+        if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
     step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage)
     step.scale = cache.scaled_since()
-    cache.used = True
     return step

@@ -1,5 +1,7 @@
 """Pairwise products of the samples' gradients under Adam's preconditioner: who pulls with whom in this step."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from adam_ghost.capture.kinds import is_transposed, layer_kind
 from adam_ghost.layer_cache import LayerCache, open_step
 from adam_ghost.optim import OptState
 from adam_ghost.scores import ops
-from adam_ghost.scores.shapes import samples_first
+from adam_ghost.scores.shapes import add, samples_first
 from adam_ghost.step.step import Step
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
@@ -32,44 +34,43 @@ def gram(layer_cache: LayerCache, opt_state: torch.optim.Optimizer | OptState, *
     """
     if preconditioner not in ("exact", "factored", None):
         raise ValueError(f"preconditioner must be 'exact', 'factored' or None, got {preconditioner!r}")
-    step = open_step(layer_cache, opt_state)
-    total: Tensor | int = 0
-    n = layer_cache.recorded.batch_size
+    return add(_products(open_step(layer_cache, opt_state), preconditioner))
+
+
+def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
+    """Parts ``[n, n]`` that add up to the products of all pairs."""
+    (recorded,) = step.recordings
     for name, p in step.params.items():
         D = None if preconditioner is None else step.opt_state.metric(p, step.grads[name])
-        calls = [call for call in layer_cache.recorded.calls if name in call.parameters()]
-        if calls and preconditioner == "factored" and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls):
-            total = total + _factored(calls, D if step.scale is None else D * step.scale[name] ** 2, n)
+        calls = [call for call in recorded.calls if name in call.parameters()]
+        linear = calls and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls)
+        if linear and D is not None and preconditioner == "factored":
+            yield from _factored(calls, D * step.scale[name] ** 2 if step.scale else D, recorded.batch_size)
         else:
-            total = total + _exact(step, name, D, n)
-    return total
+            yield from _exact(step, name, D, recorded.batch_size)
 
 
-def _exact(step: Step, name: str, D: Tensor | None, n: int) -> Tensor:
+def _exact(step: Step, name: str, D: Tensor | None, n: int) -> Iterator[Tensor]:
     p = step.params[name]
     per_row = max(1, n * p[:1].numel() * 4) if p.ndim else 1
     rows = max(1, _BLOCK_BYTES // per_row)
-    total: Tensor | int = 0
     for start in range(0, p.shape[0] if p.ndim else 1, rows):
         block = slice(start, start + rows)
         G = step.sample_gradients(name, block).reshape(n, -1)
         scaled = G if D is None else G * (D[block] if p.ndim else D).reshape(-1)
-        total = total + scaled @ G.mT
-    return total
+        yield scaled @ G.mT
 
 
-def _factored(calls: list[Call], D: Tensor, n: int) -> Tensor:
+def _factored(calls: list[Call], D: Tensor, n: int) -> Iterator[Tensor]:
     row, col = _rank_one(D)
     if is_transposed(calls[0].fn):
         row, col = col, row
     sides = [[samples_first(x, c.outputs[0], n).flatten(1, -2).to(D.dtype) for x in (c.input, c.grad_output[0])] for c in calls]
-    total: Tensor | int = 0
     for i, (a, b) in enumerate(sides):
-        total = total + ops.ghost_gram(a, b, row=row, col=col)
+        yield ops.ghost_gram(a, b, row=row, col=col)
         for a2, b2 in sides[:i]:
             across = ops.ghost_gram(a, b, a2, b2, row=row, col=col)
-            total = total + across + across.mT
-    return total
+            yield from (across, across.mT)
 
 
 def _rank_one(D: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,13 +152,13 @@ def kernels(json: Json = None) -> None:
 
 @app.command()
 def ops(json: Json = None, device: str = "cpu") -> None:
-    """The variance correction against PyTorch's own ops and against the copy bandwidth, for 100 million parameters."""
+    """The variance correction and the adjoint against PyTorch's own ops and the copy bandwidth, for 100 million parameters."""
     results = ops_bench.measure(device)
     table = Table(caption=f"{results['elements'] / 1e6:.1f} million parameters, float32")
-    for name in results["rules"][0]:
+    for name in results["ops"][0]:
         table.add_column(name.replace("_", " "), justify="right")
-    for row in results["rules"]:
-        table.add_row(row["rule"], *(f"{x:.2f}" for x in list(row.values())[1:]))
+    for row in results["ops"]:
+        table.add_row(row["op"], *(f"{x:.2f}" for x in list(row.values())[1:]))
     console.print(table)
     small = f"{ops_bench.SMALL} tensors of {ops_bench.SIZE} elements"
     console.print(f"per call for {small}, beyond one tensor of as many elements: {results['overhead_us']:.1f} microseconds")

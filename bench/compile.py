@@ -100,13 +100,12 @@ def launches(arch: int) -> Iterator[tuple[str, bool]]:
             contract._launch(*flat, meta(1, d_out, d_in, dtype=dtype), c)
             yield f"{dtype} {c}", matrix
         for c in wgrad_score.configs(arch, dtype, able):
-            for K, grad, ragged in ((1, False, False), (3, True, False), (1, True, True)):
+            for K, ragged in ((1, False), (3, False), (1, True)):
                 if ragged and able:
                     continue
-                into = meta(d_out, d_in, dtype=SINGLE) if grad else None
                 samples = (*flat,) if ragged else (a, b)
-                wgrad_score._launch(*samples, meta(K, d_out, d_in, dtype=dtype), offsets if ragged else None, into, c)
-                yield f"{dtype} {c} K={K}{' adding' * grad}{' ragged' * ragged}", matrix
+                wgrad_score._launch(*samples, meta(K, d_out, d_in, dtype=dtype), offsets if ragged else None, c)
+                yield f"{dtype} {c} K={K}{' ragged' * ragged}", matrix
         for c in ghost_gram.configs(arch, dtype, able):
             for tokens, scaled in ((1, True), (16, False), (256, True)):
                 x, y = meta(64, tokens, d_in, dtype=dtype), meta(64, tokens, d_out, dtype=dtype)
@@ -121,13 +120,13 @@ def launches(arch: int) -> Iterator[tuple[str, bool]]:
     torch.backends.cuda.matmul.allow_tf32 = True
     a, b, P = meta(n, T, d_in, dtype=SINGLE), meta(n, T, d_out, dtype=SINGLE), meta(1, d_out, d_in, dtype=SINGLE)
     contract._launch(a.flatten(0, 1), b.flatten(0, 1), P, contract.configs(arch, SINGLE, False)[0])
-    wgrad_score._launch(a, b, P, None, None, wgrad_score.configs(arch, SINGLE, False)[0])
+    wgrad_score._launch(a, b, P, None, wgrad_score.configs(arch, SINGLE, False)[0])
     ghost_gram._launch(a, b, a, b, None, None, None, None, n, n, True, ghost_gram.configs(arch, SINGLE, False)[0])
     yield "tf32", True
     # strides past 2^31
     wide = torch.empty(1, dtype=HALF, device="meta").as_strided((2, 64, 64), (2**31, 64, 1))
     c = wgrad_score.configs(arch, HALF, False)[0]
-    wgrad_score._launch(wide, wide, meta(1, 64, 64), None, None, c)
+    wgrad_score._launch(wide, wide, meta(1, 64, 64), None, c)
     yield f"{c} samples 2^31 elements apart", True
     embedding.embedding_score(meta(n, T, dtype=torch.int64), meta(n, T, d_in), meta(1, 50257, d_in, dtype=SINGLE))
     yield "embedding", False

@@ -18,8 +18,9 @@ stage() {  # name, seconds, command
 nvidia-smi >"$OUT/gpu.txt" 2>&1
 stage build 100 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
 stage doctor 10 "$PYTHON" -m adam_ghost doctor
-stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_variance_correction.py tests/test_contract.py \
-  tests/test_wgrad_score.py tests/test_ghost_gram.py tests/test_embedding.py tests/test_norm.py tests/test_ops.py tests/test_impl.py tests/test_reading.py
+KERNELS=(tests/kernels/test_{contract,wgrad_score,ghost_gram,embedding,norm}.py)
+stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider "${KERNELS[@]}" tests/optim/test_variance_correction.py tests/optim/test_adjoint.py \
+  tests/scores/test_ops.py tests/scores/test_impl.py tests/csrc/test_reading.py
 stage kernels 50 "$PYTHON" -m bench kernels --json "$OUT/kernels-gpu.json"
 stage ops 30 "$PYTHON" -m bench ops --device cuda --json "$OUT/ops-gpu.json"
 stage throughput 50 "$PYTHON" -m bench throughput --device cuda --gpt2 --rounds 15 --json "$OUT/throughput-gpu.json"
@@ -28,7 +29,7 @@ stage fidelity 40 "$PYTHON" -m bench fidelity --device cuda --quick --json "$OUT
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     stage "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
-      tests/test_contract.py tests/test_wgrad_score.py tests/test_ghost_gram.py tests/test_embedding.py tests/test_norm.py -k "odd and float32"
+      "${KERNELS[@]}" -k "odd and float32"
   done
 fi
 cat "$OUT/stages.txt"

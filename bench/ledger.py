@@ -3,10 +3,10 @@
 import resource
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
+from adam_ghost.ledger.books import Arrived, StepRecord
 from adam_ghost.ledger.reader import open_ledger
 from adam_ghost.ledger.writer import LedgerWriter
 from adam_ghost.report import write_report
@@ -26,17 +26,10 @@ def write(folder: Path, rows: int, samples: int) -> dict[str, float]:
     handed, cpu = 0.0, time.process_time()
     for step in range(steps):
         names = ids[step].tolist()
-        record = SimpleNamespace(step=step + 1, samples=BATCH, lr=[1e-3], coverage=1.0, skipped=False, refreshed=True)
-        record.seconds, record.val_loss, record.score_sum, record.total, record.history = (
-            1e-3,
-            [1.0],
-            totals[step],
-            totals[step],
-            [0.0],
-        )
-        record.audit = None
+        total = totals[step]
+        record = StepRecord(step + 1, BATCH, [1e-3], [1.0], True, total, total, [0.0], 1.0, False, 1e-3, epoch=0)
         started = time.perf_counter()
-        writer.add(record, names, scores[step], None, 0, (1, 1))
+        writer.add(Arrived(record, names, scores[step]))
         handed += time.perf_counter() - started
     writer.close()
     size = sum(p.stat().st_size for p in folder.rglob("*.parquet"))
@@ -50,7 +43,7 @@ def ask(folder: Path, samples: int) -> dict[str, float]:
     with open_ledger(folder) as ledger:
         for name, question in {
             "top": lambda: ledger.top(10),
-            "top, standardized": lambda: ledger.top(10, value="standardized"),
+            "top, by total": lambda: ledger.top(10, value="total"),
             "groups": lambda: ledger.groups(groups, bootstrap=0),
             "groups, with intervals": lambda: ledger.groups(groups),
             "report": lambda: write_report(ledger, folder / "report.html"),

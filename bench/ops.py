@@ -1,4 +1,4 @@
-"""The variance correction against the same arithmetic in PyTorch's own ops, and against the copy bandwidth of the machine."""
+"""The variance correction and the adjoint against the same arithmetic in PyTorch's own ops, and the machine's copy bandwidth."""
 
 import statistics
 import time
@@ -14,7 +14,9 @@ from adam_ghost.optim.adam_definition import RULES, StepScalars
 STEP = StepScalars(100, 3e-4, 0.9, 0.95, 1e-8, 0.1, decoupled=True)
 LARGE = [(2048, 2048)] * 24  # 100.7 million parameters
 SMALL, SIZE = 150, 64  # tensors of a model whose every parameter is small, and their size
-TOUCHED = 6  # floats per element that must be read (params, grads, both moments, val_grads) or written (P)
+# floats per element that must be read (params, grads, both moments, val_grads) or written (P); and for the adjoint without L2
+# decay, read (grads, both moments, three lambdas) or written (these, and the gradients')
+TOUCHED, ADJOINT_TOUCHED = 6, 10
 FLOAT = 4
 
 
@@ -59,17 +61,25 @@ def measure(device: str, rounds: int = 11) -> dict[str, Any]:
     compiled = "cpp" if device == "cpu" else None
     source, target = (torch.empty(elements, device=device) for _ in range(2))
     source.zero_()
-    calls = [partial(adam_op.variance_correction, **lists, steps=steps, rule=rule, out=out) for rule in RULES]
-    copy, *ours = turns([lambda: target.copy_(source), *(partial(f, impl=compiled) for f in calls)], device, rounds)
+    touched = dict.fromkeys(RULES, TOUCHED) | {"adjoint": ADJOINT_TOUCHED}
+    calls = {rule: partial(adam_op.variance_correction, **lists, steps=steps, rule=rule, out=out) for rule in RULES}
+    calls["adjoint"] = _adjoint(lists, steps, out)
+    copy, *ours = turns([lambda: target.copy_(source), *(partial(f, impl=compiled) for f in calls.values())], device, rounds)
     rows = []
-    for rule, call, times in zip(RULES, calls, ours, strict=True):
+    for (name, call), times in zip(calls.items(), ours, strict=True):
         (eager,) = turns([partial(call, impl="reference")], device, 1)
-        share = TOUCHED / 2 * ratio(copy, times)  # a copy reads and writes each element
-        rows.append({"rule": rule, "of_eager": eager[0] / statistics.median(times), "of_copy_bandwidth": share})
+        share = touched[name] / 2 * ratio(copy, times)  # a copy reads and writes each element
+        rows.append({"op": name, "of_eager": eager[0] / statistics.median(times), "of_copy_bandwidth": share})
         if device != "cpu":
             took = statistics.median(times)
-            rows[-1] |= {"ms": took * 1e3, "gb_per_s": TOUCHED * FLOAT * elements / took / 1e9}
-    return {"elements": elements, "rules": rows, "overhead_us": overhead(device, compiled)}
+            rows[-1] |= {"ms": took * 1e3, "gb_per_s": touched[name] * FLOAT * elements / took / 1e9}
+    return {"elements": elements, "ops": rows, "overhead_us": overhead(device, compiled)}
+
+
+def _adjoint(lists: dict[str, list[torch.Tensor]], steps: list[StepScalars], out: list[torch.Tensor]) -> Callable[..., None]:
+    held = [lists[name] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")]
+    lambda_m, lambda_v = ([torch.zeros_like(x) for x in out] for _ in range(2))
+    return partial(adam_op.adjoint, *held, steps, lists["val_grads"], lambda_m, lambda_v, [], out=out)
 
 
 def overhead(device: str, impl: str | None, rounds: int = 25, calls: int = 200) -> float:

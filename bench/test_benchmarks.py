@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from adam_ghost.scores import cpu, ops
-from adam_ghost.scores.cpu import wgrad_score
+from adam_ghost.optim import adam_op
+from adam_ghost.scores import cpu
 from bench.kernels import cases
 from bench.ops import STEP, state
 
@@ -24,7 +24,7 @@ def test_kernel(benchmark, case, who):
     benchmark(run)
 
 
-@pytest.mark.parametrize("form", [cpu.contract, wgrad_score], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("form", [cpu.contract, cpu.wgrad_score], ids=lambda f: f.__name__)
 def test_cpu_form(benchmark, form):
     benchmark(form, *(torch.randn(s) for s in ((16, 256, 384), (16, 256, 1536), (1, 1536, 384))))
 
@@ -32,4 +32,4 @@ def test_cpu_form(benchmark, form):
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_variance_correction(benchmark, impl):
     lists = state([(512, 512)] * 16, "cuda" if torch.cuda.is_available() else "cpu")
-    benchmark(lambda: ops.variance_correction(**lists, steps=[STEP] * 16, impl=impl))
+    benchmark(lambda: adam_op.variance_correction(**lists, steps=[STEP] * 16, impl=impl))

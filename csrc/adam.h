@@ -1,5 +1,6 @@
-// Adam's step and its linearizations for one element, shared by the CPU and the CUDA kernels (shared symbols: method of the package).
-// The definitions are adam_ghost/optim/adam_definition.py; here everything is float32 and small denominators are divided by one after another.
+// Adam's step, its linearizations and its adjoint for one element, shared by the CPU and the CUDA kernels.
+// Symbols: docs/method.md; definitions: adam_ghost/optim/adam_definition.py. Here everything is float32, and small denominators
+// are divided by one after another.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -22,7 +23,9 @@ struct StepRow {
 // What the kernels need of a row, derived in double once per tensor.
 struct Step {
   float m_scale, g_scale;    // beta1/bc1, (1-beta1)/bc1
+  float beta1, rest1;        // beta1, 1-beta1
   float beta2, rest2;        // beta2, 1-beta2
+  float inv_bc1;             // 1/bc1
   float root_scale;          // 1/sqrt(bc2)
   float old_root_scale;      // the same for the state before the step
   float c2, inv_bc2;         // (1-beta2)/bc2, 1/bc2
@@ -37,6 +40,9 @@ AG_INLINE Step derive(const StepRow& r) {
   Step s;
   s.m_scale = float(r.beta1 / bc1);
   s.g_scale = float((1 - r.beta1) / bc1);
+  s.beta1 = float(r.beta1);
+  s.rest1 = float(1 - r.beta1);
+  s.inv_bc1 = float(1 / bc1);
   s.beta2 = float(r.beta2);
   s.rest2 = float(1 - r.beta2);
   s.root_scale = float(1 / sqrt(bc2));
@@ -128,6 +134,41 @@ AG_INLINE Points points(const Step& s, const Element& x) {
   return {empty, empty - s.lr * (0.5f * (at_e - p.at_a))};
 }
 
-AG_INLINE bool finite_bits(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+// The step's derivatives at one element.
+struct Slopes {
+  float e;       // what the moments take in: half the second moment's slope along it, over 1-beta2
+  float per_m;   // of the step downhill by the new first moment
+  float by_u;    // of the weight by the new second moment, through the root; 0 where that has no derivative
+  float share;   // the part of the root's second moment that is the new one and not v_max: 1, 1/2 where they are equal, or 0
+};
+
+template <bool AMSGRAD>
+AG_INLINE Slopes slopes(const Step& s, const Element& x) {
+  const float e = (s.l2 != 0 ? s.l2 * x.w : 0.f) + s.sign * x.g;
+  const float v = s.beta2 * x.v + s.rest2 * e * e;
+  const float root = sqrtf(AMSGRAD ? larger(x.v_max, v) : v) * s.root_scale;
+  const float d = root + s.eps;
+  const float update = (s.m_scale * x.m + s.g_scale * e) / d;
+  const float by_root = s.lr * update / d;
+  const float by_u = root == 0 ? 0.f : by_root / (root == 0 ? 1.f : 2.f * root);
+  const float share = !AMSGRAD || v > x.v_max ? 1.f : v == x.v_max ? 0.5f : 0.f;
+  return {e, s.lr * s.inv_bc1 / d, by_u * s.inv_bc2, share};
+}
+
+// Derivatives of one number by an element's state, and by its gradient.
+struct Lambdas {
+  float w, m, v, v_max, g;
+};
+
+// From those by the state after the step to those by the state before it.
+template <bool AMSGRAD>
+AG_INLINE Lambdas pull_back(const Step& s, const Slopes& y, const Lambdas& after) {
+  const float to_m = after.m - after.w * y.per_m;
+  const float to_u = AMSGRAD ? after.w * y.by_u + after.v_max : after.w * y.by_u;
+  const float to_v = after.v + (AMSGRAD ? to_u * y.share : to_u);
+  const float to_e = s.rest1 * to_m + 2.f * s.rest2 * y.e * to_v;
+  const float to_w = after.w - s.decay * after.w + s.l2 * to_e;
+  return {to_w, s.beta1 * to_m, s.beta2 * to_v, AMSGRAD ? to_u * (1.f - y.share) : after.v_max, s.sign * to_e};
+}
 
 }  // namespace adam_ghost

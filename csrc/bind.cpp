@@ -1,18 +1,15 @@
 // The Python binding: reads lists of tensors into plain pointers, checks them, and runs the kernels on the caller's stream.
-// What the kernels do not take is answered by a status before anything is written; ops.py explains or falls back.
+// What the kernels do not take is answered by a status before anything is written; adam_op.py explains or falls back.
 #include <new>
 
-#include "job.h"
-#include "read.h"
-#ifdef ADAM_GHOST_WITH_CUDA
 #include "cuda.h"
-#endif
+#include "read.h"
 
 namespace {
 
 using namespace adam_ghost;
 
-// In the order of ops.py's answers.
+// In the order of adam_op.py's answers.
 enum Status : int { DONE, NOT_PLAIN, DTYPE, LAYOUT, SHAPE, DEVICE, PYTHON_ERROR };
 
 struct Refused {
@@ -108,6 +105,7 @@ struct Job {
   std::vector<StepRow> steps;        // the step table where the host holds it
   const StepRow* on_device = nullptr;  // or where it lies on the device, and how long it is
   int64_t rows_on_device = 0;
+  int lead = 0;  // dimensions before a parameter's own in the op's lists
   int64_t K = 1;
 
   DLDevice device() const { return models.empty() ? DLDevice{kDLCPU, 0} : models[0].x.device; }
@@ -115,32 +113,14 @@ struct Job {
 
 constexpr int FIELDS = sizeof(StepRow) / sizeof(double);
 
-// Every parameter's scalars as a list of tuples, in which one tuple usually serves all.
-void read_steps(Job& job, PyObject* steps) {
-  require(PyList_Size(steps) == Py_ssize_t(job.params.size()), SHAPE);
-  PyObject* last = nullptr;
-  for (size_t i = 0; i < job.params.size(); ++i) {
-    PyObject* step = PyList_GetItem(steps, i);
-    if (step != last) {
-      require(PyTuple_Check(step) && PyTuple_Size(step) == FIELDS, SHAPE);
-      double row[FIELDS];
-      for (int f = 0; f < FIELDS; ++f) row[f] = PyFloat_AsDouble(PyTuple_GetItem(step, f));
-      require(!PyErr_Occurred(), PYTHON_ERROR);
-      job.steps.push_back({row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8]});
-      last = step;
-    }
-    job.params[i].row = job.steps.size() - 1;
-  }
-}
-
-// The same as a tensor [rows, FIELDS] and each parameter's row (an empty list: row 0).
+// The step table [rows, FIELDS] and each parameter's row in it.
 void read_table(Job& job, PyObject* table, PyObject* rows) {
   const DLTensor t = view(table);
   require(t.ndim == 2 && t.shape[1] == FIELDS && t.dtype.code == kDLFloat && t.dtype.bits == 64, SHAPE);
   require(row_major(t.shape, t.strides, 2), LAYOUT);
-  const List row(rows, job.params.size());
+  require(PyList_Check(rows) && PyList_Size(rows) == Py_ssize_t(job.params.size()), SHAPE);
   for (size_t i = 0; i < job.params.size(); ++i) {
-    job.params[i].row = row.list ? PyLong_AsLongLong(row[i]) : 0;
+    job.params[i].row = PyLong_AsLongLong(PyList_GetItem(rows, i));
     require(job.params[i].row >= 0 && job.params[i].row < t.shape[0], SHAPE);
   }
   const StepRow* data = static_cast<const StepRow*>(t.data);
@@ -153,8 +133,8 @@ void read_table(Job& job, PyObject* table, PyObject* rows) {
   }
 }
 
-// What both ops share: parameters, Adam's state, steps.
-Job read_state(PyObject* const* args, PyObject* steps, PyObject* rows) {
+// What the ops share: parameters, Adam's state, steps.
+Job read_state(PyObject* const* args, PyObject* table, PyObject* rows) {
   require(PyList_Check(args[0]), SHAPE);
   const Py_ssize_t n = PyList_Size(args[0]);
   const List g(args[1], n), m(args[2], n), v(args[3], n), v_max(args[4], n);
@@ -172,30 +152,28 @@ Job read_state(PyObject* const* args, PyObject* steps, PyObject* rows) {
     p.v_max = model.array(v_max[i]);
     require(model.x.device.device_type == job.device().device_type && model.x.device.device_id == job.device().device_id, DEVICE);
   }
-  PyList_Check(steps) ? read_steps(job, steps) : read_table(job, steps, rows);
+  read_table(job, table, rows);
   return job;
 }
 
-// A tensor is read once, also where it stands in two lists: reading costs more than all the rest for a small one.
-void read_direction(Job& job, PyObject* grads, PyObject* const* args) {
-  const Py_ssize_t n = job.params.size();
-  const List g(grads, n), val(args[0], n), dot(args[1], n), out(args[2], n);
-  for (Py_ssize_t i = 0; i < n; ++i) {
+// An op's own lists: tensors of the parameter's shape, or of K of them; those that `optional` has the bit of may be None.
+void read_planes(Job& job, std::initializer_list<PyObject*> objects, unsigned optional) {
+  std::vector<List> lists;
+  for (PyObject* object : objects) lists.emplace_back(object, job.params.size());
+  for (size_t i = 0; i < job.params.size(); ++i) {
     const Model& model = job.models[i];
-    Param& p = job.params[i];
-    const DLTensor x = view(val[i]), y = out[i] == val[i] ? x : view(out[i]);
-    const int lead = x.ndim - model.x.ndim;
-    require(lead == 0 || lead == 1, SHAPE);
-    const int64_t K = lead == 1 ? x.shape[0] : 1;
-    if (i == 0) job.K = K;
-    model.check(x, lead);
-    model.check(y, lead);
-    require(K == job.K && (lead == 0 || y.shape[0] == K), SHAPE);
-    p.val = {x.data, dtype_of(x)};
-    p.out = {y.data, dtype_of(y)};
-    p.val_stride = lead ? x.strides[0] : 0;
-    p.out_stride = lead ? y.strides[0] : 0;
-    p.dot = dot[i] == g[i] ? p.g : model.array(dot[i]);
+    for (size_t j = 0; j < lists.size(); ++j) {
+      if (lists[j][i] == Py_None && (optional >> j & 1)) continue;
+      const DLTensor x = view(lists[j][i]);
+      const int lead = x.ndim - model.x.ndim;
+      if (i == 0 && j == 0) job.lead = lead, job.K = lead == 1 ? x.shape[0] : 1;
+      require((lead == 0 || lead == 1) && lead == job.lead, SHAPE);
+      model.check(x, lead);
+      require(lead == 0 || x.shape[0] == job.K, SHAPE);
+      const int64_t stride = job.K > 1 ? x.strides[0] : 0;
+      require(job.K <= 1 || stride >= model.numel, LAYOUT);
+      job.params[i].planes[j] = {x.data, stride, dtype_of(x)};
+    }
   }
 }
 
@@ -237,6 +215,24 @@ void report(const char* error) {
 }
 #endif
 
+// Runs the kernel of the tensors' device. `cuda` is a template, so that a build without CUDA needs none of its functions.
+template <class Cpu, class Cuda>
+void run(const Job& job, int64_t sums, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
+  if (job.device().device_type == kDLCPU) {
+    const WithoutInterpreterLock unlocked;
+    return cpu();
+  }
+#ifdef ADAM_GHOST_WITH_CUDA
+  require(job.device().device_type == kDLCUDA, DEVICE);
+  const Launch l = launch_on(job);
+  const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, sums));
+  report(cuda(l, held.data()));
+#else
+  (void)sums;
+  throw Refused{DEVICE};
+#endif
+}
+
 // Runs `body` and turns refusals into a status; C++ exceptions do not pass into the interpreter.
 template <class Body>
 PyObject* answer(const Body& body) {
@@ -253,57 +249,49 @@ PyObject* answer(const Body& body) {
 }
 
 PyObject* variance_correction(PyObject*, PyObject* args) {
-  PyObject *state[5], *direction[3], *steps, *rows, *sums;
+  PyObject *state[5], *val, *out, *table, *rows, *sums;
   int rule;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &direction[0], &direction[1],
-                        &direction[2], &steps, &rows, &rule, &sums))
+  if (!PyArg_ParseTuple(args, "OOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &val, &out, &table, &rows,
+                        &rule, &sums))
     return nullptr;
   return answer([&] {
-    Job job = read_state(state, steps, rows);
-    read_direction(job, state[1], direction);
+    Job job = read_state(state, table, rows);
+    read_planes(job, {val, out}, 0);
     const DLTensor s = view(sums);
     require(s.ndim == 2 && s.shape[0] == int64_t(job.params.size()) && s.shape[1] == sum_count(job.K) && s.dtype.bits == 64 &&
                 row_major(s.shape, s.strides, 2) && rule >= SECANT && rule <= SGD, SHAPE);
-    if (job.device().device_type == kDLCPU) {
-      const WithoutInterpreterLock unlocked;
-      return variance_correction_cpu(job.params, job.steps.data(), rule, job.K, static_cast<double*>(s.data));
-    }
-#ifdef ADAM_GHOST_WITH_CUDA
-    require(job.device().device_type == kDLCUDA, DEVICE);
-    const Launch l = launch_on(job);
-    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, job.K));
-    report(variance_correction_cuda(l, job.params, rule, job.K, held.data(), static_cast<double*>(s.data)));
-#else
-    throw Refused{DEVICE};
-#endif
+    double* to = static_cast<double*>(s.data);
+    run(job, job.K, [&] { variance_correction_cpu(job.params, job.steps.data(), rule, job.K, to); },
+        [&](const auto& l, void* workspace) { return variance_correction_cuda(l, job.params, rule, job.K, workspace, to); });
   });
 }
 
 PyObject* weight_points(PyObject*, PyObject* args) {
-  PyObject *state[5], *steps, *rows, *empties, *mids;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empties, &mids, &steps, &rows))
+  PyObject *state[5], *empty, *mid, *table, *rows;
+  if (!PyArg_ParseTuple(args, "OOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &empty, &mid, &table, &rows))
     return nullptr;
   return answer([&] {
-    Job job = read_state(state, steps, rows);
-    const Py_ssize_t n = job.params.size();
-    const List empty(empties, n), mid(mids, n);
-    for (Py_ssize_t i = 0; i < n; ++i) {
-      const Model& model = job.models[i];
-      job.params[i].empty = model.array(empty[i]);
-      job.params[i].mid = model.array(mid[i]);
-    }
-    if (job.device().device_type == kDLCPU) {
-      const WithoutInterpreterLock unlocked;
-      return weight_points_cpu(job.params, job.steps.data());
-    }
-#ifdef ADAM_GHOST_WITH_CUDA
-    require(job.device().device_type == kDLCUDA, DEVICE);
-    const Launch l = launch_on(job);
-    const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, 0));
-    report(weight_points_cuda(l, job.params, held.data()));
-#else
-    throw Refused{DEVICE};
-#endif
+    Job job = read_state(state, table, rows);
+    read_planes(job, {empty, mid}, 1u << EMPTY | 1u << MID);
+    require(job.lead == 0, SHAPE);
+    run(job, 0, [&] { weight_points_cpu(job.params, job.steps.data()); },
+        [&](const auto& l, void* workspace) { return weight_points_cuda(l, job.params, workspace); });
+  });
+}
+
+PyObject* adjoint(PyObject*, PyObject* args) {
+  PyObject *state[5], *lambda[PLANES], *table, *rows;
+  if (!PyArg_ParseTuple(args, "OOOOOOOOOOOO", &state[0], &state[1], &state[2], &state[3], &state[4], &lambda[LAMBDA_W],
+                        &lambda[LAMBDA_M], &lambda[LAMBDA_V], &lambda[LAMBDA_V_MAX], &lambda[LAMBDA_G], &table, &rows))
+    return nullptr;
+  return answer([&] {
+    Job job = read_state(state, table, rows);
+    read_planes(job, {lambda[0], lambda[1], lambda[2], lambda[3], lambda[4]}, 1u << LAMBDA_V_MAX);
+    for (const Param& p : job.params)
+      for (int i = 0; i < PLANES; ++i)
+        for (int j = 0; j < i; ++j) require(p.numel == 0 || !p.planes[i].data || p.planes[i].data != p.planes[j].data, SHAPE);
+    run(job, 0, [&] { adjoint_cpu(job.params, job.steps.data(), job.K); },
+        [&](const auto& l, void* workspace) { return adjoint_cuda(l, job.params, job.K, workspace); });
   });
 }
 
@@ -316,12 +304,10 @@ PyObject* built(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s}", "cpu", cpu_capability(), "cuda", cuda);
 }
 
-PyObject* set_read_in_place(PyObject*, PyObject* wanted) { return PyBool_FromLong(read_in_place(PyObject_IsTrue(wanted) == 1)); }
-
 PyMethodDef methods[] = {{"variance_correction", variance_correction, METH_VARARGS, nullptr},
                          {"weight_points", weight_points, METH_VARARGS, nullptr},
+                         {"adjoint", adjoint, METH_VARARGS, nullptr},
                          {"built", built, METH_NOARGS, nullptr},
-                         {"read_in_place", set_read_in_place, METH_O, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -48,6 +48,7 @@ namespace {
 struct Kernels {
   decltype(&baseline::correct_range) correct;
   decltype(&baseline::move_range) move;
+  decltype(&baseline::adjoint_range) adjoint;
   const char* name;
 };
 
@@ -59,11 +60,11 @@ Kernels choose() {
   const auto asked = [&](const char* name) { return any || std::strcmp(cap, name) == 0; };
   if (asked("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {avx512::correct_range, avx512::move_range, "avx512"};
+    return {avx512::correct_range, avx512::move_range, avx512::adjoint_range, "avx512"};
   if ((asked("avx512") || asked("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::correct_range, avx2::move_range, "avx2"};
+    return {avx2::correct_range, avx2::move_range, avx2::adjoint_range, "avx2"};
 #endif
-  return {baseline::correct_range, baseline::move_range, "baseline"};
+  return {baseline::correct_range, baseline::move_range, baseline::adjoint_range, "baseline"};
 }
 
 const Kernels& kernels() {
@@ -118,6 +119,20 @@ std::vector<Step> derive_rows(const std::vector<Param>& params, const StepRow* r
   return steps;
 }
 
+// Calls work(parameter, its step, first element, last element) for all chunks.
+template <class Work>
+void in_chunks(const std::vector<Param>& params, const StepRow* rows, const Work& work) {
+  const std::vector<Step> steps = derive_rows(params, rows);
+  int64_t cost;
+  const std::vector<Chunk> chunks = split(params, cost);
+  share_out(chunks, cost, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      const Param& p = params[chunks[i].param];
+      work(p, steps[p.row], chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel));
+    }
+  });
+}
+
 }  // namespace
 
 const char* cpu_capability() { return kernels().name; }
@@ -141,14 +156,12 @@ void variance_correction_cpu(const std::vector<Param>& params, const StepRow* ro
 }
 
 void weight_points_cpu(const std::vector<Param>& params, const StepRow* rows) {
-  const std::vector<Step> steps = derive_rows(params, rows);
-  int64_t cost;
-  const std::vector<Chunk> chunks = split(params, cost);
-  share_out(chunks, cost, [&](size_t first, size_t last) {
-    for (size_t i = first; i < last; ++i) {
-      const Param& p = params[chunks[i].param];
-      kernels().move(p, steps[p.row], chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel));
-    }
+  in_chunks(params, rows, [](const Param& p, const Step& s, int64_t begin, int64_t end) { kernels().move(p, s, begin, end); });
+}
+
+void adjoint_cpu(const std::vector<Param>& params, const StepRow* rows, int64_t K) {
+  in_chunks(params, rows, [K](const Param& p, const Step& s, int64_t begin, int64_t end) {
+    kernels().adjoint(p, s, K, begin, end);
   });
 }
 

@@ -4,7 +4,8 @@
 constexpr int TILE = 512;
 
 struct alignas(64) Scratch {
-  float w[TILE], g[TILE], m[TILE], v[TILE], v_max[TILE], val[TILE], dot[TILE], out[TILE], scale[TILE], moved[TILE];
+  float w[TILE], g[TILE], m[TILE], v[TILE], v_max[TILE], val[TILE], scale[TILE], moved[TILE];
+  float e[TILE], per_m[TILE], by_u[TILE], share[TILE], lambda[PLANES][TILE];
 };
 
 inline uint16_t round_bf16(float x) {
@@ -80,52 +81,34 @@ inline void linearize_any(int rule, const Step& s, const State& x, int n, Scratc
   }
 }
 
-inline void gradient_sums(const float* g, int n, double* sums) {
-  double squares = 0;
-  int bad = 0;
-#pragma omp simd reduction(+ : squares, bad)
-  for (int i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, g + i, 4);
-    squares += double(g[i]) * double(g[i]);
-    bad += !finite_bits(bits);
-  }
-  sums[0] += squares;
-  sums[1] += bad;
-}
-
 // `out` may be `val` itself: an element is read before it is written.
-inline void direction_sums(const float* val, const float* dot, const Scratch& t, int n, float* out, int64_t K, double* sums) {
-  double reached = 0, history = 0, squares = 0;
-#pragma omp simd reduction(+ : reached, history, squares)
+inline void direction_sums(const float* val, const float* g, const Scratch& t, int n, float* out, int64_t K, double* sums) {
+  double reached = 0, history = 0;
+#pragma omp simd reduction(+ : reached, history)
   for (int i = 0; i < n; ++i) {
     const float x = val[i], P = x * t.scale[i];
     history += double(x) * double(t.moved[i]);
-    reached += double(P) * double(dot[i]);
-    squares += double(P) * double(P);
+    reached += double(P) * double(g[i]);
     out[i] = P;
   }
   sums[0] += reached;
   sums[K] += history;
-  sums[2 * K] += squares;
 }
 
 // The same for a bfloat16 result; the sums are those of the numbers written.
-inline void direction_sums_bf16(const float* val, const float* dot, const Scratch& t, int n, uint16_t* out, int64_t K, double* sums) {
-  double reached = 0, history = 0, squares = 0;
-#pragma omp simd reduction(+ : reached, history, squares)
+inline void direction_sums_bf16(const float* val, const float* g, const Scratch& t, int n, uint16_t* out, int64_t K, double* sums) {
+  double reached = 0, history = 0;
+#pragma omp simd reduction(+ : reached, history)
   for (int i = 0; i < n; ++i) {
     const float x = val[i];
     const uint16_t rounded = round_bf16(x * t.scale[i]);
     const float P = from_bf16(rounded);
     history += double(x) * double(t.moved[i]);
-    reached += double(P) * double(dot[i]);
-    squares += double(P) * double(P);
+    reached += double(P) * double(g[i]);
     out[i] = rounded;
   }
   sums[0] += reached;
   sums[K] += history;
-  sums[2 * K] += squares;
 }
 
 inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, int64_t begin, int64_t end, double* sums) {
@@ -134,15 +117,13 @@ inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, in
     const int n = int(end - start < TILE ? end - start : TILE);
     const State x = load(p, reads_weights(s), start, n, t);
     linearize_any(rule, s, x, n, t);
-    gradient_sums(x.g, n, sums + 3 * K);
-    const float* dot = p.dot.data == p.g.data ? x.g : widen(p.dot, start, n, t.dot);
     for (int64_t k = 0; k < K; ++k) {
-      const float* val = widen(p.val, start + k * p.val_stride, n, t.val);
-      const int64_t at = start + k * p.out_stride;
-      if (p.out.dtype == F32)
-        direction_sums(val, dot, t, n, static_cast<float*>(p.out.data) + at, K, sums + k);
+      const float* val = widen(p.planes[VAL][k], start, n, t.val);
+      const Array out = p.planes[OUT][k];
+      if (out.dtype == F32)
+        direction_sums(val, x.g, t, n, static_cast<float*>(out.data) + start, K, sums + k);
       else
-        direction_sums_bf16(val, dot, t, n, static_cast<uint16_t*>(p.out.data) + at, K, sums + k);
+        direction_sums_bf16(val, x.g, t, n, static_cast<uint16_t*>(out.data) + start, K, sums + k);
     }
   }
 }
@@ -154,13 +135,61 @@ inline void move_range(const Param& p, const Step& s, int64_t begin, int64_t end
     const State x = load(p, true, start, n, t);
     s.amsgrad ? points_tile<true>(s, x, n, t.scale, t.moved) : points_tile<false>(s, x, n, t.scale, t.moved);
     const float* made[] = {t.scale, t.moved};
-    const Array* targets[] = {&p.empty, &p.mid};
-    for (int i = 0; i < 2; ++i) {
-      if (!targets[i]->data) continue;
-      if (targets[i]->dtype == F32)
-        std::memcpy(static_cast<float*>(targets[i]->data) + start, made[i], n * sizeof(float));
+    for (int i : {EMPTY, MID}) {
+      const Array to = p.planes[i][0];
+      if (!to.data) continue;
+      if (to.dtype == F32)
+        std::memcpy(static_cast<float*>(to.data) + start, made[i], n * sizeof(float));
       else
-        narrow(made[i], *targets[i], start, n);
+        narrow(made[i], to, start, n);
+    }
+  }
+}
+
+template <bool AMSGRAD>
+void slopes_tile(const Step& s, const State& x, int n, Scratch& t) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const Slopes y = slopes<AMSGRAD>(s, {x.w[i], x.g[i], x.m[i], x.v[i], x.v_max[i]});
+    t.e[i] = y.e;
+    t.per_m[i] = y.per_m;
+    t.by_u[i] = y.by_u;
+    t.share[i] = y.share;
+  }
+}
+
+// Each array is read before it is written, element by element, and none is another's.
+template <bool AMSGRAD>
+void pull_back_tile(const Step& s, const Scratch& t, int n, float* w, float* m, float* v, float* v_max, float* g) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const Lambdas y = pull_back<AMSGRAD>(s, {t.e[i], t.per_m[i], t.by_u[i], t.share[i]}, {w[i], m[i], v[i], v_max[i], 0.f});
+    w[i] = y.w;
+    m[i] = y.m;
+    v[i] = y.v;
+    if (AMSGRAD) v_max[i] = y.v_max;
+    g[i] = y.g;
+  }
+}
+
+inline void adjoint_range(const Param& p, const Step& s, int64_t K, int64_t begin, int64_t end) {
+  Scratch t;
+  for (int64_t start = begin; start < end; start += TILE) {
+    const int n = int(end - start < TILE ? end - start : TILE);
+    const State x = load(p, s.l2 != 0, start, n, t);
+    s.amsgrad ? slopes_tile<true>(s, x, n, t) : slopes_tile<false>(s, x, n, t);
+    for (int64_t k = 0; k < K; ++k) {
+      float* at[PLANES];  // in place for float32, in a widened copy otherwise
+      for (int i = 0; i < PLANES; ++i) {
+        const Array a = p.planes[i][k];
+        const bool in_place = a.data && a.dtype == F32;
+        at[i] = in_place ? static_cast<float*>(a.data) + start : t.lambda[i];
+        if (!in_place && i != LAMBDA_G) std::memcpy(at[i], widen(a, start, n, t.val), n * sizeof(float));
+      }
+      const auto run = s.amsgrad ? pull_back_tile<true> : pull_back_tile<false>;
+      run(s, t, n, at[LAMBDA_W], at[LAMBDA_M], at[LAMBDA_V], at[LAMBDA_V_MAX], at[LAMBDA_G]);
+      for (int i = 0; i < PLANES; ++i)
+        if (p.planes[i].data && p.planes[i].dtype == BF16) narrow(at[i], p.planes[i][k], start, n);
     }
   }
 }

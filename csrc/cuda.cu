@@ -16,7 +16,7 @@ namespace {
 
 constexpr int VECTOR = 8;                     // elements: one 16-byte access in bfloat16, two in float32
 constexpr int64_t CHUNK = 16384;              // elements of a block
-constexpr int SLOTS = 112;
+constexpr int SLOTS = 100;
 constexpr int TARGETS = 4;                    // targets of a block; more are spread over the grid
 
 struct Slot {
@@ -131,17 +131,14 @@ __device__ __forceinline__ double block_sum(double x) {
   return shared[0];
 }
 
-__device__ __forceinline__ Array plane(const Array& a, int64_t elements) {
-  return {static_cast<char*>(a.data) + elements * (a.dtype == F32 ? 4 : 2), a.dtype};
-}
-
 // One chunk against targets first_k .. first_k + KB - 1.
 template <int RULE, bool AMSGRAD, int KB>
-__device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K, double* sums) {
+__device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K,
+                                              double* sums) {
   const Param& p = slot.p;
-  double reached[KB] = {}, history[KB] = {}, squares[KB] = {}, g_squares = 0, bad = 0;
+  double reached[KB] = {}, history[KB] = {};
   const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
-  const bool weights = reads_weights(s), own_dot = p.dot.data != p.g.data;
+  const bool weights = reads_weights(s);
   for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
     const bool whole = slot.aligned && i + VECTOR <= p.numel;
     float w[VECTOR] = {}, g[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {}, scale[VECTOR], moved[VECTOR], x[VECTOR];
@@ -155,48 +152,37 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
       const Linearized y = linearize<RULE, AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
       scale[j] = y.scale;
       moved[j] = y.moved;
-      g_squares += double(g[j]) * double(g[j]);
-      bad += finite_bits(__float_as_uint(g[j])) ? 0. : 1.;
     }
-    if (own_dot) load(p.dot, i, p.numel, whole, g);
 #pragma unroll
     for (int k = 0; k < KB; ++k) {
       if (first_k + k >= K) break;
-      load(plane(p.val, (first_k + k) * p.val_stride), i, p.numel, whole, x);
+      load(p.planes[VAL][first_k + k], i, p.numel, whole, x);
 #pragma unroll
       for (int j = 0; j < VECTOR; ++j) {
         history[k] += double(x[j]) * double(moved[j]);
         x[j] *= i + j < p.numel ? scale[j] : 0.f;  // past the end the state is zero, and its scale need not be finite
       }
-      store(plane(p.out, (first_k + k) * p.out_stride), i, p.numel, whole, x);
+      store(p.planes[OUT][first_k + k], i, p.numel, whole, x);
 #pragma unroll
-      for (int j = 0; j < VECTOR; ++j) {
-        reached[k] += double(x[j]) * double(g[j]);
-        squares[k] += double(x[j]) * double(x[j]);
-      }
+      for (int j = 0; j < VECTOR; ++j) reached[k] += double(x[j]) * double(g[j]);
     }
   }
 #pragma unroll
   for (int k = 0; k < KB; ++k) {
     if (first_k + k >= K) break;
-    const double total[] = {block_sum(reached[k]), block_sum(history[k]), block_sum(squares[k])};
-    if (threadIdx.x == 0)
-      for (int j = 0; j < 3; ++j) sums[j * K + first_k + k] = total[j];
-  }
-  if (first_k == 0) {
-    const double squares_of_g = block_sum(g_squares);
-    const double not_finite = block_sum(bad);
-    if (threadIdx.x == 0) sums[3 * K] = squares_of_g, sums[3 * K + 1] = not_finite;
+    const double total[] = {block_sum(reached[k]), block_sum(history[k])};
+    if (threadIdx.x == 0) sums[first_k + k] = total[0], sums[K + first_k + k] = total[1];
   }
 }
 
 template <int RULE, int KB>
-__global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1) correct(const __grid_constant__ Batch batch, int64_t K, double* partial) {
+__global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1)
+    correct(const __grid_constant__ Batch batch, int64_t K, double* partial) {
   const int at = slot_of(batch, blockIdx.x);
   const Slot& slot = batch.slot[at];
   const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
   const int64_t chunk = blockIdx.x - batch.first_block[at];
-  double* sums = partial + (slot.first_chunk + chunk) * (3 * K + 2);
+  double* sums = partial + (slot.first_chunk + chunk) * (2 * K);
   if (s.amsgrad)
     correct_chunk<RULE, true, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, sums);
   else
@@ -204,9 +190,10 @@ __global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1) correct(const __grid
 }
 
 // One block per tensor and kind of sum adds up the chunks'.
-__global__ void __launch_bounds__(THREADS) add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
+__global__ void __launch_bounds__(THREADS)
+    add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
   const Slot& slot = batch.slot[blockIdx.x];
-  const int64_t width = 3 * K + 2, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
+  const int64_t width = 2 * K, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
   double sum = 0;
   for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum += partial[(slot.first_chunk + i) * width + blockIdx.y];
   sum = block_sum(sum);
@@ -231,8 +218,8 @@ __device__ __forceinline__ void move_chunk(const Slot& slot, const Step& s, int6
       empty[j] = y.empty;
       mid[j] = y.mid;
     }
-    if (p.empty.data) store(p.empty, i, p.numel, whole, empty);
-    if (p.mid.data) store(p.mid, i, p.numel, whole, mid);
+    if (p.planes[EMPTY].data) store(p.planes[EMPTY][0], i, p.numel, whole, empty);
+    if (p.planes[MID].data) store(p.planes[MID][0], i, p.numel, whole, mid);
   }
 }
 
@@ -244,6 +231,51 @@ __global__ void __launch_bounds__(THREADS) move_weights(const __grid_constant__ 
   s.amsgrad ? move_chunk<true>(slot, s, begin) : move_chunk<false>(slot, s, begin);
 }
 
+template <bool AMSGRAD>
+__device__ __forceinline__ void pull_back_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t K) {
+  const Param& p = slot.p;
+  const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
+  for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
+    const bool whole = slot.aligned && i + VECTOR <= p.numel;
+    Slopes y[VECTOR];
+    {
+      float w[VECTOR] = {}, g[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {};
+      if (s.l2 != 0) load(p.w, i, p.numel, whole, w);
+      load(p.g, i, p.numel, whole, g);
+      load(p.m, i, p.numel, whole, m);
+      load(p.v, i, p.numel, whole, v);
+      if (AMSGRAD) load(p.v_max, i, p.numel, whole, v_max);
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) y[j] = slopes<AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
+    }
+    for (int64_t k = 0; k < K; ++k) {
+      float w[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {}, g[VECTOR];
+      load(p.planes[LAMBDA_W][k], i, p.numel, whole, w);
+      load(p.planes[LAMBDA_M][k], i, p.numel, whole, m);
+      load(p.planes[LAMBDA_V][k], i, p.numel, whole, v);
+      if (AMSGRAD && p.planes[LAMBDA_V_MAX].data) load(p.planes[LAMBDA_V_MAX][k], i, p.numel, whole, v_max);
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) {
+        const Lambdas z = pull_back<AMSGRAD>(s, y[j], {w[j], m[j], v[j], v_max[j], 0.f});
+        w[j] = z.w, m[j] = z.m, v[j] = z.v, v_max[j] = z.v_max, g[j] = z.g;
+      }
+      store(p.planes[LAMBDA_W][k], i, p.numel, whole, w);
+      store(p.planes[LAMBDA_M][k], i, p.numel, whole, m);
+      store(p.planes[LAMBDA_V][k], i, p.numel, whole, v);
+      if (AMSGRAD && p.planes[LAMBDA_V_MAX].data) store(p.planes[LAMBDA_V_MAX][k], i, p.numel, whole, v_max);
+      store(p.planes[LAMBDA_G][k], i, p.numel, whole, g);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) pull_back_adjoint(const __grid_constant__ Batch batch, int64_t K) {
+  const int at = slot_of(batch, blockIdx.x);
+  const Slot& slot = batch.slot[at];
+  const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
+  const int64_t begin = int64_t(blockIdx.x - batch.first_block[at]) * CHUNK;
+  s.amsgrad ? pull_back_chunk<true>(slot, s, begin, K) : pull_back_chunk<false>(slot, s, begin, K);
+}
+
 __global__ void __launch_bounds__(THREADS) derive_on_device(const StepRow* rows, int64_t count, Step* steps) {
   for (int64_t i = threadIdx.x; i < count; i += THREADS) steps[i] = derive(rows[i]);
 }
@@ -252,9 +284,8 @@ int64_t chunks_of(const Param& p) { return (p.numel + CHUNK - 1) / CHUNK; }
 
 bool aligned(const Param& p) {
   uintptr_t bits = 0;
-  for (const Array* a : {&p.w, &p.g, &p.m, &p.v, &p.v_max, &p.val, &p.dot, &p.out, &p.empty, &p.mid})
-    bits |= reinterpret_cast<uintptr_t>(a->data);
-  bits |= uintptr_t(p.val_stride) * (p.val.dtype == F32 ? 4 : 2) | uintptr_t(p.out_stride) * (p.out.dtype == F32 ? 4 : 2);
+  for (const Array* a : {&p.w, &p.g, &p.m, &p.v, &p.v_max}) bits |= reinterpret_cast<uintptr_t>(a->data);
+  for (const Planes& a : p.planes) bits |= reinterpret_cast<uintptr_t>(a.data) | uintptr_t(a.stride) * (a.dtype == F32 ? 4 : 2);
   return bits % 16 == 0;
 }
 
@@ -316,7 +347,8 @@ int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch& l, 
   return steps_bytes(l) + chunks * sum_count(K) * int64_t(sizeof(double));
 }
 
-const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace, double* sums) {
+const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace,
+                                     double* sums) {
   double* partial = reinterpret_cast<double*>(static_cast<char*>(workspace) + steps_bytes(l));
   return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
     if (blocks) {
@@ -327,13 +359,20 @@ const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& 
         default: launch_correct<SGD>(batch, blocks, K, partial, l.stream);
       }
     }
-    launch(add_up, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, static_cast<const double*>(partial), sums);
+    const double* made = partial;
+    launch(add_up, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, made, sums);
   });
 }
 
 const char* weight_points_cuda(const Launch& l, const std::vector<Param>& params, void* workspace) {
   return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
     if (blocks) launch(move_weights, dim3(unsigned(blocks)), l.stream, batch);
+  });
+}
+
+const char* adjoint_cuda(const Launch& l, const std::vector<Param>& params, int64_t K, void* workspace) {
+  return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
+    if (blocks) launch(pull_back_adjoint, dim3(unsigned(blocks)), l.stream, batch, K);
   });
 }
 

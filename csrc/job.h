@@ -15,21 +15,37 @@ struct Array {
   Dtype dtype = F32;
 };
 
+// K tensors of a parameter's shape, `stride` elements from one to the next.
+struct Planes {
+  void* data = nullptr;  // null: not there, or not asked for
+  int64_t stride = 0;
+  Dtype dtype = F32;
+
+  AG_INLINE Array operator[](int64_t k) const {
+    return {static_cast<char*>(data) + k * stride * (dtype == F32 ? 4 : 2), dtype};
+  }
+};
+
+// What an op's planes are.
+enum : int { VAL, OUT };                                         // variance_correction: out may be val
+enum : int { EMPTY, MID };                                       // weight_points: one each
+enum : int { LAMBDA_W, LAMBDA_M, LAMBDA_V, LAMBDA_V_MAX, LAMBDA_G };  // adjoint: the last is written only
+constexpr int PLANES = 5;
+
 // The tensors of one parameter, `numel` elements each in one common order.
 struct Param {
   int64_t numel = 0;
-  int64_t row = 0;                           // its row in the step table
-  Array w, g, m, v, v_max;                   // inputs
-  Array val, dot, out;                       // variance_correction: val and out hold K planes
-  int64_t val_stride = 0, out_stride = 0;    // elements between planes
-  Array empty, mid;                          // weight_points: null where not asked for
+  int64_t row = 0;          // its row in the step table
+  Array w, g, m, v, v_max;  // the state before the step
+  Planes planes[PLANES];
 };
 
-// Sums of one parameter: K of <P, g>, K of <val, w - w(empty)>, K of |P|^2, then |g|^2 and the count of g's non-finite elements.
-inline int64_t sum_count(int64_t K) { return 3 * K + 2; }
+// Sums of one parameter: K of <P, g>, then K of <val, w - w(empty)>.
+inline int64_t sum_count(int64_t K) { return 2 * K; }
 
 void variance_correction_cpu(const std::vector<Param>&, const StepRow* rows, int rule, int64_t K, double* sums);
 void weight_points_cpu(const std::vector<Param>&, const StepRow* rows);
+void adjoint_cpu(const std::vector<Param>&, const StepRow* rows, int64_t K);
 const char* cpu_capability();
 
 }  // namespace adam_ghost

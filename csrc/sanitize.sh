@@ -14,7 +14,7 @@ include=$("$python" -c "from torch.utils.cpp_extension import include_paths; pri
 cd "$root"
 # shellcheck disable=SC2086
 $cxx -std=c++17 $sanitizers -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd -Wno-unknown-pragmas \
-  -Itests/cuda_on_cpu -Icsrc -I"$include" -x c++ csrc/cuda.cu csrc/cpu.cpp tests/cuda_on_cpu/main.cpp -o "$build/kernels"
+  -Itests/csrc/cuda_on_cpu -Icsrc -I"$include" -x c++ csrc/cuda.cu csrc/cpu.cpp tests/csrc/cuda_on_cpu/main.cpp -o "$build/kernels"
 "$build/kernels"
 
 # the extension in Python: a copy of the package, built with the sanitizers; one thread, for the checked allocator is slow
@@ -23,5 +23,5 @@ ADAM_GHOST_CUDA=0 ADAM_GHOST_CXXFLAGS="$sanitizers" LDFLAGS="-fsanitize=address,
 cd "$build"
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
   OMP_NUM_THREADS=1 PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider --rootdir "$root" \
-  "$root/tests/test_variance_correction.py" "$root/tests/test_reading.py" \
+  "$root"/tests/optim/test_{variance_correction,adjoint}.py "$root/tests/csrc/test_reading.py" \
   -k "cpp and (dtypes or layouts or in_place or absent or small or nonfinite or untouched) or errors or reading"

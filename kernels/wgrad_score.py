@@ -42,7 +42,7 @@ def program_of(unit, units, programs):
 def _wgrad_score(
     a, a_n, a_t, a_d, b, b_n, b_t, b_d, p, offsets, G, part, scores, n, T, d_in, d_out, K,
     KP: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr,
-    ADD: tl.constexpr, DESC: tl.constexpr, HELD: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
+    DESC: tl.constexpr, HELD: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid, programs = tl.program_id(0), tl.num_programs(0)
     tiles_i = tl.cdiv(d_in, BI)
@@ -79,19 +79,14 @@ def _wgrad_score(
         if (first == 0) & (last == n):
             p_G = G + (tl.cast(o, tl.int64) * d_in + i) + (o_o[:, None] * d_in + o_i[None, :])
             m_G = (o + o_o < d_out)[:, None] & (i + o_i < d_in)[None, :]
-            if ADD:  # one writer per element, so the sum is deterministic; loading the old tile beside the new would spill
-                tl.atomic_add(p_G, total, mask=m_G, sem="relaxed")
-            else:
-                tl.store(p_G, total.to(G.dtype.element_ty), mask=m_G)
+            tl.store(p_G, total, mask=m_G)
         else:  # other programs have the rest of the tile's samples
             p_part = part + (tl.cast(pid, tl.int64) * 2 + (first == 0)) * (BO * BI)
             tl.store(p_part + (o_o[:, None] * BI + o_i[None, :]), total)
 
 
 @triton.jit(do_not_specialize=["n", "programs"])
-def _join(
-    part, G, n, d_in, d_out, programs, BO: tl.constexpr, BI: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr
-):  # fmt: skip
+def _join(part, G, n, d_in, d_out, programs, BO: tl.constexpr, BI: tl.constexpr, ROWS: tl.constexpr):
     """Sums the parts of a tile that several programs shared, in their order."""
     tile, r = tl.program_id(0), tl.program_id(1) * ROWS
     tiles_i = tl.cdiv(d_in, BI)
@@ -105,9 +100,7 @@ def _join(
             acc += tl.load(part + tl.cast(q, tl.int64) * 2 * (BO * BI) + o_tile)
         o, i = tile // tiles_i * BO + o_o, tile % tiles_i * BI + o_i
         p_G, m_G = G + tl.cast(o, tl.int64)[:, None] * d_in + i[None, :], (o < d_out)[:, None] & (i < d_in)[None, :]
-        if ADD:
-            acc += tl.load(p_G, mask=m_G)
-        tl.store(p_G, acc.to(G.dtype.element_ty), mask=m_G)
+        tl.store(p_G, acc, mask=m_G)
 
 
 class Config(NamedTuple):
@@ -137,24 +130,23 @@ def configs(arch: int, dtype: torch.dtype, descriptors: bool) -> list[Config]:
 
 
 def wgrad_score(
-    a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None = None, grad: Tensor | None = None, config: Config | None = None
+    a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None = None, config: Config | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``G [d_out, d_in]`` and ``scores [n, K]`` in float32; ``grad`` (float32, contiguous) is added to in place, and is ``G``.
+    """``G [d_out, d_in]`` and ``scores [n, K]`` in float32.
 
     a ``[n, T, d_in]`` and b ``[n, T, d_out]``, or ``[N, d]`` with ``offsets [n + 1]``; one 16-bit dtype or float32.
     """
     d_out, d_in = P.shape[1:]
     n, K = a.shape[0] if offsets is None else len(offsets) - 1, len(P)
     if n == 0 or K == 0 or a.shape[-2] == 0 or d_out * d_in == 0:
-        G = torch.zeros(d_out, d_in, device=a.device) if grad is None else grad
-        return G, torch.zeros(n, K, device=a.device)
+        return torch.zeros(d_out, d_in, device=a.device), torch.zeros(n, K, device=a.device)
     a, b = near(a), near(b)
     P, scale = narrow(P, a.dtype, (1, 2))
     arch, able = capability(), offsets is None and describable(a, b, P)
     if config is None:
         key = ("wgrad_score", a.dtype, d_in, d_out, triton.next_power_of_2(K))
-        config = fastest(key, configs(arch, a.dtype, able), lambda c: _launch(a, b, P, offsets, None, c))
-    G, scores = _launch(a, b, P, offsets, grad, config)
+        config = fastest(key, configs(arch, a.dtype, able), lambda c: _launch(a, b, P, offsets, c))
+    G, scores = _launch(a, b, P, offsets, config)
     return G, scores if scale is None else scores * scale
 
 
@@ -166,7 +158,7 @@ def _chunks(x: Tensor, units: int, wanted: int) -> int:
     return pieces
 
 
-def _launch(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None, grad: Tensor | None, c: Config) -> tuple[Tensor, Tensor]:
+def _launch(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None, c: Config) -> tuple[Tensor, Tensor]:
     K, d_out, d_in = P.shape
     n = a.shape[0] if offsets is None else len(offsets) - 1
     tiles = triton.cdiv(d_out, c.BO) * triton.cdiv(d_in, c.BI)
@@ -177,7 +169,7 @@ def _launch(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None, grad: Tenso
         a, b = (x.unflatten(1, (pieces, -1)).flatten(0, 1) for x in (a, b))
     units = n * pieces
     programs = min(slots, tiles * units)
-    G = torch.empty(d_out, d_in, device=a.device) if grad is None else grad
+    G = torch.empty(d_out, d_in, device=a.device)
     part = torch.empty(programs * 2, c.BO * c.BI, device=a.device)
     scores = torch.empty(tiles, units, K, device=a.device)
     sources = (
@@ -186,8 +178,8 @@ def _launch(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None, grad: Tenso
     _wgrad_score[(programs,)](
         sources[0], *sample_strides(a), sources[1], *sample_strides(b), sources[2], offsets, G, part, scores, units,
         a.shape[-2], d_in, d_out, K, triton.next_power_of_2(K), c.BO, c.BI, c.BT, c.stages, offsets is not None,
-        grad is not None, c.descriptors, c.held and K == 1, a.dtype != torch.float32, precision(a.dtype),
+        c.descriptors, c.held and K == 1, a.dtype != torch.float32, precision(a.dtype),
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    _join[(tiles, c.BO // 16)](part, G, units, d_in, d_out, programs, c.BO, c.BI, 16, grad is not None, num_warps=4, maxnreg=128)
+    _join[(tiles, c.BO // 16)](part, G, units, d_in, d_out, programs, c.BO, c.BI, 16, num_warps=4, maxnreg=128)
     return G, scores.sum(0).unflatten(0, (n, pieces)).sum(1)

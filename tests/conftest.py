@@ -17,5 +17,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
-    """Each test has random numbers of its own, the same in any order of tests."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    """Each test has random numbers of its own, the same in any order of tests and whatever folder its file lies in."""
+    torch.manual_seed(zlib.crc32(f"tests/{request.node.nodeid.rsplit('/', 1)[-1]}".encode()))

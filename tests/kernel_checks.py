@@ -12,18 +12,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel should have written and did not is NaN."""
-    empty = torch.empty
-
-    def nan(*shape, **kwargs):
-        out = empty(*shape, **kwargs)
-        return out.fill_(math.nan) if out.is_floating_point() and out.device.type != "meta" else out
-
-    monkeypatch.setattr(torch, "empty", nan)
-
-
 def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
 

@@ -5,38 +5,14 @@ import copy
 import pytest
 import torch
 from oracles import Problem, losses
-from test_layers import SEQUENCES, VOCABULARY, D, Fn, N, inputs, normal, problem
+from snapshots import everything, residue, same
 from torch import nn
 from torch.nn.utils import parametrizations
+from zoo import SEQUENCES, VOCABULARY, D, Fn, N, inputs, normal, problem
 
 import adam_ghost as ag
 from adam_ghost.layer_cache import open_step
 from adam_ghost.step.direction import find_direction
-
-
-def everything(model, optimizer):
-    """All that training depends on, by name."""
-    found = {f"model.{k}": x for k, x in model.state_dict().items()}
-    found |= {f"grad.{k}": p.grad for k, p in model.named_parameters()}
-    found |= {f"optimizer.{i}.{k}": x for i, s in optimizer.state_dict()["state"].items() for k, x in s.items()}
-    found |= {f"mode.{k}": torch.tensor(m.training) for k, m in model.named_modules()}
-    return {k: x.detach().clone() for k, x in found.items() if x is not None} | {"random": torch.get_rng_state()}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert torch.equal(a[k], b[k]), k
-
-
-def residue(model):
-    """Everything that hangs on modules and parameters, beyond parameters and buffers."""
-    hooks = {
-        (name, k): len(v) for name, m in model.named_modules() for k, v in vars(m).items() if isinstance(v, dict) and "hook" in k
-    }
-    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
-    on_parameters = {name: (p._backward_hooks, set(vars(p))) for name, p in model.named_parameters()}
-    return hooks, attributes, on_parameters, torch.overrides._get_current_function_mode_stack()
 
 
 def noisy():
@@ -204,7 +180,6 @@ def test_half_precision(how):
         case.optimizer.zero_grad()
         with case.cache:
             (forward(model, x).sum() / N).backward()
-        case.cache.used = True
         if step == 0:
             case.optimizer.step()
     scores = case.attribute()

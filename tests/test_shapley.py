@@ -7,9 +7,9 @@ import pydoc_data.topics
 import pytest
 import torch
 from oracles import close, gradients_one_by_one
-from test_layers import SEQUENCES, D, Fn, problem
 from torch import nn
 from torch.nn import functional as F
+from zoo import SEQUENCES, D, Fn, problem
 
 import adam_ghost as ag
 
@@ -154,7 +154,6 @@ def test_the_method_on_a_language_model():
         with cache:
             optimizer.zero_grad()
             loss(x).backward()
-        cache.used = True
         if step in (10, 30):
             game = ag.exact_shapley(cache, optimizer, permutations=8)
             for name, (rule, at) in {

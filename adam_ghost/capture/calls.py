@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.kinds import layer_kind
+from adam_ghost.capture.surroundings import Surroundings
 
 
 class Ref:
@@ -42,6 +43,11 @@ def _wide(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _place(p: Tensor) -> tuple[int, int]:
+    """Differs after a change in place, and after another tensor took the data's place."""
+    return p._version, p.data_ptr()
+
+
 RngState = tuple[Tensor, Tensor | None, torch.device | None]
 
 
@@ -57,7 +63,8 @@ class Call:
 
     ``own`` maps a module's local parameter names to parameters; functions have their parameters among the arguments.
     ``names`` has the model's names of all its trainable parameters.
-    ``rng`` and ``buffers`` are the random state and a module's buffers as the call met them, where it may change them.
+    ``rng``, ``buffers`` and ``surroundings`` are the random state, a module's buffers and what else its code may read and write,
+    as the call met them, where it may change them.
     """
 
     def __init__(
@@ -71,13 +78,18 @@ class Call:
         rng: RngState | None = None,
         inplace: bool = False,
         buffers: dict[str, Tensor] | None = None,
+        surroundings: Surroundings | None = None,
     ):
-        self.name, self.fn, self.own, self.rng, self.inplace = name, fn, own, rng, inplace
+        self.fn: Any = fn  # of a module, its own attributes are asked for
+        self.name, self.own, self.rng, self.inplace = name, own, rng, inplace
         self._names = names
         self.buffers = buffers or {}  # of a module that may write them, as the call found them
+        self.surroundings = surroundings
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         self._leaves = [x if isinstance(x, nn.Parameter) or not isinstance(x, Tensor) else x.detach() for x in self._leaves]
         self._versions = [x._version if isinstance(x, Tensor) else None for x in self._leaves]
+        # of layers linear in their parameters no replay depends on the weights
+        self._weights = [] if layer_kind(fn) else [(p, _place(p)) for p in self._parameters()]
         self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
         self.grad_output: dict[int, Tensor] = {}
 
@@ -106,7 +118,17 @@ class Call:
         for x, version in zip(self._leaves, self._versions, strict=True):
             if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x._version != version:
                 raise RuntimeError(f"an input of '{self.name}' was modified in place after the call: its scores cannot be computed")
+        if any(_place(p) != place for p, place in self._weights):
+            raise RuntimeError(
+                f"the weights of '{self.name}' changed between its forward pass and the step (SAM, another optimizer's step): its"
+                " scores cannot be computed"
+            )
         return self._leaves
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The module's parameters, trained or not, and those among the arguments."""
+        own = list(self.fn.parameters()) if isinstance(self.fn, nn.Module) else []
+        return own + [x for x in self._leaves if isinstance(x, nn.Parameter)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trainable parameter the outputs depend on through this call, by its name in the model."""
@@ -130,7 +152,7 @@ class Call:
 
         def value(p: Tensor) -> Tensor:
             name = self._names.get(p)
-            return values[name] if name in values else others(p.detach())
+            return values[name] if name is not None and name in values else others(p.detach())
 
         leaves = []
         for x in self.arguments():
@@ -143,15 +165,17 @@ class Call:
         with ExitStack() as stack:
             if layer_kind(self.fn) is None:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one attention with forward-mode derivatives
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             if self.rng is not None:
                 state, device_state, device = self.rng
                 stack.enter_context(torch.random.fork_rng([] if device is None else [device]))
                 torch.set_rng_state(state)
-                if device is not None:
+                if device is not None and device_state is not None:
                     torch.cuda.set_rng_state(device_state, device)
+            if self.surroundings is not None:
+                stack.enter_context(self.surroundings.entered())
             if isinstance(self.fn, nn.Module):
                 held = {f"module.{k}": _wide(value(p)) for k, p in self.fn.named_parameters()}
                 held |= {f"module.{k}": _wide(self.buffers.get(k, x).clone()) for k, x in self.fn.named_buffers()}

@@ -8,6 +8,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from adam_ghost.capture.hooks import has_own_forward
+
 _KINDS: dict[str, Callable[[nn.Module], bool]] = {}
 
 
@@ -19,24 +21,29 @@ def register_kind(kind: str, matches: Callable[[nn.Module], bool]) -> None:
 def layer_kind(fn: object) -> str | None:
     """The kind of ``fn``, a module or function, by which its form of the scores is found; None: any other code.
 
-    A subclass with a forward of its own is another layer, and so is one whose weights are parametrized.
+    A subclass, or an instance, with a forward of its own is another layer, and so is one whose weights are parametrized.
     """
-    if not isinstance(fn, nn.Module) or is_parametrized(fn):
+    if not isinstance(fn, nn.Module) or is_parametrized(fn) or has_own_forward(fn):
         return None
     return next((kind for kind, matches in reversed(_KINDS.items()) if matches(fn)), None)
 
 
+def _forward_of(module: nn.Module) -> Callable | None:
+    """The forward that the class of ``module`` defines; None for a scripted module, whose class has none."""
+    return getattr(type(module), "forward", None)
+
+
 def is_transposed(layer: nn.Module) -> bool:
     """Whether a linear layer holds its weight as ``[d_in, d_out]``, as Hugging Face's ``Conv1D`` does."""
-    return type(layer).__name__ == "Conv1D" and type(layer).forward.__module__ == "transformers.pytorch_utils"
+    return type(layer).__name__ == "Conv1D" and _forward_of(layer).__module__ == "transformers.pytorch_utils"
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module).forward is nn.Linear.forward or is_transposed(module)
+    return _forward_of(module) is nn.Linear.forward or is_transposed(module)
 
 
 def _is_affine(module: nn.Module) -> bool:
-    forward = type(module).forward
+    forward = _forward_of(module)
     if isinstance(module, nn.EmbeddingBag):
         plain = module.mode != "max" and module.max_norm is None and not module.scale_grad_by_freq
         return forward is nn.EmbeddingBag.forward and plain
@@ -46,8 +53,8 @@ def _is_affine(module: nn.Module) -> bool:
 
 
 register_kind("linear", _is_linear)  # a @ W.T + bias
-register_kind("embedding", lambda module: type(module).forward is nn.Embedding.forward)  # rows of W
-register_kind("norm", lambda module: type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward))
+register_kind("embedding", lambda module: _forward_of(module) is nn.Embedding.forward)  # rows of W
+register_kind("norm", lambda module: _forward_of(module) in (nn.LayerNorm.forward, nn.RMSNorm.forward))
 register_kind("affine", _is_affine)  # linear in its parameters: run with P in their place, it is its own derivative
 
 
@@ -63,7 +70,7 @@ _CONVOLVE = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 def is_known(module: nn.Module) -> bool:
     """Whether ``output_axis`` tells what the module does to a batch; a subclass with a forward of its own is another one."""
     convolve = getattr(type(module), "_conv_forward", None)
-    return type(module).forward in _KNOWN and (convolve is None or convolve in _CONVOLVE)
+    return not has_own_forward(module) and type(module).forward in _KNOWN and (convolve is None or convolve in _CONVOLVE)
 
 
 def batch_axis(module: nn.Module, axis: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
@@ -15,9 +14,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.declared import DECLARED, custom_function
+from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.surroundings import Surroundings
 
 
 def unseen(hook: Callable) -> Callable:
@@ -35,7 +36,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are recorded as one call each, by name."""
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{layer}.") or layer == "" for layer in layers):
+        if any(name.startswith(f"{layer}.") or layer == "" for layer in layers) or isinstance(module, torch.jit.ScriptModule):
             continue
         whole = isinstance(module, nn.MultiheadAttention) or is_parametrized(module)
         leaf = not any(True for _ in module.children())
@@ -76,7 +77,7 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     return found
 
 
-class Recorder(TorchFunctionMode):
+class Recorder:
     """The hooks on a model's layers, and the function mode that follows the batch between them.
 
     Hooks fire from ``attach`` to ``detach``, and record between ``begin`` and ``end``. Checkpointed layers run again in
@@ -84,8 +85,8 @@ class Recorder(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__()
         self.model = model
+        self.mode = FunctionMode(self._follow)
         self.recording: Recording | None = None
         self.open = False
         self.handles: list[Any] = []
@@ -98,19 +99,21 @@ class Recorder(TorchFunctionMode):
         for name, module in layers.items():
             leave = partial(self._leave_layer, name or type(module).__name__)
             self.handles += [
-                module.register_forward_pre_hook(self._enter_layer, with_kwargs=True),
-                module.register_forward_hook(leave, with_kwargs=True, prepend=True),
-                module.register_forward_hook(self._close_layer, always_call=True),
+                module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
+                module.register_forward_hook(Hook(leave), with_kwargs=True, prepend=True),
+                module.register_forward_hook(Hook(self._close_layer), always_call=True),
             ]
         for name, module in model.named_modules():
-            if not any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers):
+            part = any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers)
+            if not part and not isinstance(module, torch.jit.ScriptModule):
                 self.handles += [
-                    module.register_forward_pre_hook(self._enter_model, with_kwargs=True),
-                    module.register_forward_hook(self._leave_model, prepend=True),
-                    module.register_forward_hook(self._close_model, always_call=True),
+                    module.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True),
+                    module.register_forward_hook(Hook(self._leave_model), prepend=True),
+                    module.register_forward_hook(Hook(self._close_model), always_call=True),
                 ]
 
     def detach(self) -> None:
+        self.end()
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -126,6 +129,7 @@ class Recorder(TorchFunctionMode):
         self.exits: dict[tuple[nn.Module, int], set[Tag | None]] = {}
         self.follow = False  # whether the layer now running is followed function by function
         self.buffers: dict[str, Tensor] = {}
+        self.surroundings: Surroundings | None = None
         self.inside_model = self.inside_layer = 0
         self.rng: RngState | None = None
         self.scored = False  # whether the layer now running takes care of its own scores
@@ -135,12 +139,13 @@ class Recorder(TorchFunctionMode):
         self.recording = recording
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.open = True
-        self.__enter__()
+        self.mode.__enter__()
 
     def end(self) -> None:
+        """Records no longer; also after a forward pass that an interrupt (Ctrl-C) broke off, which no hook is told of."""
         self.open = False
         self.batch.nodes.clear()
-        self.__exit__(None, None, None)
+        self.mode.remove()
 
     @property
     def in_forward(self) -> bool:
@@ -227,12 +232,14 @@ class Recorder(TorchFunctionMode):
         else:
             self._tag_by_size([x for x in new if x not in self.aside])
         self._remember(self.entries, module, leaves)
-        self.rng, self.buffers, self.follow = None, {}, False
+        self.rng, self.buffers, self.surroundings = None, {}, None
         if layer_kind(module) is None:
             self.rng = rng_state(next(module.parameters()).device)
             if module.training:
                 self.buffers = {k: x.clone() for k, x in module.named_buffers()}
         self.follow = not is_known(module)
+        if self.follow and layer_kind(module) is None:
+            self.surroundings = Surroundings(module.modules())
         self.inner = WeakIdKeyDictionary()
 
     def _remember(self, places: dict[tuple[nn.Module, int], set[Tag | None]], module: nn.Module, leaves: list[Any]) -> None:
@@ -286,7 +293,7 @@ class Recorder(TorchFunctionMode):
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
-        call = Call(name, module, *self._recorded(args, kwargs), own, self.names, rng=self.rng, buffers=self.buffers)
+        call = Call(name, module, *self._recorded(args, kwargs), own, self.names, self.rng, False, self.buffers, self.surroundings)
         if any(isinstance(x, Tensor) and x.requires_grad for x in vars(module).values()):
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
         self._classify(call, tensors, outs, place)
@@ -294,10 +301,9 @@ class Recorder(TorchFunctionMode):
 
     # torch functions outside of layers
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+    def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func is Tensor.__iter__ and not self.inside_layer:
-            with self:
+            with self.mode:
                 return iter(args[0].unbind(0))
         if (self.inside_layer and not self.follow) or self.batch.n is None:
             return func(*args, **kwargs)
@@ -394,6 +400,8 @@ class Recorder(TorchFunctionMode):
             self._give_up(call)
         elif out.requires_grad:
             call.watch(index, out, tag, self.recording.receive)
+            if self.recording.outputs is not None:
+                self.recording.outputs.append(out)
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)

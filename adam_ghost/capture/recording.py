@@ -22,8 +22,9 @@ class Recording:
     def __init__(self, packing: Packing | None = None):
         self.packing = packing
         self.calls: list[Call] = []
-        self.batch_size: int | None = None
+        self.batch_size = 0  # until the batch has been seen
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
+        self.outputs: list[Tensor] | None = None  # if a list, it takes the tensors whose gradients are awaited
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
@@ -35,6 +36,12 @@ class Recording:
         if not call.grad_output:
             self.calls.append(call)
         call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
+
+    def forget(self) -> None:
+        """The gradients that have come count no more; others may come, by another backward pass."""
+        for call in self.calls:
+            call.grad_output = {}
+        self.calls = []
 
     def covered(self) -> set[str]:
         """The names of the parameters whose gradient the recorded calls explain."""

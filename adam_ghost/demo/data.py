@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 # large, well-commented modules of the standard library, in every installation
-_SOURCES = ("argparse", "asyncio.base_events", "datetime", "decimal", "doctest", "inspect", "logging", "mailbox", "optparse")
+_SOURCES: tuple[str, ...] = (
+    "argparse",
+    "asyncio.base_events",
+    "datetime",
+    "decimal",
+    "doctest",
+    "inspect",
+    "logging",
+    "mailbox",
+    "optparse",
+)
 _SOURCES += ("pickle", "smtplib", "subprocess", "tarfile", "threading", "typing", "unittest.mock", "zipfile")
 VOCABULARY = 128  # ASCII
 DOMAINS = ("prose", "code", "corrupted")

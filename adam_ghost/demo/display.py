@@ -52,8 +52,12 @@ def _domains(by_domain: dict[str, tuple[float, float, int]]) -> Table:
 
 def _extremes(result: Result, corpus: Corpus, order: np.ndarray) -> Table:
     table = Table()
-    for name, justify in (("id", "right"), ("score", "right"), ("domain", "left"), ("source", "left"), ("text", "left")):
-        table.add_column(name, justify=justify, overflow="fold" if name == "text" else "ellipsis")
+    for name in ("id", "score", "domain", "source", "text"):
+        table.add_column(
+            name,
+            justify="right" if name in ("id", "score") else "left",
+            overflow="fold" if name == "text" else "ellipsis",
+        )
     for k in order:
         i = result.scores.ids[k]
         # any text may hold the terminal's markup: Text shows it as it is
@@ -76,7 +80,7 @@ def _audit(result: Result) -> Table:
 
 def _completeness(result: Result) -> Table:
     table = Table()
-    for name in ("step", "sum of scores", "true loss drop", "difference"):
+    for name in ("step", "sum of scores", "the batch's own drop", "difference"):
         table.add_column(name, justify="right")
     for a in result.audits:
         off = abs(a.score_sum - a.loss_drop) / abs(a.loss_drop)
@@ -88,13 +92,18 @@ def show(console: Console, result: Result, corpus: Corpus, share: float, batch: 
     """The tables at the end."""
     order = np.argsort(-result.scores.total, kind="stable")
     before, after = result.target_loss
-    console.print(f"\nThe target's loss went from {before:.3f} to {after:.3f}. Scores are in its unit; positive = helped.\n")
+    own, history = result.booked
+    console.print(f"\nThe target's loss went from {before:.3f} to {after:.3f}. Scores are in its unit; positive = helped.")
+    console.print(
+        f"Of the drop of {before - after:.3f}, {own:+.3f} is booked to the samples' own steps and {history:+.3f} to momentum and"
+        " weight decay, which carry on what earlier samples did.\n"
+    )
     parts = {
         "Score by domain: sum over all steps, mean over samples": _domains(result.by_domain),
         "Most helpful samples": _extremes(result, corpus, order[:5]),
         "Most harmful samples": _extremes(result, corpus, order[::-1][:5]),
         "Audit: against the exact Shapley values of the step, Pearson R / relative L2 error": _audit(result),
-        "Completeness: do the scores add up to what the step really did to the target's loss?": _completeness(result),
+        "Completeness: do scores add up to what the batch took off, against the step without it?": _completeness(result),
     }
     for title, table in parts.items():
         console.print(Text(f"\n{title}", style="bold"))

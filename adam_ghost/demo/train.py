@@ -38,7 +38,7 @@ class Audited:
     step: int
     agreement: dict[str, tuple[float, float]]
     sampling_error: float  # of the exact values themselves, relative L2
-    loss_drop: float  # U(B)
+    loss_drop: float  # U(B), against the step without the batch
     score_sum: float
 
 
@@ -58,6 +58,7 @@ class Result:
     by_domain: dict[str, tuple[float, float, int]]
     auroc: dict[str, float]  # clean prose above corrupted, by aggregate
     target_loss: tuple[float, float]  # before and after training
+    booked: tuple[float, float]  # what samples' own steps, and what history took off it
 
 
 class Trainer:
@@ -135,15 +136,16 @@ def train(
             if step % max(1, steps // 40) == 0 or step == steps:
                 report(Progress(step, steps, loss, step / busy, summarize(run.scores(), corpus)))
         scores = run.scores()
+        booked = sum(s.score_sum[0] for s in run.steps), sum(s.history[0] for s in run.steps)
     with torch.no_grad():
         after = trainer.target_loss().item()
-    domains = np.array([corpus.domains[i] for i in scores.ids])
+    domains = np.array([corpus.domains[int(str(i))] for i in scores.ids])
     clean, bad = domains == "prose", domains == "corrupted"
     auroc = {
         "mean score standardised within steps": _auroc(scores.standardized[clean], scores.standardized[bad]),
         "sum of scores": _auroc(scores.total[clean], scores.total[bad]),
     }
-    return Result(scores, audited, summarize(scores, corpus), auroc, (before, after))
+    return Result(scores, audited, summarize(scores, corpus), auroc, (before, after), booked)
 
 
 def audit(trainer: Trainer, ids: list[int], step: int) -> Audited:
@@ -166,7 +168,7 @@ def audit(trainer: Trainer, ids: list[int], step: int) -> Audited:
 def summarize(scores: SampleScores, corpus: Corpus) -> dict[str, tuple[float, float, int]]:
     """Mean total score of each domain's samples, its standard error, and their number."""
     found = {}
-    domains = np.array([corpus.domains[i] for i in scores.ids])
+    domains = np.array([corpus.domains[int(str(i))] for i in scores.ids])
     for domain in DOMAINS:
         x = scores.total[domains == domain]
         error = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")

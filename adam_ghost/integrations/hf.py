@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, default_data_collator
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.inrun import InRun
-from adam_ghost.integrations.ids import ID, take_ids
+from adam_ghost.integrations.ids import ID, logged, take_ids
 
 _STATE = "adam_ghost.pt"
 
@@ -22,8 +23,9 @@ _STATE = "adam_ghost.pt"
 class AttributionCallback(TrainerCallback):
     """Attributes a ``Trainer``'s steps: accumulation, clipping, mixed precision, checkpoints and resuming included.
 
-    The ids reach the run through the collator; the model never sees them. ``attribution/score_sum``, ``/total``, ``/val_loss``
-    go where the Trainer reports to, and the run's state into every checkpoint.
+    The ids reach the run through the collator; the model never sees them. ``attribution/score_sum``, ``/total``, ``/val_loss``,
+    ``/gap`` (how far the scores miss ``/total``) and ``/coverage`` go where the Trainer reports to, and the run's state into
+    every checkpoint. A collator that packs samples into rows, as TRL's ``packing=True`` does, drops their ids: train unpacked.
 
     Args:
         val_loss: called with the model; returns the validation loss, ``[]`` or ``[K]``, with a graph.
@@ -56,17 +58,17 @@ class AttributionCallback(TrainerCallback):
 
         return with_ids
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module = None, optimizer: Any = None, **kwargs: Any):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
         self.run = InRun(model, optimizer, lambda: self._val_loss(model), **self.options)
         saved = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
         if state.global_step and os.path.exists(saved):
-            self.run.load_state_dict(torch.load(saved, weights_only=False))
+            self.run.load_state_dict(torch.load(saved, weights_only=True))
         elif state.global_step:
             self.run.close()
             raise FileNotFoundError(f"the run resumes at step {state.global_step}, but there is no {saved}")
         # before the run's own hook, which then finds the batch named
-        self._forward = model.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
+        self._forward = model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True, prepend=True)
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         training = model.training and torch.is_grad_enabled() and not self._validating
@@ -74,12 +76,13 @@ class AttributionCallback(TrainerCallback):
             if training:
                 raise KeyError(
                     f"the batch has no {self.column!r}: give the data set that column, and the callback to the Trainer with"
-                    " callback.attach(trainer)"
+                    " callback.attach(trainer). If the data set has it, something on the way drops it: TRL's packing=True does"
+                    " (train with packing=False)"
                 )
             return None
         kwargs = dict(kwargs)
         ids = take_ids(kwargs, self.column)
-        if training:
+        if training and self.run is not None:
             self.run.batch(ids)
         return args, kwargs
 
@@ -90,22 +93,24 @@ class AttributionCallback(TrainerCallback):
         finally:
             self._validating = False
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any):
-        self.run.epoch = int(state.epoch or 0)
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is not None:
+            self.run.epoch = int(state.epoch or 0)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any):
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         steps = self.run and self.run.steps
         if logs is not None and steps and not steps[-1].skipped:
-            found = {f"attribution/{name}": sum(getattr(steps[-1], name)) for name in ("score_sum", "total", "val_loss")}
+            found = logged(steps[-1])
             logs.update(found)
             if state.log_history:
                 state.log_history[-1].update(found)  # the Trainer's own record was written already
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run is not None and state.is_world_process_zero:
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
             torch.save(self.run.state_dict(), os.path.join(folder, _STATE))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any):
-        self._forward.remove()
-        self.run.close()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run is not None:
+            self._forward.remove()
+            self.run.close()

@@ -11,14 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from adam_ghost.inrun import InRun
-from adam_ghost.integrations.ids import ID, take_ids
+from adam_ghost.integrations.ids import ID, logged, take_ids
 
 
 class AttributionCallback(Callback):
     """Attributes the steps of a ``LightningModule`` with one Adam or AdamW.
 
-    The scalars ``attribution/score_sum``, ``/total`` and ``/val_loss`` go to the Trainer's loggers, the run's state into its
-    checkpoints. ``training_step`` must call ``net`` once per batch.
+    The scalars ``attribution/score_sum``, ``/total``, ``/val_loss``, ``/gap`` (how far the scores miss ``/total``) and
+    ``/coverage`` go to the Trainer's loggers every ``log_every_n_steps``, the run's state into its checkpoints.
+    ``training_step`` must call ``net`` once per batch.
 
     Args:
         val_loss: called with the module; returns the validation loss, ``[]`` or ``[K]``, with a graph.
@@ -37,7 +38,9 @@ class AttributionCallback(Callback):
         **options: Any,
     ):
         self.val_loss, self.net, self.options = val_loss, net, options
-        self.ids = ids or (lambda batch: take_ids(batch, column))
+        cure = ": let it be a dict with that column, or give the callback ids=, a function that returns a batch's ids"
+        self.ids = ids or (lambda batch: take_ids(batch, column, cure))
+        self._logged = 0  # the last step that was
         self.run: InRun | None = None
         self._loaded: dict | None = None
         self._hook: Any = None
@@ -54,15 +57,18 @@ class AttributionCallback(Callback):
             self.run.load_state_dict(self._loaded)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.run.epoch = trainer.current_epoch
-        self.run.batch(self.ids(batch))
+        if self.run is not None:
+            self.run.epoch = trainer.current_epoch
+            self.run.batch(self.ids(batch))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        steps = self.run.steps
-        if trainer.loggers and steps and not steps[-1].skipped:
-            values = {f"attribution/{n}": sum(getattr(steps[-1], n)) for n in ("score_sum", "total", "val_loss")}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+        steps = self.run.steps if self.run is not None else []
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set in its constructor
+        if not (trainer.loggers and due and steps) or steps[-1].skipped or steps[-1].step == self._logged:
+            return
+        self._logged = steps[-1].step
+        for logger in trainer.loggers:
+            logger.log_metrics(logged(steps[-1]), step=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()

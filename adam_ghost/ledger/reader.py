@@ -1,36 +1,56 @@
 """The reading side: tables, and aggregations that DuckDB streams over the parts, whatever fits in memory."""
 
-import json
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import duckdb
 import numpy as np
 
+from adam_ghost.extras import how_to_install
 from adam_ghost.ledger import layout
+from adam_ghost.ledger.check import Checker, read_settings
 from adam_ghost.ledger.layout import pa, pq
-from adam_ghost.ledger.lock import Lock
-from adam_ghost.ledger.writer import clean_description
 
-# how one score enters an aggregate; s: a row of scores, p: its step's statistics, b: its step's books
-VALUES = {
-    "total": "sum(s.score)",
-    "standardized": "avg(CASE WHEN p.spread > 0 THEN (s.score - p.mean) / p.spread ELSE 0 END)",
-    "share": "sum(s.score / b.total)",
-}
+import pyarrow.dataset  # isort: skip  (after layout, which says what to install where pyarrow is missing)
+
+try:
+    import duckdb
+except ImportError as error:
+    raise ImportError(f"adam_ghost: reading a ledger needs duckdb: {how_to_install('ledger')}") from error
+
+_Z = "CASE WHEN p.spread > 0 THEN (s.score - p.mean) / p.spread ELSE 0 END"
+# how one score enters a value, and how many make one; s: a row of scores, p: its step's mean and standard deviation
+EACH = {"standardized": _Z, "total": "s.score"}
+VALUES = {"standardized": f"avg({_Z})", "total": "sum(s.score)"}
 MEMORY = "450MB"
 BLOCKS = 1000  # stretches of steps that are resampled; fewer steps are resampled one by one
 
 
-def open_ledger(folder: str | Path) -> "LedgerReader":
+class _Key(NamedTuple):
+    """What scores ``s`` are grouped by: an expression in SQL, and the join that it needs."""
+
+    sql: str
+    join: str = ""
+
+
+_SAMPLE = _Key("s.sample")
+_DESCRIBED = _Key("coalesce(d.\"group\", '(none)')", "LEFT JOIN samples d ON d.sample = s.sample")
+_GIVEN = _Key("coalesce(g.\"group\", '(none)')", "LEFT JOIN given g ON g.sample = s.sample")
+
+
+def open_ledger(folder: str | Path, *, check: bool = True) -> "LedgerReader":
     """Opens a ledger for reading; its run may still be writing.
+
+    Args:
+        folder: of the ledger.
+        check: refuse a ledger of which a part is missing, damaged or another run's; otherwise read what can be read.
 
     Raises:
         FileNotFoundError: the folder is not there, or holds no ledger.
+        DamagedLedger: naming the part that is wrong.
     """
-    return LedgerReader(folder)
+    return LedgerReader(folder, check=check)
 
 
 class LedgerReader:
@@ -38,18 +58,21 @@ class LedgerReader:
 
     Values, for samples and groups:
 
-    * ``total``: sum of the scores over steps, in the validation loss's unit; positive = helped.
     * ``standardized``: mean of the scores standardised within their steps (early steps do not outweigh late ones): for finding
       bad samples.
-    * ``share``: sum of the scores divided by their step's loss drop ``< P,g(B) >``. Steps that hardly moved the loss weigh much.
+    * ``total``: sum of the scores over steps, in the validation loss's unit; positive = helped.
+
+    ``target`` is which of the validation losses, where ``val_loss`` returned several; ValueError if the ledger has no such.
+    ``steps`` are the first and the last, both included.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, check: bool = True):
+        self.folder = Path(folder).absolute()
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"there is no ledger at {self.folder}")
+            raise FileNotFoundError(f"there is no ledger at {folder}")
         if not (self.folder / "run.json").exists() and not layout.parts(self.folder, "steps"):
-            raise FileNotFoundError(f"{self.folder} holds no ledger (run.json and scores/*.parquet)")
+            raise FileNotFoundError(f"{folder} holds no ledger (run.json and scores/*.parquet)")
+        self._checker = Checker(self.folder) if check else None
         self._duck = duckdb.connect(":memory:")
         # many cores share the memory: above this the aggregation spills to the disk
         self._duck.execute(f"SET memory_limit='{MEMORY}'; SET preserve_insertion_order=false; SET enable_progress_bar=false")
@@ -57,31 +80,30 @@ class LedgerReader:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes notice of parts written since."""
-        some = layout.parts(self.folder, "scores")
-        ids = pq.read_schema(some[0]).field("sample").type if some else pa.int64()
+        """Takes notice of parts written since.
+
+        Raises:
+            DamagedLedger: naming the part that is wrong.
+        """
+        # books first: a part that is written meanwhile has no books yet, and its scores do not count as missing
+        found = {table: layout.parts(self.folder, table) for table in ("steps", "scores", "samples")}
+        if self._checker is not None:
+            self._checker.check(found)
+        ids = pq.read_schema(found["scores"][0]).field("sample").type if found["scores"] else pa.int64()
         self._integer_ids = ids == pa.int64()
         schemas = {"scores": layout.scores_schema(ids), "steps": layout.steps_schema(), "samples": layout.samples_schema(ids)}
         for table, schema in schemas.items():
-            found = layout.parts(self.folder, table)
-            if found:
-                source = f"read_parquet({_quote(str(self.folder / table / 'r*-*.parquet'))})"
-                if table == "samples":
-                    # resumed runs describe again
-                    source = f"(SELECT DISTINCT ON (sample) * FROM {source} ORDER BY sample)"
-                self._duck.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM {source}")
-            else:
-                self._duck.execute(f"DROP VIEW IF EXISTS {table}")
-                self._duck.register(f"empty_{table}", schema.empty_table())
-                self._duck.execute(f"CREATE VIEW {table} AS SELECT * FROM empty_{table}")
+            # Arrow takes paths as they are; DuckDB would read patterns and partitions into a folder's name
+            self._duck.register(f"all_{table}", _dataset(found[table], schema))
+            self._duck.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM all_{table}")
+        # resumed runs describe again
+        self._duck.execute("CREATE OR REPLACE VIEW samples AS SELECT DISTINCT ON (sample) * FROM all_samples ORDER BY sample")
 
     @property
     def run(self) -> dict[str, Any]:
         """The run's id, settings and versions."""
         path = self.folder / "run.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        return json.loads(pq.read_schema(layout.parts(self.folder, "steps")[0]).metadata[layout.METADATA])
+        return read_settings(path) if path.exists() else layout.settings_of(layout.parts(self.folder, "steps")[0])
 
     def close(self) -> None:
         """Lets go of DuckDB's memory."""
@@ -111,11 +133,16 @@ class LedgerReader:
         """Any question, in DuckDB's SQL, over the views ``scores``, ``steps`` and ``samples``."""
         return self._duck.sql(query, params=list(parameters)).to_arrow_table()
 
+    @property
+    def targets(self) -> list[int]:
+        """Which validation losses the run has booked."""
+        return self.sql("SELECT DISTINCT target FROM steps ORDER BY target")["target"].to_pylist()
+
     # aggregates
 
     def totals(self, *, target: int = 0, steps: tuple[int, int] | None = None, value: str = "total") -> pa.Table:
         """Per sample: ``sample``, ``value``, and ``n``, how many scores went into it."""
-        return self.sql(self._aggregate("s.sample", "sample", target, steps, value))
+        return self.sql(self._aggregate(_SAMPLE, "sample", target, steps, value))
 
     def top(
         self,
@@ -124,24 +151,27 @@ class LedgerReader:
         harmful: bool = False,
         target: int = 0,
         steps: tuple[int, int] | None = None,
-        value: str = "total",
+        value: str = "standardized",
         bootstrap: int = 0,
     ) -> pa.Table:
-        """The ``k`` most helpful (or harmful) samples, with their description; ``low`` and ``high`` as in ``groups``."""
+        """The ``k`` most helpful (or harmful) samples by ``value``: ``sample``, ``value``, ``n``, ``total`` and its description.
+
+        ``low`` and ``high``, for ``bootstrap > 0``, as in ``groups``.
+        """
         order = "ASC" if harmful else "DESC"
-        query = self._aggregate("s.sample", "sample", target, steps, value)
+        query = self._aggregate(_SAMPLE, "sample", target, steps, value, also="sum(s.score) AS total")
         found = self.sql(
             f'SELECT t.*, d."group", d.text, d.path FROM (SELECT * FROM ({query}) ORDER BY value {order}, sample LIMIT {int(k)}) t'
             f" LEFT JOIN samples d USING (sample) ORDER BY t.value {order}, sample"
         )
         if bootstrap:
             self._duck.register("wanted", found.select(["sample"]))
-            return self._with_intervals(found, "sample", "s.sample", target, steps, value, bootstrap)
+            return self._with_intervals(found, "sample", _SAMPLE, target, steps, value, bootstrap)
         return found
 
     def groups(
         self,
-        groups: Mapping[Hashable, str] | None = None,
+        groups: Mapping[Any, str] | None = None,
         *,
         target: int = 0,
         steps: tuple[int, int] | None = None,
@@ -158,90 +188,88 @@ class LedgerReader:
         """
         key = self._group_key(groups)
         # samples first: a million of them join their groups sooner than ten million scores
-        each = self._aggregate("s.sample", "sample", target, steps, value)
+        each = self._aggregate(_SAMPLE, "sample", target, steps, value)
         whole = "sum(s.value * s.n) / sum(s.n)" if value == "standardized" else "sum(s.value)"
         mean = "value" if value == "standardized" else "value / samples"
         found = self.sql(
-            f'SELECT *, {mean} AS mean FROM (SELECT {key} AS "group", {whole} AS value, sum(s.n)::BIGINT AS n, count(*) AS samples'
-            f" FROM ({each}) s {self._join(key)} GROUP BY {key}) ORDER BY value DESC"
+            f'SELECT *, {mean} AS mean FROM (SELECT {key.sql} AS "group", {whole} AS value, sum(s.n)::BIGINT AS n,'
+            f" count(*) AS samples FROM ({each}) s {key.join} GROUP BY {key.sql}) ORDER BY value DESC"
         )
         return self._with_intervals(found, "group", key, target, steps, value, bootstrap) if bootstrap else found
 
-    def by_step(self, groups: Mapping[Hashable, str] | None = None, *, target: int = 0, bins: int = 200) -> pa.Table:
+    def by_step(self, groups: Mapping[Any, str] | None = None, *, target: int = 0, bins: int = 200) -> pa.Table:
         """Sums of scores by group over at most ``bins`` stretches of steps: ``step`` (the stretch's last), ``group``, ``value``."""
-        ((first, last),) = self._duck.sql("SELECT min(step), max(step) FROM steps").fetchall()
-        if first is None:
-            first = last = 0
+        first, last = self._first_and_last()
         width = max(1, -(-(last - first + 1) // bins))
-        query = f'SELECT least({last}, {first} + (step - {first}) // {width} * {width} + {width - 1})::BIGINT AS step, "group"'
-        query += f', sum(score) AS value FROM (SELECT s.step, s.score, {self._group_key(groups)} AS "group" FROM scores s'
-        return self.sql(query + f" {self._join(groups)} {_where(target, None)}) GROUP BY ALL ORDER BY step")
+        key = self._group_key(groups)
+        return self.sql(
+            f'SELECT least({last}, {first} + (step - {first}) // {width} * {width} + {width - 1})::BIGINT AS step, "group",'
+            f' sum(score) AS value FROM (SELECT s.step, s.score, {key.sql} AS "group" FROM scores s {key.join}'
+            f" {_where(self._checked(target), None)}) GROUP BY ALL ORDER BY step"
+        )
 
     def show(self, sample: Hashable, target: int = 0) -> dict[str, Any]:
-        """Everything about one sample: ``description``, ``steps`` (its scores) and the three values.
+        """Everything about one sample: ``description``, ``steps`` (its scores) and the values.
 
         Raises:
             KeyError: the ledger has no score of it.
         """
         sample = self._as_id(sample)
-        found = self.sql("SELECT * FROM scores WHERE sample = ? AND target = ? ORDER BY step", [sample, target])
+        query = "SELECT * FROM scores WHERE sample = ? AND target = ? ORDER BY step"
+        found = self.sql(query, [sample, self._checked(target)])
         if not found.num_rows:
             raise KeyError(f"the ledger has no score of sample {sample!r} for target {target}")
         description = self.sql("SELECT * FROM samples WHERE sample = ?", [sample]).to_pylist()
-        where = f"s.sample = {sample if self._integer_ids else _quote(sample)}"
-        asked = {v: self.sql(self._aggregate("s.sample", "sample", target, None, v, where=where)) for v in VALUES}
-        # a step that did nothing has no shares
-        values = {v: t["value"][0].as_py() if t.num_rows else None for v, t in asked.items()}
+        where = f"s.sample = {sample if self._integer_ids else _quote(str(sample))}"
+        values = {v: self.sql(self._aggregate(_SAMPLE, "sample", target, None, v, where=where))["value"][0].as_py() for v in VALUES}
         return {"sample": sample, "description": description[0] if description else {}, "steps": found, **values}
 
-    def describe(self, what: Mapping[Hashable, Any] | Callable[[Hashable], Mapping[str, Any] | None]) -> None:
-        """Says what samples are (``group``, ``text``, ``path``, ``image``: see ``LedgerWriter``), replacing what was said before.
+    def gaps(self, target: int = 0) -> pa.Table:
+        """How far each step's scores are from adding up to its gradient: ``step``, ``gap``, ``coverage``.
 
-        Raises:
-            Locked: the run is still writing.
+        ``gap`` is ``|score_sum - total|`` as a share of the larger of ``|total|`` and the norm of the step's scores.
         """
-        ids = self.sql("SELECT DISTINCT sample FROM scores ORDER BY sample")["sample"].to_pylist()
-        say = what if callable(what) else what.get
-        rows = [clean_description(i, say(i)) for i in ids]
-        lock = Lock(self.folder / "r0.lock")
-        try:
-            schema = layout.samples_schema(pa.int64() if self._integer_ids else pa.string())
-            made = self.folder / "samples" / "r0-00000000.parquet"
-            layout.write_part(pa.Table.from_pylist(rows, schema=schema), made)
-            for part in layout.parts(self.folder, "samples"):
-                if part != made:
-                    part.unlink()
-        finally:
-            lock.release()
-        self.refresh()
+        where = _where(self._checked(target), None)
+        return self.sql(
+            f"""SELECT b.step, b.coverage,
+                   abs(b.score_sum - b.total) / nullif(greatest(abs(b.total), coalesce(n.norm, 0)), 0) AS gap
+            FROM (SELECT step, sum(score_sum) AS score_sum, sum(total) AS total, min(coverage) AS coverage
+                  FROM steps s {where} AND NOT skipped GROUP BY step) b
+            LEFT JOIN (SELECT step, sqrt(sum(score * score)) AS norm FROM scores s {where} GROUP BY step) n USING (step)
+            ORDER BY b.step"""
+        )
 
     # SQL
 
-    def _aggregate(self, key: str, name: str, target: int, steps: Any, value: str, where: str = "") -> str:
+    def _aggregate(
+        self, key: _Key, name: str, target: int, steps: tuple[int, int] | None, value: str, where: str = "", also: str = ""
+    ) -> str:
         if value not in VALUES:
             raise ValueError(f"value must be one of {', '.join(VALUES)}, got {value!r}")
-        joins = self._join(key) + _statistics(value, target, steps)
-        condition = _where(target, steps) + (f" AND {where}" if where else "")
-        columns = f'{key} AS "{name}", {VALUES[value]} AS value, count(*) AS n'
-        return f"SELECT {columns} FROM scores s {joins} {condition} GROUP BY {key}"
+        condition = _where(self._checked(target), steps) + (f" AND {where}" if where else "")
+        columns = f'{key.sql} AS "{name}", {VALUES[value]} AS value, count(*) AS n' + (also and f", {also}")
+        joins = f"{key.join} {_statistics(value, target, steps)}"
+        return f"SELECT {columns} FROM scores s {joins} {condition} GROUP BY {key.sql}"
 
-    def _group_key(self, groups: Mapping[Hashable, str] | None) -> str:
-        if groups is not None:
-            ids = [self._as_id(i) for i in groups]
-            table = {"sample": pa.array(ids, pa.int64() if self._integer_ids else pa.string())}
-            self._duck.register("given", pa.table(table | {"group": pa.array([str(g) for g in groups.values()])}))
-            return "coalesce(g.\"group\", '(none)')"
-        return "coalesce(d.\"group\", '(none)')"
+    def _checked(self, target: int) -> int:
+        known = self.targets
+        if known and target not in known:
+            raise ValueError(f"target must be one of {', '.join(map(str, known))}, got {target}")
+        return target
 
-    @staticmethod
-    def _join(key: Any) -> str:
-        if (isinstance(key, str) and key.startswith("coalesce(g")) or isinstance(key, Mapping):
-            return "LEFT JOIN given g ON g.sample = s.sample "
-        if key is None or key.startswith("coalesce(d"):
-            return "LEFT JOIN samples d ON d.sample = s.sample "
-        return ""
+    def _first_and_last(self) -> tuple[int, int]:
+        ((first, last),) = self._duck.sql("SELECT min(step), max(step) FROM steps").fetchall()
+        return (0, 0) if first is None else (first, last)
 
-    def _as_id(self, sample: Hashable) -> Hashable:
+    def _group_key(self, groups: Mapping[Any, str] | None) -> _Key:
+        if groups is None:
+            return _DESCRIBED
+        ids = [self._as_id(i) for i in groups]
+        table = {"sample": pa.array(ids, pa.int64() if self._integer_ids else pa.string())}
+        self._duck.register("given", pa.table(table | {"group": pa.array([str(g) for g in groups.values()])}))
+        return _GIVEN
+
+    def _as_id(self, sample: Any) -> int | str:
         """An id as the ledger holds it; the command line has only strings."""
         try:
             return int(sample) if self._integer_ids else str(sample)
@@ -250,16 +278,16 @@ class LedgerReader:
 
     # uncertainty
 
-    def _with_intervals(self, found: pa.Table, name: str, key: str, target: int, steps: Any, value: str, draws: int) -> pa.Table:
+    def _with_intervals(
+        self, found: pa.Table, name: str, key: _Key, target: int, steps: tuple[int, int] | None, value: str, draws: int
+    ) -> pa.Table:
         """Adds the middle 95% of each row's value over resamplings of the steps."""
-        each = {"total": "s.score", "share": "s.score / b.total"}.get(value)
-        each = each or "CASE WHEN p.spread > 0 THEN (s.score - p.mean) / p.spread ELSE 0 END"
         only = " AND s.sample IN (SELECT sample FROM wanted)" if name == "sample" else ""
-        ((first, last),) = self._duck.sql("SELECT min(step), max(step) FROM steps").fetchall()
-        block = f"s.step // {max(1, -(-(last - first + 1) // BLOCKS)) if found.num_rows else 1}"
+        first, last = self._first_and_last()
+        block = f"s.step // {max(1, -(-(last - first + 1) // BLOCKS))}"
         rows = self.sql(
-            f"SELECT {block} AS step, {key} AS k, sum({each}) AS x, count(*) AS n FROM scores s {self._join(key)}"
-            f"{_statistics(value, target, steps)} {_where(target, steps)}{only} GROUP BY ALL"
+            f"SELECT {block} AS step, {key.sql} AS k, sum({EACH[value]}) AS x, count(*) AS n FROM scores s {key.join}"
+            f" {_statistics(value, target, steps)} {_where(target, steps)}{only} GROUP BY ALL"
         )
         all_steps = self.sql(f"SELECT DISTINCT {block} AS step FROM scores s {_where(target, steps)}")["step"].to_numpy()
         keys = found[name].to_pylist()
@@ -285,15 +313,19 @@ def _where(target: int | None, steps: tuple[int, int] | None) -> str:
     return f"WHERE {' AND '.join(terms)}" if terms else ""
 
 
-def _statistics(value: str, target: int, steps: Any) -> str:
+def _statistics(value: str, target: int, steps: tuple[int, int] | None) -> str:
     if value == "standardized":
         inner = f"SELECT step, avg(score) AS mean, stddev_pop(score) AS spread FROM scores s {_where(target, steps)} GROUP BY step"
         return f"JOIN ({inner}) p ON p.step = s.step"
-    if value == "share":
-        # of all ranks together; a step that did nothing has no shares
-        inner = f"SELECT step, sum(total) AS total FROM steps s {_where(target, steps)} GROUP BY step HAVING sum(total) <> 0"
-        return f"JOIN ({inner}) b ON b.step = s.step"
     return ""
+
+
+def _dataset(parts: list[Path], schema: pa.Schema) -> Any:
+    if not parts:
+        return schema.empty_table()
+    reading = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    parquet = pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=reading)
+    return pyarrow.dataset.dataset(list(map(str, parts)), schema=schema, format=parquet, partitioning=None)
 
 
 def _quote(text: str) -> str:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from adam_ghost.optim import adam_definition as definition
 from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import RULES, StepScalars
-from adam_ghost.optim.protocol import Linearized, register
+from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, register
 
 
 class ParamState(NamedTuple):
@@ -34,7 +35,7 @@ class AdamState:
     parameter ``p`` held by the state and a gradient ``g`` of its shape; results are in at least float32.
     """
 
-    linearizations = RULES
+    linearizations: tuple[str, ...] = RULES
 
     def __init__(self, params: Iterable[ParamState]):
         self._params = {s.param: s for s in params}
@@ -45,7 +46,7 @@ class AdamState:
 
         Raises TypeError for any other optimizer, also for subclasses that step differently.
         """
-        if isinstance(opt_state, cls):
+        if isinstance(opt_state, AdamState):
             return opt_state
         step = getattr(type(opt_state), "step", None)
         # step is wrapped anew in each class by the optimizer's profiling hooks: compare what they wrap
@@ -66,8 +67,9 @@ class AdamState:
 
     def lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list]:
         """``exp_avgs``, ``exp_avg_sqs``, ``max_exp_avg_sqs`` and scalars of ``params``, as the ops take them."""
-        states = [self[p] for p in params]
-        return tuple(list(column) for column in zip(*((*s.moments, s.scalars) for s in states), strict=True))
+        rows = [self[p] for p in params]
+        moments = [r.exp_avg for r in rows], [r.exp_avg_sq for r in rows], [r.max_exp_avg_sq for r in rows]
+        return *moments, [r.scalars for r in rows]
 
     def weight_points(
         self,
@@ -87,9 +89,9 @@ class AdamState:
         rule: str,
         out: list[Tensor],
     ) -> Linearized:
-        *moments, steps = self.lists(params)
+        m, v, v_max, steps = self.lists(params)
         data = [p.data for p in params]
-        P, sums = adam_op.variance_correction(data, list(grads), *moments, list(val_grads), steps, rule=rule, out=out)
+        P, sums = adam_op.variance_correction(data, list(grads), m, v, v_max, list(val_grads), steps, rule=rule, out=out)
         sums = sums.total()
         return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))
 
@@ -99,6 +101,81 @@ class AdamState:
     def steps_taken(self, default: int) -> int:
         started = [s.scalars.t for s in self._params.values() if s.exp_avg is not None]
         return max((default if isinstance(t, Tensor) else int(t) - 1 for t in started), default=0)
+
+    def scalars(self, params: Sequence[Tensor]) -> list[StepScalars]:
+        return [self[p].scalars for p in params]
+
+    def kept(self, params: Sequence[Tensor]) -> Kept:
+        rows = [self[p] for p in params]
+        scalars = [row.scalars for row in rows]
+
+        def rebuild(tensors: list[Tensor | None]) -> AdamState:
+            return AdamState(ParamState(*tensors[4 * i : 4 * i + 4], s) for i, s in enumerate(scalars))
+
+        return Kept([None if x is None else x.detach().clone() for row in rows for x in row[:4]], rebuild)
+
+    def advanced(self, grads: Sequence[Tensor | None], scalars: list[StepScalars]) -> "AdamState":
+        tensors, rebuild = self.kept(list(self.parameters()))
+        rows = list(rebuild(tensors)._params.values())
+        alike: dict[StepScalars, list[int]] = {}
+        for i, (row, g) in enumerate(zip(rows, grads, strict=True)):
+            if g is not None:
+                alike.setdefault(row.scalars, []).append(i)
+        for s, members in alike.items():
+            ws = [rows[i].param for i in members]
+            ms: list[Tensor] = []
+            vs: list[Tensor] = []
+            v_maxs: list[Tensor] = []
+            for i, w in zip(members, ws, strict=True):
+                m, v, v_max = rows[i].moments
+                # as the optimizer does before a parameter's first step
+                ms.append(torch.zeros_like(w) if m is None else m)
+                vs.append(torch.zeros_like(w) if v is None else v)
+                if s.amsgrad:
+                    v_max = torch.zeros_like(w) if v_max is None else v_max
+                    v_maxs.append(v_max)
+                rows[i] = ParamState(w, ms[-1], vs[-1], v_max, s)
+            # the optimizer's own arithmetic: the weights come out to its bits
+            adam(
+                ws,
+                [g for i in members if (g := grads[i]) is not None],
+                ms,
+                vs,
+                v_maxs,
+                [torch.tensor(float(s.t) - 1.0) for _ in members],
+                amsgrad=s.amsgrad,
+                beta1=s.beta1,
+                beta2=s.beta2,
+                lr=s.lr,
+                weight_decay=s.weight_decay,
+                eps=s.eps,
+                maximize=s.maximize,
+                decoupled_weight_decay=s.decoupled,
+            )
+        return AdamState(row._replace(scalars=s) for row, s in zip(rows, scalars, strict=True))
+
+    def adjoint(self, val_grads: Sequence[Tensor]) -> Adjoint:
+        kinds = 3 if any(s.scalars.amsgrad for s in self._params.values()) else 2
+        return Adjoint(list(val_grads), [[torch.zeros_like(x) for x in val_grads] for _ in range(kinds)])
+
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
+        params = list(self.parameters())
+        found: list[Tensor] = [torch.zeros_like(x) for x in after.weights]
+        # a parameter without a gradient stays where it is, and so do its moments
+        moving = [i for i, g in enumerate(grads) if g is not None]
+        m, v, *v_max = ([x[i] for i in moving] for x in after.state)
+        state = self.lists([params[i] for i in moving])
+        adam_op.adjoint(
+            [params[i] for i in moving],
+            [grads[i] for i in moving],
+            *state,
+            [after.weights[i] for i in moving],
+            m,
+            v,
+            v_max[0] if v_max else [],
+            out=[found[i] for i in moving],
+        )
+        return found
 
     def update(self, p: Tensor, g: Tensor | None) -> Tensor:
         """What a step with gradient ``g`` subtracts from ``p``, over lr, decoupled decay aside; ``g=None`` means zeros."""

@@ -4,6 +4,7 @@ Sources: arXiv 1412.6980, 1711.05101; the linearization ``frozen`` is arXiv 2602
 (docs/method.md, 2). ``m, v`` are Adam's moments before the step, ``g`` the gradient, ``w`` the weights.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 RULES = ("secant", "tangent", "frozen", "sgd")
 
 Scalar = float | Tensor
+State = Tensor | None  # of one parameter; None: zeros
+Tensors = Sequence[Tensor]
+States = Sequence[State]
 
 
 class StepScalars(NamedTuple):
@@ -34,6 +38,9 @@ class StepScalars(NamedTuple):
     @property
     def bc2(self) -> Scalar:
         return 1 - self.beta2**self.t
+
+
+Steps = Sequence[StepScalars]
 
 
 def _sqrt(x: Scalar) -> Scalar:
@@ -80,25 +87,25 @@ def _path(s: StepScalars, w: Tensor, g: Tensor | None, m: Tensor | None, v: Tens
     return _Path(start, -g if s.maximize else g, _wide(m, w), _wide(v, w), _wide(v_max, w) if s.amsgrad else None, s)
 
 
-def adam_update(s: StepScalars, w, g, m, v, v_max=None) -> Tensor:
+def adam_update(s: StepScalars, w: Tensor, g: State, m: State, v: State, v_max: State = None) -> Tensor:
     """``update(g)`` of one parameter: what the step subtracts, over lr, decoupled decay aside. ``g=None`` is ``update(0)``."""
     path = _path(s, w, g, m, v, v_max)
     return path.update(path.start + path.g)
 
 
-def empty_weights(s: StepScalars, w, m, v, v_max=None) -> Tensor:
+def empty_weights(s: StepScalars, w: Tensor, m: State, v: State, v_max: State = None) -> Tensor:
     """``w(empty)``: the weights after the step that history (momentum and weight decay) would take alone."""
     kept = _wide(w, w) * (1 - s.lr * s.weight_decay) if s.decoupled else _wide(w, w)
     return kept - s.lr * adam_update(s, w, None, m, v, v_max)
 
 
-def mid_weights(s: StepScalars, w, g, m, v, v_max=None) -> Tensor:
+def mid_weights(s: StepScalars, w: Tensor, g: State, m: State, v: State, v_max: State = None) -> Tensor:
     """``w_mid``: halfway from ``w(empty)`` to the weights after the whole batch's step."""
     half = (adam_update(s, w, g, m, v, v_max) - adam_update(s, w, None, m, v, v_max)) * 0.5
     return empty_weights(s, w, m, v, v_max) - s.lr * half
 
 
-def scaling(rule: str, s: StepScalars, w, g, m, v, v_max=None) -> Tensor:
+def scaling(rule: str, s: StepScalars, w: Tensor, g: State, m: State, v: State, v_max: State = None) -> Tensor:
     """``S``: the elementwise slope of Adam's update along the gradient, by ``rule``; at least float32.
 
     ``secant``: ``(update(g) - update(0)) / g``, without dividing by ``g``; ``tangent``: the derivative at ``g``;
@@ -141,7 +148,7 @@ def scaling(rule: str, s: StepScalars, w, g, m, v, v_max=None) -> Tensor:
     return ((1 - s.beta1) / s.bc1 - first / (near + s.eps) * bracket) / (root_e + s.eps)
 
 
-def direction(rule: str, s: StepScalars, val_grad: Tensor, w, g, m, v, v_max=None) -> Tensor:
+def direction(rule: str, s: StepScalars, val_grad: Tensor, w: Tensor, g: State, m: State, v: State, v_max: State = None) -> Tensor:
     """``P = lr * val_grad * S``, signed so that ``< P , g_i >`` is sample ``i``'s score (positive = it lowers the loss).
 
     ``val_grad`` is ``[*w.shape]``, or ``[K, *w.shape]`` for ``K`` targets, and so is the result.
@@ -150,7 +157,7 @@ def direction(rule: str, s: StepScalars, val_grad: Tensor, w, g, m, v, v_max=Non
     return val_grad.to(S.dtype) * (S * (-s.lr if s.maximize else s.lr))
 
 
-def history(s: StepScalars, val_grad: Tensor, w, m, v, v_max=None) -> Tensor:
+def history(s: StepScalars, val_grad: Tensor, w: Tensor, m: State, v: State, v_max: State = None) -> Tensor:
     """``< val_grad , w - w(empty) >``, ``[]`` or ``[K]``: what momentum and decay alone take off the loss, to first order."""
     moved = s.lr * adam_update(s, w, None, m, v, v_max)  # not from w(empty): a small step would drown in w's rounding
     if s.decoupled:
@@ -159,36 +166,121 @@ def history(s: StepScalars, val_grad: Tensor, w, m, v, v_max=None) -> Tensor:
 
 
 def variance_correction(
-    rule: str, steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grads, out
+    rule: str,
+    steps: Steps,
+    params: Tensors,
+    grads: States,
+    exp_avgs: States,
+    exp_avg_sqs: States,
+    max_exp_avg_sqs: States,
+    val_grads: Tensors,
+    out: Tensors,
 ) -> Tensor:
-    """``direction`` of every parameter, written to ``out``, and a table of sums, float64 ``[parameters, 3 K + 2]``.
+    """``direction`` of every parameter, written to ``out``, and a table of sums, float64 ``[parameters, 2 K]``.
 
-    A row holds ``< P , dot_grad >`` of each target, their ``history``, ``|P|^2``, then ``|grad|^2`` and how many elements
-    of ``grad`` are not finite. ``P`` counts as it was written. ``out`` may hold the very tensors of ``val_grads``.
+    A row holds ``< P , grad >`` of each target, then their ``history``. ``P`` counts as it was written. ``out`` may hold the
+    very tensors of ``val_grads``.
     """
     rows = []
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, dot_grads, out)
-    for s, w, g, m, v, v_max, val, dot, P in zip(steps, *lists, strict=True):
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out)
+    for s, w, g, m, v, v_max, val, P in zip(steps, *lists, strict=True):
         lead = val.ndim - w.ndim
-        moved = history(s, val, w, m, v, v_max)
+        moved = history(s, val, w, m, v, v_max)  # [] or [K]
         P.copy_(direction(rule, s, val, w, g, m, v, v_max))
-
-        P, g, dot = _wide(P, P), _wide(g, w), _wide(dot, w)
-        reached, squares = (_sum_after(lead, P * x, torch.float64).reshape(-1) for x in (dot, P))
-        of_g = torch.stack([(g * g).sum(dtype=torch.float64), (~g.isfinite()).sum().double()])
-        rows.append(torch.cat([reached, moved.double().reshape(-1), squares, of_g]))
+        reached = _sum_after(lead, _wide(P, P) * _wide(g, w), torch.float64)  # [] or [K]
+        rows.append(torch.cat([reached.reshape(-1), moved.double().reshape(-1)]))
     return torch.stack(rows)
 
 
-def weight_points(steps, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, empty, mid) -> None:
+class Adjoint(NamedTuple):
+    """Derivatives of a number ``L`` by a parameter's state and by its step's gradient: ``[*w.shape]`` or ``[K, *w.shape]``."""
+
+    w: Tensor
+    m: Tensor
+    v: Tensor
+    v_max: Tensor | None
+    g: Tensor
+
+
+def step_adjoint(
+    s: StepScalars,
+    w: Tensor,
+    g: State,
+    m: State,
+    v: State,
+    v_max: State,
+    lambda_w: Tensor,
+    lambda_m: Tensor,
+    lambda_v: Tensor,
+    lambda_v_max: State = None,
+) -> Adjoint:
+    """The vector-Jacobian product of one step: ``lambda_*``, derivatives of ``L`` by the state after it, taken to before it.
+
+    Where the second moment is 0 its root has no derivative, and 0, that of the symmetric limit, is taken. Where ``v_max`` and the
+    new second moment are equal, each gets half, as in the derivative of ``torch.maximum``. ``v_max`` is read under amsgrad alone.
+    """
+    path = _path(s, w, g, m, v, v_max)
+    lambda_w, lambda_m, lambda_v = (x.to(path.g.dtype) for x in (lambda_w, lambda_m, lambda_v))  # [*w.shape] or [K, *w.shape]
+    x = path.start + path.g  # what the moments take in
+    root = path.root(x)
+    per_m = s.lr / s.bc1 / (root + s.eps)  # the step is per_m * new_m
+    new_m = s.beta1 * path.m + (1 - s.beta1) * x
+    rooted = 2 * s.bc2 * torch.where(root == 0, 1.0, root)  # d second moment / d root
+    by_u = torch.where(root == 0, 0.0, per_m * new_m / (root + s.eps) / rooted)
+    to_m, to_u = lambda_m - lambda_w * per_m, lambda_w * by_u
+    if path.v_max is not None:
+        new_v, to_u = s.beta2 * path.v + (1 - s.beta2) * x * x, to_u + _wide(lambda_v_max, to_u)
+        share = torch.where(new_v > path.v_max, 1.0, torch.where(new_v == path.v_max, 0.5, 0.0)).to(x.dtype)
+        to_u, lambda_v_max = to_u * share, to_u * (1 - share)
+    to_v = lambda_v + to_u
+    to_x = (1 - s.beta1) * to_m + 2 * (1 - s.beta2) * x * to_v
+    to_w = lambda_w * (1 - s.lr * s.weight_decay) if s.decoupled else lambda_w + s.weight_decay * to_x
+    return Adjoint(to_w, s.beta1 * to_m, s.beta2 * to_v, lambda_v_max, -to_x if s.maximize else to_x)
+
+
+def adjoint(
+    steps: Steps,
+    params: Tensors,
+    grads: States,
+    exp_avgs: States,
+    exp_avg_sqs: States,
+    max_exp_avg_sqs: States,
+    lambda_w: Tensors,
+    lambda_m: Tensors,
+    lambda_v: Tensors,
+    lambda_v_max: Tensors,
+    out: Tensors,
+) -> None:
+    """``step_adjoint`` of every parameter: the lambdas are replaced by those before the step, ``out`` gets the gradients'.
+
+    ``lambda_v_max`` may be ``[]`` where no step is amsgrad's.
+    """
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, lambda_w, lambda_m, lambda_v)
+    for i, (s, *tensors) in enumerate(zip(steps, *lists, strict=True)):
+        held = [*tensors[5:], lambda_v_max[i] if lambda_v_max else None]
+        found = step_adjoint(s, *tensors[:5], *held)
+        for target, value in zip((*held, out[i]), found, strict=True):
+            if target is not None and value is not None:
+                target.copy_(value)
+
+
+def weight_points(
+    steps: Steps,
+    params: Tensors,
+    grads: States,
+    exp_avgs: States,
+    exp_avg_sqs: States,
+    max_exp_avg_sqs: States,
+    empty: Tensors,
+    mid: Tensors,
+) -> None:
     """``empty_weights`` and ``mid_weights`` of every parameter, written to ``empty`` and ``mid`` (``[]``: not written).
 
     Either may hold the very tensors of ``params``.
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     for i, (s, w, g, m, v, v_max) in enumerate(zip(steps, *lists, strict=True)):
-        at_empty = empty_weights(s, w, m, v, v_max) if empty else None
-        at_mid = mid_weights(s, w, g, m, v, v_max) if mid else None
+        at_empty, at_mid = empty_weights(s, w, m, v, v_max), mid_weights(s, w, g, m, v, v_max)
         for target, value in ((empty, at_empty), (mid, at_mid)):
             if target:
                 target[i].copy_(value)

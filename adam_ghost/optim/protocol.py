@@ -16,6 +16,23 @@ class Linearized(NamedTuple):
     total: Tensor  # [K]: < P , g >, what the scores of all samples add up to
 
 
+class Adjoint(NamedTuple):
+    """How a number depends on the weights and on an optimizer's state between two steps; one entry per parameter.
+
+    Entries are ``[*shape]``, or ``[K, *shape]`` for ``K`` numbers.
+    """
+
+    weights: list[Tensor]
+    state: list[list[Tensor]]  # per kind of state that the optimizer keeps
+
+
+class Kept(NamedTuple):
+    """A state apart from its tensors, which may wait elsewhere: ``rebuild(tensors)`` is the state again."""
+
+    tensors: list[Tensor | None]
+    rebuild: "Callable[[list[Tensor | None]], OptState]"
+
+
 @runtime_checkable
 class OptState(Protocol):
     """What an optimizer will do to any gradient in the step about to be taken, without doing it.
@@ -74,6 +91,28 @@ class OptState(Protocol):
 
     def steps_taken(self, default: int) -> int:
         """How many steps the longest history among the parameters holds; ``default`` where only the device knows."""
+        ...
+
+    # what credit over several steps takes (docs/method.md, 6)
+
+    def scalars(self, params: Sequence[Tensor]) -> Any:
+        """What the step depends on beside tensors of the parameters' size: learning rate, step count and the like."""
+        ...
+
+    def kept(self, params: Sequence[Tensor]) -> "Kept":
+        """A copy of all that the step depends on; the copies of ``params`` are its parameters, in their order."""
+        ...
+
+    def advanced(self, grads: Sequence[Tensor | None], scalars: Any) -> "OptState":
+        """The state after the step with ``grads``, in memory of its own, if the step then is to be taken with ``scalars``."""
+        ...
+
+    def adjoint(self, val_grads: Sequence[Tensor]) -> Adjoint:
+        """The adjoint of a loss with this gradient by the weights, in the gradients' memory: it depends on no other state."""
+        ...
+
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
+        """Turns the adjoint after the step with ``grads`` into that before it, in place; returns the gradient's, per parameter."""
         ...
 
 

@@ -53,16 +53,16 @@ function table(columns, rows, caption, sort) {
   return made;
 }
 
+const values = [{ key: "value", title: "Sum of scores", number: true, signed: true }, { key: "standardized", title: "Standardised", number: true, signed: true }];
 const all = [
-  { key: "sample", title: "Sample" }, { key: "value", title: "Score", number: true, signed: true },
-  { key: "standardized", title: "Standardised", number: true, signed: true }, { key: "n", title: "Steps", number: true },
+  { key: "sample", title: "Sample" }, ...(data.rank === "value" ? values : values.reverse()), { key: "n", title: "Steps", number: true },
   { key: "group", title: "Group" }, { key: "image", title: "Image", image: true }, { key: "text", title: "Text" }, { key: "path", title: "Path" },
 ];
 const columns = all.filter((c) => data.samples.some((r) => r[c.key] !== null && r[c.key] !== undefined));
 
 for (const [id, key] of [["helpful", "helpful"], ["harmful", "harmful"]]) {
   const rows = data[key].map((i) => data.samples[i]);
-  document.getElementById(id).append(table(columns, rows, rows.length + " most " + key + " samples"));
+  document.getElementById(id).append(table(columns, rows, rows.length + " most " + key + " samples, by " + (data.rank === "value" ? "the sum of their scores" : "the mean of their scores standardised within steps")));
 }
 document.getElementById("group-table").append(table([
   { key: "group", title: "Group" }, { key: "value", title: "Sum of scores", number: true, signed: true },
@@ -76,7 +76,7 @@ if (data.audits.length) {
   data.audits, "Audited steps against their exact Shapley values"));
 }
 
-const state = { key: "value", down: true };
+const state = { key: data.rank, down: true };
 const search = document.getElementById("search"), group = document.getElementById("group");
 for (const g of data.groups) { const o = make("option", g.group); o.value = g.group; group.append(o); }
 

@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from adam_ghost.ledger.reader import LedgerReader, open_ledger
+from adam_ghost.extras import how_to_install
+from adam_ghost.ledger import layout
+from adam_ghost.ledger.export import refuse_links
+from adam_ghost.ledger.gap import find_gap
+from adam_ghost.ledger.layout import pa
+from adam_ghost.ledger.reader import VALUES, LedgerReader, open_ledger
+
+import pyarrow.compute as pc  # isort: skip  (after layout, which says what to install where pyarrow is missing)
 
 _TABLE = 1000  # samples at either end in the page's table
 _EXTREMES = 10
@@ -28,35 +33,51 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _IMAGES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
-def write_report(ledger: "LedgerReader | str | Path", out: str | Path, *, target: int = 0, title: str | None = None) -> Path:
+def write_report(
+    ledger: "LedgerReader | str | Path",
+    out: str | Path,
+    *,
+    value: str = "standardized",
+    target: int = 0,
+    title: str | None = None,
+) -> Path:
     """Writes the page of a ledger to ``out`` and returns that path.
+
+    Args:
+        ledger: or its folder.
+        out: a plain file, or none yet; a symbolic link is not followed.
+        value: by which samples are ranked, as in ``LedgerReader``.
+        target: which of the validation losses, where there are several.
+        title: of the page.
 
     Raises:
         FileNotFoundError: there is no ledger.
-        ValueError: the ledger holds no scores for ``target``.
+        ValueError: the ledger holds no scores for ``target``; ``out`` is a link.
     """
     if not isinstance(ledger, LedgerReader):
         with open_ledger(ledger) as opened:
-            return write_report(opened, out, target=target, title=title)
+            return write_report(opened, out, value=value, target=target, title=title)
+    if value not in VALUES:
+        raise ValueError(f"value must be one of {', '.join(VALUES)}, got {value!r}")
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ImportError("the report needs plotly: pip install 'adam-ghost[report]'") from error
-    data, facts = _collect(ledger, target)
-    page = _page(title or "Data attribution report", facts, data, get_plotlyjs())
+        raise ImportError(f"adam_ghost: the report needs plotly: {how_to_install('report')}") from error
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    refuse_links(out)
+    data, facts = _collect(ledger, target, value)
+    page = _page(title or "Data attribution report", facts, data, get_plotlyjs()).encode()
+    layout.replace(out, lambda file: file.write(page))
     return out
 
 
-def _collect(ledger: LedgerReader, target: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str, Any], dict[str, str]]:
     totals = ledger.totals(target=target)
     if not totals.num_rows:
         raise ValueError(f"the ledger in {ledger.folder} holds no scores for target {target} yet")
     z = ledger.totals(target=target, value="standardized")
     value = totals["value"].to_numpy()
-    order = np.argsort(-value, kind="stable")
+    order = np.argsort(-(value if rank_by == "total" else _aligned(z, totals)), kind="stable")
     chosen = order if len(order) <= 2 * _TABLE else np.concatenate([order[:_TABLE], order[-_TABLE:]])
     names = totals["sample"].take(chosen).to_pylist()
     standardized = _lookup(z, names)
@@ -81,6 +102,7 @@ def _collect(ledger: LedgerReader, target: int) -> tuple[dict[str, Any], dict[st
     booked = [s for s in steps if not s["skipped"]]
     groups = ledger.groups(target=target).to_pylist()
     data = {
+        "rank": "value" if rank_by == "total" else "standardized",
         "samples": samples,
         "helpful": helpful,
         "harmful": harmful,
@@ -88,7 +110,8 @@ def _collect(ledger: LedgerReader, target: int) -> tuple[dict[str, Any], dict[st
         "audits": [{k: s[k] for k in ("step", "r", "l2", "score_sum", "loss_drop")} for s in steps if s["r"] is not None],
         "charts": _charts(ledger, target, booked, groups, value),
     }
-    return _finite(data), _facts(ledger, steps, booked, totals.num_rows)
+    facts = _facts(ledger, steps, booked, totals.num_rows)
+    return _finite(data), facts | {"Completeness": find_gap(ledger, target).line}
 
 
 def _charts(ledger: LedgerReader, target: int, steps: list[dict], groups: list[dict], value: np.ndarray) -> dict[str, Any]:
@@ -167,13 +190,20 @@ def _facts(ledger: LedgerReader, steps: list[dict], booked: list[dict], samples:
     return {name: str(value) for name, value in facts.items() if value is not None}
 
 
+def _aligned(table: pa.Table, like: pa.Table) -> np.ndarray:
+    """The values of ``table`` in the order of the samples of ``like``."""
+    return table["value"].take(pc.index_in(like["sample"], table["sample"].combine_chunks())).to_numpy()
+
+
 def _lookup(table: Any, names: list) -> dict[Any, dict]:
     wanted = table.filter(pc.is_in(table["sample"], pa.array(names, table["sample"].type)))
     return {row["sample"]: row for row in wanted.to_pylist()}
 
 
 def _image(found: bytes | None) -> str | None:
-    kind = next((k for magic, k in _IMAGES.items() if found and found.startswith(magic)), None)
+    if found is None:
+        return None
+    kind = next((k for magic, k in _IMAGES.items() if found.startswith(magic)), None)
     return kind and f"data:image/{kind};base64,{base64.b64encode(found).decode()}"
 
 

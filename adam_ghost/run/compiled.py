@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from adam_ghost.capture.hooks import Hook, StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.plan import Plan, kind_of_step
@@ -30,6 +31,7 @@ class _Site:
     def __init__(self, layer: nn.Module, names: dict[Tensor, str]):
         self.layer, self.kind = layer, layer_kind(layer)
         self.names = tuple(None if p is None else names[p] for p in own_parameters(layer))
+        self.stand_in = StandIn(layer, partial(_forward, self))
         self.slot: Tensor | None = None
         self.P: tuple[Tensor | None, ...] = ()
         self.led = False  # whether its samples are known to be the leading dimension
@@ -44,8 +46,8 @@ class CompiledLayers:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        layers = [m for m in model.modules() if _has_form(m) and "forward" not in vars(m)]
-        names = {p: name for name, p in model.named_parameters()}
+        layers = [m for m in model.modules() if _has_form(m)]
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.sites = [_Site(m, names) for m in layers if any(p is not None for p in own_parameters(m))]
         self._plans: dict[Hashable, Plan] = {}
         self._planning = False
@@ -55,16 +57,16 @@ class CompiledLayers:
 
     def attach(self) -> None:
         for site in self.sites:
-            site.layer.forward = partial(_forward, site)
+            site.stand_in.attach()
         self._compiled_call = self.model._compiled_call_impl
         if self._compiled_call is None:
-            self._handle = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._handle = self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
         else:  # by ``model.compile()``, which compiles the model's hooks as well
             self.model._compiled_call_impl = self._call
 
     def detach(self) -> None:
         for site in self.sites:
-            del site.layer.forward
+            site.stand_in.detach()
         if self._compiled_call is None:
             self._handle.remove()
         else:
@@ -134,7 +136,8 @@ def _has_form(module: nn.Module) -> bool:
 
 
 def _forward(site: _Site, x: Tensor) -> Tensor:
-    layer, slot = site.layer, site.slot
+    layer: Any = site.layer  # nn.Module types its attributes as modules too
+    slot = site.slot
     if slot is None or not torch.is_grad_enabled():
         return type(layer).forward(layer, x)
     if not site.led:
@@ -151,7 +154,7 @@ def _forward(site: _Site, x: Tensor) -> Tensor:
     return y
 
 
-def _run_with(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _run_with(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's own forward with other parameters, in their dtype."""
     if isinstance(layer, nn.Embedding):
         return F.embedding(x, weight)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.calls import Call
+from adam_ghost.capture.hooks import StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, unseen
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.scores.contract import contract
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
+from adam_ghost.scores.shapes import add
 
 
 class ContractingRecording(Recording):
@@ -39,7 +41,7 @@ class ContractingRecording(Recording):
     def scores(self) -> Tensor:
         """``[n, K]``, of all backward passes so far."""
         parts = [x for x in (self._arrived, self.slot.grad) if x is not None]
-        return sum(parts) if parts else torch.zeros_like(self.slot)
+        return add(parts) if parts else torch.zeros_like(self.slot)
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         self._tell()
@@ -52,6 +54,10 @@ class ContractingRecording(Recording):
         self._arrived = scores if self._arrived is None else self._arrived + scores
         self.scored |= params
 
+    def forget(self) -> None:
+        super().forget()
+        self._arrived = self.slot.grad = None
+
     def covered(self) -> set[str]:
         return self.scored - self.unattributed
 
@@ -61,15 +67,16 @@ class ScoredLinears:
 
     def __init__(self, model: nn.Module, recorder: Recorder):
         self.recorder = recorder
-        self.layers = [m for m in model.modules() if layer_kind(m) == "linear" and "forward" not in vars(m)]
+        linears = [m for m in model.modules() if layer_kind(m) == "linear"]
+        self.stand_ins = [StandIn(layer, partial(self._forward, layer)) for layer in linears]
 
     def attach(self) -> None:
-        for layer in self.layers:
-            layer.forward = partial(self._forward, layer)
+        for stand_in in self.stand_ins:
+            stand_in.attach()
 
     def detach(self) -> None:
-        for layer in self.layers:
-            del layer.forward
+        for stand_in in self.stand_ins:
+            stand_in.detach()
 
     def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         scored = self._scored(layer, x)

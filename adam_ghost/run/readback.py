@@ -1,13 +1,14 @@
 """A step's numbers on their way from the device to the books, which wait for them; the device never does."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adam_ghost.ledger.books import StepRecord
+from adam_ghost.ledger.books import Arrived, StepRecord
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.fingerprint import EDITED
 
@@ -40,59 +41,93 @@ class Readback:
 class Pending:
     """A step's results on their way."""
 
-    ids: list[Hashable]
+    ids: Sequence[Hashable]
     record: StepRecord
     scores: Readback  # [n, K]
     numbers: Readback  # [4, K]: val_loss, total, history, 1 where the step is void
     edited: Readback  # bool, per gradient
     losses: Readback | None = None  # [n]
-    epoch: int | None = None
+    at: float | None = None  # where val_loss was taken: 0 after history alone, 1 at the step's end; None: in another step
 
 
-@dataclass
-class Arrived:
-    """A step as it is booked; no scores where it was skipped."""
+class Mark(NamedTuple):
+    """A validation loss on the way of a run, within a step."""
 
-    record: StepRecord
-    epoch: int | None = None
-    ids: list[Hashable] | None = None
-    scores: np.ndarray | None = None  # [n, K], float64
-    losses: np.ndarray | None = None  # [n]
+    step: int
+    at: float  # of the way from the weights after history alone to the step's end
+    val_loss: list[float]
+    total: list[float]  # what the batch took off on that way
+
+    def since(self, last: "Mark") -> list[float]:
+        """What history took off in this step, by the losses in this step and the one before: what the batches did not."""
+        drop = np.subtract(last.val_loss, self.val_loss)
+        return (drop - (1 - last.at) * np.array(last.total) - self.at * np.array(self.total)).tolist()
 
 
 class Books:
-    """Takes steps in their order and hands each to ``book`` when its numbers have arrived and were checked."""
+    """Takes steps in their order, and gives each back when its numbers have arrived and were checked."""
 
-    def __init__(self, coverage: Coverage, book: Callable[[Arrived], None]):
-        self.coverage, self._book = coverage, book
+    def __init__(self, coverage: Coverage):
+        self.coverage = coverage
+        self._last: Mark | None = None
         self._pending: list[Pending | Arrived] = []
+        self._draining = False
 
     def add(self, step: Pending | Arrived) -> None:
         self._pending.append(step)
 
-    def drain(self, wait: bool = False) -> None:
-        """Books the steps whose numbers have arrived; ``wait`` for all.
+    def withdraw(self) -> None:
+        """The step that was added last is not booked."""
+        self._pending.pop()
+
+    def drain(self, book: Callable[[Arrived], None], wait: bool = False) -> None:
+        """Hands ``book`` the steps whose numbers have arrived; ``wait`` for all.
 
         Raises ValueError where a step's gradients turn out to have been edited.
         """
-        while self._pending:
-            step = self._pending[0]
-            if isinstance(step, Pending) and not (wait or step.numbers.ready):
-                return
-            self._pending.pop(0)
-            self._book(self._read(step) if isinstance(step, Pending) else step)
-            if isinstance(step, Pending) and not step.record.skipped:
-                scores = step.scores.get().astype(np.float64)
-                self.coverage.check(scores, np.array(step.record.total), f"step {step.record.step}: ")
+        if self._draining:  # a signal's handler, in the midst of booking: later steps must not come before this one
+            return
+        self._draining = True
+        try:
+            while self._pending:
+                step = self._pending[0]
+                if isinstance(step, Pending) and not (wait or step.numbers.ready):
+                    return
+                self._pending.pop(0)
+                book(self._read(step) if isinstance(step, Pending) else step)
+                if isinstance(step, Pending) and not step.record.skipped:
+                    scores = step.scores.get().astype(np.float64)
+                    self.coverage.check(scores, np.array(step.record.total), f"step {step.record.step}: ")
+        finally:
+            self._draining = False
 
     def _read(self, step: Pending) -> Arrived:
         record, scores = step.record, step.scores.get().astype(np.float64)
         val_loss, total, history, void = step.numbers.get().astype(np.float64)
         record.skipped = bool(void.any())
+        last, self._last = self._last, None
         if record.skipped:
-            return Arrived(record, step.epoch)
+            if last is not None:  # the weights are where they were
+                self._last = last._replace(step=record.step)
+            return Arrived(record)
         if step.edited.get().any():
             raise ValueError(EDITED)
+        if not np.isfinite(scores).all():
+            self.coverage.tell("not finite", f"step {record.step} is left out: its scores are not finite")
+            record.skipped = True
+            return Arrived(record)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
         record.score_sum = scores.sum(0).tolist()
-        return Arrived(record, step.epoch, step.ids, scores, None if step.losses is None else step.losses.get())
+        if step.at is not None:
+            self._last = Mark(record.step, step.at, record.val_loss, record.total)
+            if last is not None and last.step == record.step - 1:
+                record.history = self._last.since(last)
+        losses = None if step.losses is None else step.losses.get()
+        record.train_loss = None if losses is None else float(losses.sum())
+        return Arrived(record, step.ids, scores, losses)
+
+    def state_dict(self) -> tuple | None:
+        return None if self._last is None else tuple(self._last)
+
+    def load_state_dict(self, state: tuple | None) -> None:
+        self._last = None if state is None else Mark(*state)

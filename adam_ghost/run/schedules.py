@@ -3,24 +3,27 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
+from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
-from adam_ghost.run.compiled import CompiledLayers, is_compiled
+from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.step.alone import WholePass
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
-from adam_ghost.step.fingerprint import GradientWatch
+from adam_ghost.step.fingerprint import Arrivals, GradientWatch
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
-SCHEDULES = ("midpoint", "gauss", "lookahead")
+SCHEDULES = ("midpoint", "gauss", "lookahead", "window")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
 _HISTORY = 10
 
@@ -29,11 +32,15 @@ _HISTORY = 10
 class MicroBatch:
     """The samples of one forward and backward pass, and what was recorded of it."""
 
-    ids: list[Hashable]
+    ids: Sequence[Hashable]
     packing: Packing | None
     audit: bool  # whether its step will be played exactly, which needs the calls themselves
+    inputs: Any = None  # what the loop computes its loss from, where it is to be run again
     recording: Recording | None = None
+    kept: Any = None  # KeptBatch, in a window
     losses: Tensor | None = None  # [n], as the loop told them
+    arrivals: Arrivals = field(init=False)  # of its gradients, from when it is opened
+    whole: WholePass | None = None  # of an audited step
 
 
 @dataclass
@@ -46,6 +53,7 @@ class Loop:
     validation: Validation
     watch: GradientWatch
     rule: str
+    every: int
     refresh: int
     half: bool
     step: int = 0  # of the optimizer, counted from the construction
@@ -65,6 +73,16 @@ class Scored(NamedTuple):
     total: Tensor  # [K]: < P , g(B) >
     history: Tensor  # [K]
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
+    at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
+
+
+@dataclass
+class Entry:
+    """A step on its way to the books."""
+
+    ids: list[Hashable]
+    record: StepRecord
+    losses: Tensor | None  # [n]
 
 
 class Schedule(Protocol):
@@ -76,11 +94,17 @@ class Schedule(Protocol):
     def detach(self) -> None:
         """Takes them off again and forgets what it holds."""
 
+    def due(self) -> bool:
+        """Whether the next step of the optimizer is to be followed."""
+
     def open(self, micro: MicroBatch, first: bool) -> None:
         """The next forward pass is ``micro``'s, ``first`` of its step."""
 
     def forget(self) -> None:
-        """Whatever was announced has no part in the step."""
+        """The gradients that have arrived are gone: they have no part in the step."""
+
+    def drop(self) -> list[MicroBatch]:
+        """Takes out the micro-batches of which no gradient has arrived, or which were forgotten."""
 
     def collect(self) -> list[MicroBatch] | None:
         """The step's micro-batches in their order, handed over; None where this step cannot be scored."""
@@ -88,82 +112,139 @@ class Schedule(Protocol):
     def pending(self) -> list[MicroBatch]:
         """Those collected so far."""
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
-        """The scores of a step about to be taken."""
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
+        """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
+
+    def swept(self) -> "list[tuple[Entry, Scored]]":
+        """Called when the optimizer has stepped: earlier steps that can be scored now."""
+
+    def finish(self) -> "list[tuple[Entry, Scored]]":
+        """Called when the run ends: earlier steps that have not been scored."""
 
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any) -> None: ...
 
 
-class After:
+class Collecting:
+    """Collects the micro-batches of the step in the making."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self._micro: list[MicroBatch] = []
+
+    def _watch(self) -> None:
+        """Follows what becomes of the gradients, from now until the watch is told to remove its hooks."""
+        self.loop.watch.on_cleared = lambda: self._forget(self.loop.watch.ended - 1)
+
+    def _await(self, micro: MicroBatch) -> None:
+        """Follows what becomes of the micro-batch's gradients."""
+        if self._micro:
+            self.loop.watch.await_beginnings()
+        micro.arrivals = Arrivals(self.loop.watch)
+
+    def pending(self) -> list[MicroBatch]:
+        return self._micro
+
+    def forget(self) -> None:
+        self._forget(self.loop.watch.ended)
+
+    def _forget(self, last: int) -> None:
+        """Those whose gradients came before more than ``last`` backward passes had ended."""
+        for micro in self._micro:
+            if micro.arrivals.last is not None and micro.arrivals.last <= last:
+                micro.arrivals.last = None
+                if micro.recording is not None:
+                    micro.recording.forget()
+
+    def drop(self) -> list[MicroBatch]:
+        dropped = [m for m in self._micro if m.arrivals.last is None]
+        self._micro = [m for m in self._micro if m.arrivals.last is not None]
+        return dropped
+
+    def collect(self) -> list[MicroBatch] | None:
+        micro, self._micro = self._micro, []
+        return micro
+
+
+class After(Collecting):
     """``midpoint`` and ``gauss``: layer calls are kept until the gradients are final, and contracted with ``P`` then."""
 
     def __init__(self, loop: Loop, place: str):
-        self.loop, self.place = loop, place
+        super().__init__(loop)
+        self.place = place
         self.recorder = Recorder(loop.model)
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
-        self._micro: list[MicroBatch] = []
         self._handles: list[Any] = []
 
     def attach(self) -> None:
         model = self.loop.model
+        self._watch()
         # ours see the forward pass first and last
-        self._handles = [model.register_forward_pre_hook(self._before_forward)]
+        self._handles = [model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)]
         self.recorder.attach()
-        self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
+        self._handles.append(model.register_forward_hook(Hook(self._after_forward), always_call=True))
 
     def detach(self) -> None:
-        if self.recorder.open:
-            self.recorder.end()
         self.recorder.detach()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.loop.watch.remove()
         self._armed, self._micro, self._val = None, [], None
 
-    def open(self, micro: MicroBatch, first: bool) -> None:
-        micro.recording = Recording(micro.packing)
-        self._arm(micro)
+    def due(self) -> bool:
+        return self.loop.step % self.loop.every == 0
 
-    def _arm(self, micro: MicroBatch) -> None:
-        micro.recording.on_arrival = self.loop.watch.arrived
+    def swept(self) -> list[tuple[Entry, Scored]]:
+        return []
+
+    finish = swept
+
+    def open(self, micro: MicroBatch, first: bool) -> None:
+        self._arm(micro, Recording(micro.packing))
+
+    def _arm(self, micro: MicroBatch, recording: Recording) -> None:
+        self.recorder.end()
+        self._await(micro)
+        micro.recording, recording.on_arrival = recording, micro.arrivals
         self._armed = micro
 
-    def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        if self._armed is not None and torch.is_grad_enabled() and not self.recorder.open:
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        micro = self._armed
+        recording = None if micro is None else micro.recording
+        if recording is not None and torch.is_grad_enabled() and not self.recorder.open:
+            if micro.audit:
+                micro.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
-            self.recorder.begin(self._armed.recording)
+            self.recorder.begin(recording)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.recorder.open or self.recorder.inside_model:
             return
         self.recorder.end()
         micro, self._armed = self._armed, None
-        if output is None:  # the forward pass raised
+        if micro is None or micro.recording is None or output is None:  # the forward pass raised
             return
         rows = micro.recording.batch_size
         if micro.packing is None and rows != len(micro.ids):
             raise ValueError(f"run.batch got {len(micro.ids)} ids, but the model was called with a batch of {rows}")
+        if micro.whole is not None:
+            micro.whole.ended(output)
         self._micro.append(micro)
 
-    def forget(self) -> None:
-        self._micro = []
-
-    def pending(self) -> list[MicroBatch]:
-        return self._micro
-
     def collect(self) -> list[MicroBatch] | None:
+        self.recorder.end()
         self.recorder.recording, self._armed = None, None
-        micro, self._micro = self._micro, []
-        return micro
+        return super().collect()
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
-        return Scored(scores, direction.val_loss, direction.total, direction.history, edited)
+        at = 0.5 if self.loop.refreshes else None
+        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
@@ -191,7 +272,7 @@ class Ahead(After):
     def __init__(self, loop: Loop):
         super().__init__(loop, "midpoint")
         self._direction: Direction | None = None
-        self._layers = ScoredLinears(loop.model, self.recorder)
+        self._layers: ScoredLinears | CompiledLayers = ScoredLinears(loop.model, self.recorder)
 
     def attach(self) -> None:
         super().attach()
@@ -210,8 +291,7 @@ class Ahead(After):
         if self._direction is None:
             super().open(micro, first)
         else:
-            micro.recording = ContractingRecording(self._direction.P, len(micro.ids), micro.packing, keep=micro.audit)
-            self._arm(micro)
+            self._arm(micro, ContractingRecording(self._direction.P, len(micro.ids), micro.packing, keep=micro.audit))
 
     def _foresee(self) -> Direction | None:
         """``P`` from the gradient that history lets expect; None where it is too short."""
@@ -226,17 +306,19 @@ class Ahead(After):
         # a step count on the device is not read; ours is never the larger
         return opt_state.steps_taken(default=self.loop.step) >= _HISTORY
 
-    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor) -> Scored:
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         direction, self._direction = self._direction, None
         if direction is None:
-            return super().score(step, micro, edited)
+            return super().score(step, micro, edited, entry, void)
         scale = torch.stack(list(step.scale.values()))
         # the layers' scores are added up already: one factor has to serve all
         edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
         if edited.device.type == "cpu" and bool(edited.any()):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
-        scores = torch.cat([m.recording.scores for m in micro]) * scale.mean()
-        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited)
+        recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
+        scores = torch.cat([r.scores for r in recordings]) * scale.mean()
+        at = 0.0 if self.loop.refreshes else None
+        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited, at)
 
 
 class AheadCompiled(Ahead):
@@ -245,9 +327,11 @@ class AheadCompiled(Ahead):
     def __init__(self, loop: Loop):
         After.__init__(self, loop, "midpoint")
         self._direction: Direction | None = None
-        self._layers = CompiledLayers(loop.model)
+        self._layers = self._compiled = CompiledLayers(loop.model)
+        self._running: ContractingRecording | None = None  # of the forward pass that was announced last
 
     def attach(self) -> None:
+        self._watch()
         self._layers.attach()
 
     def open(self, micro: MicroBatch, first: bool) -> None:
@@ -256,15 +340,17 @@ class AheadCompiled(Ahead):
             self._direction = self._foresee()
         if self._direction is None:
             return
-        micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
-        micro.recording.on_arrival = self.loop.watch.arrived
-        micro.recording.batch_size = len(micro.ids)
-        self._layers.begin(micro.recording)
+        recording = micro.recording = ContractingRecording(self._direction.P, len(micro.ids))
+        self._await(micro)
+        recording.on_arrival, recording.batch_size = micro.arrivals, len(micro.ids)
+        self._compiled.begin(recording)
+        self._running = recording
         self._micro.append(micro)
 
     def _end(self) -> None:
-        if self._micro:
-            self._layers.end(self._micro[-1].recording)
+        if self._running is not None:
+            self._compiled.end(self._running)
+            self._running = None
 
     def _foreseeable(self, opt_state: OptState) -> bool:
         return opt_state.steps_taken(default=self.loop.step) > 0
@@ -273,9 +359,3 @@ class AheadCompiled(Ahead):
         self._end()
         micro = super().collect()
         return micro or (None if not self._foreseeable(read_optimizer(self.loop.optimizer)) else [])
-
-
-def make_schedule(name: str, loop: Loop) -> Schedule:
-    if name != "lookahead":
-        return After(loop, name)
-    return AheadCompiled(loop) if is_compiled(loop.model) else Ahead(loop)

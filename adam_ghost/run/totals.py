@@ -1,9 +1,10 @@
 """Scores added up per sample id while a run goes on."""
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 
 class SampleScores(NamedTuple):
@@ -42,13 +43,16 @@ class Totals:
         n = len(self._rows)
         steps = self._steps[:n].copy()
         sums = self._sums[:n].copy()
-        sums = sums[..., 0] if squeeze and n else sums
+        if squeeze:
+            sums = sums[..., 0] if n else sums.reshape(0, 2)
         return SampleScores(list(self._rows), sums[:, 0], (sums[:, 1].T / np.maximum(steps, 1)).T, steps)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, which ``torch.load(weights_only=True)`` takes."""
         n = len(self._rows)
-        return {"ids": list(self._rows), "sums": self._sums[:n].copy(), "steps": self._steps[:n].copy()}
+        sums, steps = (torch.from_numpy(x[:n].copy()) for x in (self._sums, self._steps))
+        return {"ids": list(self._rows), "sums": sums, "steps": steps}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rows = {i: k for k, i in enumerate(state["ids"])}
-        self._sums, self._steps = state["sums"].copy(), state["steps"].copy()
+        self._sums, self._steps = (state[name].cpu().numpy().copy() for name in ("sums", "steps"))

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import by_token, sum_samples
+from adam_ghost.scores.shapes import add, by_token, sum_samples
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
@@ -29,7 +29,7 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
         outputs = [sum_samples(x, asked.packing) for x in outputs]
     elif not asked.per_token:
         outputs = [x.sum(1) for x in outputs]
-    return sum(outputs)
+    return add(outputs)
 
 
 class _TrueForwardMode(TorchFunctionMode):
@@ -69,7 +69,7 @@ def _derivative(
             primals = tuple(params[name].detach().to(t.dtype) for name, t in tangents.items())
             try:
                 with _TrueForwardMode():
-                    _, outs = torch.func.jvp(outputs, primals, tuple(tangents.values()))
+                    outs = torch.func.jvp(outputs, primals, tuple(tangents.values()))[1]
             except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
                 return None
         for i in grads:
@@ -86,7 +86,7 @@ def _by_sample(call: Call, P: Directions, params: Mapping[str, Tensor], n: int) 
     names = list(params)
     dtype = P[names[0]].dtype
     rows = [
-        sum((P[name] * g.to(dtype)).flatten(1).sum(1) for name, g in zip(names, grads, strict=True) if g is not None)
+        add((P[name] * g.to(dtype)).flatten(1).sum(1) for name, g in zip(names, grads, strict=True) if g is not None)
         for grads in call_gradients(call, names, n)
     ]
     return torch.stack(rows)

@@ -47,21 +47,3 @@ def scores(
     steps = 2 * n * max(32, -(-T // 32) * 32) * weight
     fused = _seconds(machine, steps, 2 * K * n * weight, read + 4 * weight + K * weight * itemsize, 3)
     return Cost({"contraction": alone + contraction, "weight gradient": fused})
-
-
-def pairs(
-    n: int, m: int, T: int, U: int, d_out: int, d_in: int, *, itemsize: int = 2, machine: Machine = H200, symmetric: bool = False
-) -> Cost:
-    """Products of every sample's gradient in one set with every one in another (the same set where ``symmetric``).
-
-    ``ghost gram``: token pairs, for a preconditioner that factors; ``weight gradient``: per-sample gradients in blocks, scaled,
-    multiplied and dropped, for any.
-    """
-    weight, half = d_out * d_in, 0.5 if symmetric else 1.0
-    read = (n * T + (0 if symmetric else m * U)) * (d_in + d_out) * itemsize
-    ghost = _seconds(machine, half * 2 * n * m * T * U * (d_in + d_out), 2 * half * n * m * T * U, read + 4 * n * m)
-    rows = n + (0 if symmetric else m)
-    made = 2 * (n * T + (0 if symmetric else m * U)) * weight
-    # every gradient row is written once, and read once for its product with the others
-    blocks = _seconds(machine, made + half * 2 * n * m * weight, n * weight, read + 2 * rows * weight * itemsize, 3)
-    return Cost({"ghost gram": ghost, "weight gradient": blocks})

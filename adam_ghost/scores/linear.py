@@ -10,7 +10,7 @@ from adam_ghost.capture.declared import FOLLOWED
 from adam_ghost.capture.kinds import is_transposed
 from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import samples_first, sum_samples, tokens
+from adam_ghost.scores.shapes import add, samples_first, sum_samples, tokens
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
@@ -26,21 +26,21 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     # one sample, one run of rows
     rows = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
     offsets = None if packing is None else packing.offsets
-    total: Tensor | int = 0
+    parts = []
     if weight is not None:
-        total = ops.contract(*rows, weight, offsets=offsets, half=asked.half)
+        parts.append(ops.contract(*rows, weight, offsets=offsets, half=asked.half))
     if bias is not None:
-        total = total + sample_sums(rows[1], offsets, bias.dtype) @ bias.mT
-    return total
+        parts.append(sample_sums(rows[1], offsets, bias.dtype) @ bias.mT)
+    return add(parts)
 
 
 def _by_token(a: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None, half: bool) -> Tensor:
-    total: Tensor | int = 0
+    parts = []
     if weight is not None:
-        total = ops.contract(a.flatten(1, -2), b.flatten(1, -2), weight, per_token=True, half=half)
+        parts.append(ops.contract(a.flatten(1, -2), b.flatten(1, -2), weight, per_token=True, half=half))
     if bias is not None:
-        total = total + b.flatten(1, -2).to(bias.dtype) @ bias.mT
-    return tokens(total, b)
+        parts.append(b.flatten(1, -2).to(bias.dtype) @ bias.mT)
+    return tokens(add(parts), b)
 
 
 def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -93,13 +93,15 @@ class _ScoredLinear(torch.autograd.Function):
         shape = (ctx.n, -1) if offsets is None else (-1,)
         a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
         d_weight = d_bias = None
-        scores: Tensor | int = 0
+        scores = []
         if ctx.needs_input_grad[1]:
-            d_weight, scores = ops.wgrad_score(a, b, P_weight, offsets=offsets)
+            d_weight, found = ops.wgrad_score(a, b, P_weight, offsets=offsets)
+            scores.append(found)
         if ctx.needs_input_grad[2]:
             sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
-            scores, d_bias = scores + sums @ P_bias.mT, sums.sum(0)
-        return d_input, d_weight, d_bias, scores, None, None, None
+            scores.append(sums @ P_bias.mT)
+            d_bias = sums.sum(0)
+        return d_input, d_weight, d_bias, add(scores) if scores else None, None, None, None
 
 
 FOLLOWED.add(_ScoredLinear)
@@ -107,16 +109,22 @@ FOLLOWED.add(_ScoredLinear)
 
 def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | None, ...], offsets: Tensor | None) -> Tensor:
     """The layer's forward, whose backward adds the samples' scores to the gradient of ``slot [n, K]``; ``P`` of weight and bias."""
-    weight, bias, P_weight = layer.weight, layer.bias, P[0]
+    weight: Any = layer.weight  # nn.Module types its attributes as modules too
+    bias: Any = layer.bias
+    P_weight = P[0]
     if is_transposed(layer):
         weight, P_weight = weight.t(), None if P_weight is None else P_weight.mT
     if torch.is_autocast_enabled(x.device.type):
         # casts that autograd sees: the backward pass runs without autocast, on what the product really saw
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets)
 
 
 def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:
     """The layer's weight and bias, None where it has none or it is frozen."""
-    return tuple(p if p is not None and p.requires_grad else None for p in (layer.weight, getattr(layer, "bias", None)))
+    weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
+    return (
+        weight if weight is not None and weight.requires_grad else None,
+        bias if bias is not None and bias.requires_grad else None,
+    )

@@ -16,7 +16,7 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     b = samples_first(b, call.outputs[0], asked.n)  # [n, T, ..., d]
     indices = indices.movedim(call.outputs[0][0], 0).reshape(asked.n, -1)  # [n, rows]
     per_token = asked.per_token or asked.packing is not None
-    weight = P[call.name_of(module.weight)]  # [K, vocabulary, d]
+    weight = P[call.name_of(module.weight) or ""]  # [K, vocabulary, d]
     found = ops.embedding_score(indices, b.flatten(1, -2), weight, padding_idx=module.padding_idx, per_token=per_token)
     if not per_token:
         return found

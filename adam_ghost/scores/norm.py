@@ -1,4 +1,4 @@
-"""A layer or RMS norm: one fused kernel where there is one; elsewhere its own forward, with P in its parameters' place, is as fast."""
+"""A layer or RMS norm: one fused kernel where there is one; elsewhere its own forward, with P as its parameters, is as fast."""
 
 from torch import Tensor, nn
 
@@ -11,10 +11,8 @@ from adam_ghost.scores.shapes import samples_first, sum_samples, tokens
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     module = call.fn
     weight, bias = (P.get(call.name_of(p) or "") for p in (module.weight, getattr(module, "bias", None)))  # [K, d]
-    fused = (
-        len(module.normalized_shape) == 1 and weight is not None and ops.has_kernel("norm_score", call.input, call.grad_output[0])
-    )
-    if not fused:
+    fused = len(module.normalized_shape) == 1 and ops.has_kernel("norm_score", call.input, call.grad_output[0])
+    if not fused or weight is None:
         return anything.scores(call, P, asked)
     x, b = (samples_first(t, call.outputs[0], asked.n) for t in (call.input, call.grad_output[0]))  # [n, T, ..., d]
     per_token = asked.per_token or asked.packing is not None

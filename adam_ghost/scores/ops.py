@@ -5,7 +5,6 @@ device and shape; ``impl=`` overrides it for tests and benchmarks.
 """
 
 import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.scores import cost, cpu, definition
+from adam_ghost.warn import warn
 
 _lib = torch.library.Library("adam_ghost", "FRAGMENT")
 
@@ -57,7 +57,7 @@ def _no_triton() -> str:
 
 @functools.cache
 def _warn_no_triton() -> None:
-    warnings.warn(f"adam_ghost: {_no_triton()}; slower reference code serves CUDA tensors", RuntimeWarning, stacklevel=4)
+    warn(f"{_no_triton()}; slower reference code serves CUDA tensors", RuntimeWarning)
 
 
 def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:
@@ -254,7 +254,7 @@ def ghost_gram(
         raise ValueError("offsets2: expected None without a2 and b2")
     _check_tokens(offsets, {"a": a, "b": b})
     _check_tokens(offsets2, {"a2": a2, "b2": b2}, "offsets2")
-    if a2 is not None:
+    if a2 is not None and b2 is not None:
         _check_shape("a2", a2, *a2.shape[:-1], a.shape[-1])
         _check_shape("b2", b2, *b2.shape[:-1], b.shape[-1])
     _check_shape("row", row, b.shape[-1])
@@ -268,12 +268,13 @@ def _ghost_gram_impl(a, b, a2, b2, row, col, offsets, offsets2, impl):
     if _in_triton(impl, "ghost_gram", *tensors):
         from adam_ghost.kernels.ghost_gram import ghost_gram as kernel
 
-        a, b, *second = _alike(*tensors)
+        a, b, a2, b2 = [*_alike(*tensors), None, None][:4]
         row, col = (x if x is None else x.float().contiguous() for x in (row, col))
-        return kernel(a, b, *(second or (None, None)), row, col, offsets, offsets2)
+        return kernel(a, b, a2, b2, row, col, offsets, offsets2)
     a, b, a2, b2, row, col = _wide(a, b, a2, b2, row, col)
-    second = (a, b, offsets) if a2 is None else (a2, b2, offsets2)
-    return definition.ghost_gram(a, b, *second[:2], row, col, offsets, second[2])
+    if a2 is None:
+        a2, b2, offsets2 = a, b, offsets
+    return definition.ghost_gram(a, b, a2, b2, row, col, offsets, offsets2)
 
 
 @torch.library.register_fake("adam_ghost::ghost_gram", lib=_lib)
@@ -313,7 +314,8 @@ def _embedding_score_impl(indices, b, P, padding_idx, offsets, per_token, impl):
         from adam_ghost.kernels.embedding import embedding_score as kernel
 
         return kernel(indices, b, P, padding_idx, offsets, per_token)
-    scores = definition.embedding_score(indices, *_wide(b, P), padding_idx)
+    b, P = _wide(b, P)
+    scores = definition.embedding_score(indices, b, P, padding_idx)
     return scores if per_token else definition.sum_samples(scores, offsets)
 
 
@@ -341,7 +343,7 @@ def norm_score(
         P_weight, P_bias: directions ``[K, d]``; no bias: None.
         eps: the layer's; None: the machine epsilon of x's dtype, as in ``torch.nn.RMSNorm``.
         kind: ``layer`` or ``rms``.
-        per_token, offsets, impl: as in ``contract``, and so are dtypes, order and errors. The kernel takes d up to 65,536.
+        per_token, offsets, impl: as in ``contract``, and so are dtypes, order and errors. The kernel takes d up to ``LARGEST``.
     """
     if kind not in ("layer", "rms"):
         raise ValueError(f"kind: expected 'layer' or 'rms', got {kind!r}")
@@ -355,11 +357,13 @@ def norm_score(
 
 @torch.library.impl(_lib, "norm_score", "CompositeExplicitAutograd")
 def _norm_score_impl(x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl):
-    if (impl == "triton" or x.shape[-1] <= 65536) and _in_triton(impl, "norm_score", x, b, P_weight):
-        from adam_ghost.kernels.norm import norm_score as kernel
+    if _in_triton(impl, "norm_score", x, b, P_weight):
+        from adam_ghost.kernels import norm
 
-        return kernel(x, b, P_weight, P_bias, eps, kind, offsets, per_token)
-    scores = definition.norm_score(*_wide(x, b, P_weight, P_bias), eps, kind)
+        if impl == "triton" or x.shape[-1] <= norm.LARGEST:
+            return norm.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token)
+    x, b, P_weight, P_bias = _wide(x, b, P_weight, P_bias)
+    scores = definition.norm_score(x, b, P_weight, P_bias, eps, kind)
     return scores if per_token else definition.sum_samples(scores, offsets)
 
 

@@ -1,10 +1,18 @@
 """The shapes that all forms share: samples first, then tokens, then the rest."""
 
+from collections.abc import Iterable
+from functools import reduce
+
 import torch
 from torch import Tensor
 
 from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.recording import Packing
+
+
+def add(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor, in order."""
+    return reduce(torch.add, parts)
 
 
 def samples_first(x: Tensor, tag: Tag, n: int) -> Tensor:

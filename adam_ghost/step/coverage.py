@@ -1,10 +1,10 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
-import warnings
-
 import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from adam_ghost.warn import warn
 
 # of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
 SELF_CHECK = 0.02
@@ -28,7 +28,7 @@ class Coverage:
         size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
         gap = np.abs(scores.sum(0) - total)
         if not np.all(gap <= SELF_CHECK * size):
-            self._tell(
+            self.tell(
                 "sum",
                 f"{where}the scores add up to {scores.sum(0).tolist()}, but the step's gradient to {total.tolist()}: part of the"
                 " gradient did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from"
@@ -41,14 +41,15 @@ class Coverage:
         if not missing:
             return
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        self._tell("missing", f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient")
+        self.tell("missing", f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient")
 
-    def _tell(self, what: str, message: str) -> None:
+    def tell(self, what: str, message: str) -> None:
+        """Warns with ``message``, once for each ``what``; raises RuntimeError under ``strict``."""
         if self.strict:
             raise RuntimeError(message)
         if what not in self._told:
             self._told.add(what)
-            warnings.warn(f"adam_ghost: {message}", UserWarning, stacklevel=5)
+            warn(message)
 
 
 def refuse_mixed_samples(model: nn.Module) -> None:

@@ -88,7 +88,7 @@ def _gauss_gradient(
             torch.lerp(e, m, t, out=x)
         found.append(validation.gradient(list(params.values()), advance=t == _GAUSS[-1]))
     (loss, val_grads), (other_loss, others) = found
-    return (loss + other_loss) / 2, torch._foreach_lerp(val_grads, others, 0.5)
+    return (loss + other_loss) / 2, list(torch._foreach_lerp(val_grads, others, 0.5))
 
 
 def form_direction(

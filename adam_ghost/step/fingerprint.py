@@ -4,10 +4,10 @@ Clipping and unscaling multiply each gradient by one number, which is found from
 Whatever else is done to them (noise, masks, clipping by value) changes the proportion of two different norms.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,28 @@ class Changes(NamedTuple):
 
 
 @dataclass
-class Fingerprint:
-    """Norms of named gradients at one moment."""
+class Seen:
+    """Named gradients as autograd knows them at one moment."""
 
     tensors: dict[str, Tensor]
     versions: list[int]
+
+    @classmethod
+    def now(cls, grads: Mapping[str, Tensor]) -> "Seen":
+        return cls(dict(grads), [g._version for g in grads.values()])
+
+    def untouched(self, grads: Mapping[str, Tensor]) -> bool:
+        """Whether autograd knows of no change since, at no cost: a gradient scaler's unscaling, for one, escapes it."""
+        return grads.keys() == self.tensors.keys() and all(
+            grads[name] is g and g._version == version
+            for (name, g), version in zip(self.tensors.items(), self.versions, strict=True)
+        )
+
+
+@dataclass
+class Fingerprint(Seen):
+    """Norms of named gradients at one moment."""
+
     l1: Tensor  # [number of gradients]
     l2: Tensor
 
@@ -42,12 +59,13 @@ class Fingerprint:
         l1, l2 = (torch.stack(torch._foreach_norm(tensors, p, dtype=dtype)) for p in (1, 2))
         return cls(dict(grads), [g._version for g in tensors], l1, l2)
 
-    def untouched(self, grads: Mapping[str, Tensor]) -> bool:
-        """Whether autograd knows of no change since, at no cost: a gradient scaler's unscaling, for one, escapes it."""
-        return grads.keys() == self.tensors.keys() and all(
-            grads[name] is g and g._version == version
-            for (name, g), version in zip(self.tensors.items(), self.versions, strict=True)
-        )
+    def cleared(self, grads: Mapping[str, Tensor]) -> bool:
+        """Whether the gradients are gone since, or zero."""
+        # a change by way of .data escapes autograd: looking at values costs a synchronisation on a GPU, and little on a CPU
+        hidden = bool(grads) and next(iter(grads.values())).device.type == "cpu" and bool(self.l1.any())
+        if self.untouched(grads) and not hidden:
+            return False
+        return not any(bool(g.any()) for g in sorted(grads.values(), key=Tensor.numel))
 
     def changes(self, grads: Mapping[str, Tensor]) -> Changes:
         """What was done to the gradients since. Raises ValueError if some were added or removed."""
@@ -63,19 +81,56 @@ class Fingerprint:
 
 
 class GradientWatch:
-    """Takes the fingerprint of a model's gradients at the end of each backward pass in which a recorded gradient arrived."""
+    """Takes the fingerprint of a model's gradients at the end of each backward pass in which a recorded gradient arrived.
+
+    A backward pass may also begin on gradients that were cleared since the last one, without a step: a scaler skipped it, or
+    the loop went on to the next batch. ``on_cleared`` is told so, before anything is added to them. On gradients that were
+    changed otherwise it may not begin: that raises ValueError there.
+    """
 
     def __init__(self, params: Mapping[str, Tensor]):
-        self._params = params
-        self._tasks: set[int] = set()  # backward passes whose end is awaited
+        self.params = params
+        self.on_cleared: Callable[[], None] = _nothing
+        self.ended = 0  # backward passes
         self.fingerprint: Fingerprint | None = None
+        self._tasks: set[int] = set()  # backward passes whose end is awaited
+        self._looked = False  # whether the beginning of the next backward pass was looked at
+        self._beginnings: list[Any] = []  # hooks on the parameters' nodes in the graph, which live as long as these are held
 
     def grads(self) -> dict[str, Tensor]:
         """The gradients as they are now."""
-        return {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        return {name: p.grad for name, p in self.params.items() if p.grad is not None}
 
     def forward_begins(self) -> None:
         self._tasks.clear()
+        self._looked = False
+
+    def await_beginnings(self) -> None:
+        """The gradients hold something already: what begins on them from now on is looked at."""
+        if self._beginnings:
+            return
+        with torch.enable_grad():
+            # not hooks on the parameters, which torch.autograd.grad would call as well
+            grad_fns = [p.expand_as(p).grad_fn for p in self.params.values()]
+            nodes = [fn.next_functions[0][0] for fn in grad_fns if fn is not None]
+        self._beginnings = [(node, node.register_prehook(self._begins)) for node in nodes if node is not None]
+
+    def remove(self) -> None:
+        """Takes its hooks off and forgets."""
+        for _, handle in self._beginnings:
+            handle.remove()
+        self._beginnings, self.fingerprint, self.on_cleared = [], None, _nothing
+
+    def _begins(self, grads: tuple) -> None:
+        if self._looked or self.fingerprint is None:
+            return
+        self._looked, now = True, self.grads()
+        if self.fingerprint.cleared(now):
+            self.fingerprint = None
+            self.on_cleared()
+        elif not self.fingerprint.untouched(now):
+            self.fingerprint = None
+            raise ValueError("gradients were changed between two micro-batches of a step: scale or clip them once, before the step")
 
     def arrived(self) -> None:
         """A recorded gradient has come, in the midst of a backward pass."""
@@ -85,6 +140,24 @@ class GradientWatch:
             torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
     def _ended(self) -> None:
+        self.ended += 1
+        self._looked = False
         grads = self.grads()
         if grads:
             self.fingerprint = Fingerprint.of(grads)
+
+
+class Arrivals:
+    """Told of every gradient that comes of one micro-batch, it tells the watch."""
+
+    def __init__(self, watch: GradientWatch):
+        self._watch = watch
+        self.last: int | None = None  # how many backward passes had ended when the last one came; None: none came
+
+    def __call__(self, grad: Tensor | None = None) -> None:
+        self.last = self._watch.ended
+        self._watch.arrived()
+
+
+def _nothing() -> None:
+    pass

@@ -1,6 +1,7 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +26,17 @@ class Step:
     params: dict[str, nn.Parameter]
     grads: dict[str, Tensor]
     recordings: list[Recording]
-    scale: dict[str, Tensor] | None = None  # what each gradient was multiplied by since it was recorded
+    scale: dict[str, Tensor] = field(default_factory=dict)  # what gradients were multiplied by since they were recorded
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
         p = self.params[name]
         shares = torch.cat([sample_gradients(r.calls, name, p, r.batch_size, block) for r in self.recordings])
-        return shares if self.scale is None else shares * self.scale[name]
+        return shares * self.scale[name] if self.scale else shares
 
     def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
-        if self.scale is not None:
+        if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
         return contract_all(self.recordings, P, per_token, half)
 
@@ -43,19 +44,31 @@ class Step:
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
     for name, p in params.items():
         if p not in opt_state:
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
-        if p.grad.layout is not torch.strided:
+        if grads[name].layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
+    for name, p in model.named_parameters():
+        if not p.requires_grad and p.grad is not None and p in opt_state:
+            raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
+    if recordings:
+        inside = set(model.parameters())
+        outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
+        report_coverage(grads, recordings, coverage, outside)
+    return Step(opt_state, params, grads, recordings)
+
+
+def report_coverage(
+    grads: Mapping[str, Tensor], recordings: Sequence[Recording], coverage: Coverage, outside: Sequence[Tensor] = ()
+) -> None:
+    """Tells ``coverage`` which gradients no recorded call explains; ``outside``: trained parameters that are not the model's."""
     covered = {name for r in recordings for name in r.covered()}
     # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
-    missing = [name for name, p in params.items() if name not in covered and bool(p.grad.any())]
-    inside = set(model.parameters())
-    outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
-    total = sum(p.numel() for p in (*params.values(), *outside))
-    lost = sum(params[name].numel() for name in missing) + sum(p.numel() for p in outside)
+    missing = [name for name, g in grads.items() if name not in covered and bool(g.any())]
+    total = sum(x.numel() for x in (*grads.values(), *outside))
+    lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
-    return Step(opt_state, params, {name: p.grad for name, p in params.items()}, recordings)

@@ -2,21 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.surroundings import Surroundings, custom_modules, random_state, set_random_state
+
 
 class Validation:
-    """Evaluates ``val_loss`` and its gradient without a trace on modes, buffers, gradients or the training's random numbers.
+    """Evaluates ``val_loss`` and its gradient without a trace on the model's modes, buffers and plain attributes, on gradients
+    or the training's random numbers.
 
-    Random numbers that ``val_loss`` draws (a new batch each time, dropout) come from a stream of its own, split off at
-    the first call: it neither advances the training's stream nor draws the same numbers again.
+    Random numbers that ``val_loss`` draws (a new batch each time, dropout) come from streams of its own, of PyTorch, NumPy and
+    Python, split off at the first call: it neither advances the training's streams nor draws the same numbers again. A counter
+    that is to go on from call to call belongs outside of the model.
     """
 
     def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module):
         self.val_loss, self.model = val_loss, model
-        self._stream: list[Tensor] | None = None
+        self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
@@ -34,21 +39,22 @@ class Validation:
             torch._foreach_copy_(held, self._copies)
 
     @contextmanager
-    def _undisturbed(self, advance: bool = True) -> Iterator[None]:
-        if self.val_loss is None:
-            raise ValueError("a validation loss is needed: LayerCache(model, val_loss=...)")
+    def undisturbed(self, advance: bool = True) -> Iterator[None]:
+        """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
         modes = [(m, m.training) for m in self.model.modules()]
         buffers = [(x.data, x.clone()) for x in self.model.buffers()]  # running statistics, power iterations
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), Surroundings(custom_modules(self.model)).entered():
             if self._stream is not None:
-                torch.set_rng_state(self._stream[0])
-                for device, state in zip(devices, self._stream[1:], strict=True):
+                torch.set_rng_state(self._stream["torch"][0])
+                for device, state in zip(devices, self._stream["torch"][1:], strict=True):
                     torch.cuda.set_rng_state(state, device)
+                set_random_state(self._stream["others"])
             try:
                 yield
                 if advance:
-                    self._stream = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+                    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+                    self._stream = {"torch": states, "others": random_state()}
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -57,8 +63,8 @@ class Validation:
 
     def loss(self) -> Tensor:
         """The loss alone, ``[]`` or ``[K]``, detached, with the random numbers that the next ``gradient`` will draw."""
-        with self._undisturbed(advance=False), torch.no_grad():
-            return self._checked(self.val_loss()).detach()
+        with self.undisturbed(advance=False), torch.no_grad():
+            return self._checked(self._evaluate()).detach()
 
     def gradient(self, params: Sequence[Tensor], advance: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The loss ``[]`` or ``[K]``, and its gradient by each of ``params``: ``[*shape]`` or ``[K, *shape]``.
@@ -68,8 +74,8 @@ class Validation:
         Raises TypeError or ValueError if ``val_loss`` returns anything but a scalar or ``[K]`` with a graph, and (off the
         GPU, where looking costs no synchronisation) if it is not finite.
         """
-        with self._undisturbed(advance), torch.enable_grad():
-            loss = self._checked(self.val_loss())
+        with self.undisturbed(advance), torch.enable_grad():
+            loss = self._checked(self._evaluate())
             if not loss.requires_grad:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
             losses = loss.reshape(-1)
@@ -89,6 +95,11 @@ class Validation:
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         return loss.detach(), grads
 
+    def _evaluate(self) -> Tensor:
+        if self.val_loss is None:
+            raise ValueError("a validation loss is needed: LayerCache(model, val_loss=...)")
+        return self.val_loss()
+
     @staticmethod
     def _checked(loss: Tensor) -> Tensor:
         if not isinstance(loss, Tensor):
@@ -99,11 +110,11 @@ class Validation:
             raise ValueError(f"val_loss is not finite: {loss.detach().tolist()}")
         return loss
 
-    def state_dict(self) -> list[Tensor] | None:
-        """The state of the random stream."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """Where the random streams are, in tensors and plain values."""
         return self._stream
 
-    def load_state_dict(self, state: list[Tensor] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._stream = state
 
 
@@ -115,7 +126,7 @@ def _by_grad(losses: Tensor, params: Sequence[Tensor]) -> list[Sequence[Tensor |
 def _by_backward(losses: Tensor, params: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
     """By ``.backward()``; the ``.grad`` of all ``leaves`` are put back."""
     held = [p.grad for p in leaves]
-    rows = []
+    rows: list[Sequence[Tensor | None]] = []
     try:
         for k, x in enumerate(losses):
             for p in leaves:

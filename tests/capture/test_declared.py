@@ -46,12 +46,12 @@ def test_true_declaration():
     ids=["forward", "backward"],
 )
 def test_false_declaration(mine):
-    with pytest.raises(RuntimeError, match="not attributed: b.weight"):
+    with pytest.raises(RuntimeError, match=r"not attributed: b\.weight"):
         record(mine)
     with pytest.raises(ValueError, match="was declared to keep samples apart"):
         record(ag.keeps_samples_apart(mine))
 
 
 def test_only_functions():
-    with pytest.raises(TypeError, match="subclass of torch.autograd.Function"):
+    with pytest.raises(TypeError, match="subclass of torch"):
         ag.keeps_samples_apart(len)

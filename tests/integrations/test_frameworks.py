@@ -202,6 +202,88 @@ def test_lightning(tmp_path, case):
     assert_same(callback.run.scores(), plain(net(), in_order(2), **loop))
 
 
+def lightning_fit(tmp_path, callback, call, tuples=False, **options):
+    """One epoch over the samples in batches, with a logger; what was logged, by step."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x, labels):
+            return self.net(x=x, labels=labels)
+
+        def training_step(self, batch, index):
+            return call(self, batch)["loss"]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    class Logger(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            lines.append((step, dict(metrics)))
+
+    lines = []
+    x, y = data()
+    samples = [(i, x[i], y[i]) if tuples else {"x": x[i], "labels": y[i], "sample_id": i} for i in range(N)]
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[callback], logger=Logger(tmp_path), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(samples, BATCH))
+    return lines
+
+
+def test_lightning_logs_when_it_is_asked_to(tmp_path):
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    callback = AttributionCallback(val_loss)
+    lines = lightning_fit(tmp_path, callback, lambda m, b: m(**b), log_every_n_steps=2, accumulate_grad_batches=1)
+    ours = [(step, m) for step, m in lines if "attribution/gap" in m]
+    assert [step for step, _ in ours] == [2, 4, 6]
+    assert all(m["attribution/coverage"] == 1 and m["attribution/gap"] < 1e-5 for _, m in ours)
+    lines = lightning_fit(
+        tmp_path, AttributionCallback(val_loss), lambda m, b: m(**b), log_every_n_steps=1, accumulate_grad_batches=2
+    )
+    assert [step for step, m in lines if "attribution/gap" in m] == [1, 2, 3]
+
+
+def test_lightning_messages_name_the_cure(tmp_path):
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    whole = lambda m, b: m.net(x=b[1], labels=b[2])  # noqa: E731
+    with pytest.raises(KeyError, match=r"'sample_id'.*it is a list.*give the callback ids="):
+        lightning_fit(tmp_path, AttributionCallback(val_loss), whole, tuples=True)
+    with pytest.raises(RuntimeError, match=r"in Lightning, name it: net="):
+        lightning_fit(tmp_path, AttributionCallback(val_loss, ids=lambda b: b[0]), whole, tuples=True)
+    callback = AttributionCallback(lambda m: val_loss(m.net), ids=lambda b: b[0], net="net")
+    lightning_fit(tmp_path, callback, whole, tuples=True)
+    assert len(callback.run.steps) == N // BATCH
+
+
+def test_lightning_with_a_scaler_and_an_overflow(tmp_path):
+    """Lightning clears gradients after the batch begins: a step that the scaler skips must leave nothing to the next."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    calls = []
+
+    def call(module, batch):
+        calls.append(1)
+        loss = module(**batch)["loss"]
+        return {"loss": loss * float("inf") if len(calls) == 3 else loss}
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    callback = AttributionCallback(val_loss)
+    lightning_fit(tmp_path, callback, call, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    scores = callback.run.scores()
+    assert np.isfinite(scores.total).all()
+    assert set(scores.ids) == set(range(N)) - {8, 9, 10, 11}
+
+
 def test_lora():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["first", "second"], lora_dropout=0.0, init_lora_weights=False)

@@ -31,7 +31,7 @@ def train(folder, steps, made=None):
     writer = ag.LedgerWriter(folder / "ledger", flush_seconds=0.03, restart=not saved.exists())
     run = ag.InRun(model, optimizer, lambda: (model(x[:8]) - y[:8]).square().mean(), ledger=writer)
     if saved.exists():
-        state = torch.load(saved, weights_only=False)
+        state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         run.load_state_dict(state["run"])

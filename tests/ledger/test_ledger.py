@@ -71,22 +71,23 @@ def test_tables(tmp_path, name, targets):
         np.testing.assert_allclose(z.loc[found.ids], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_shares_ranges_and_top(tmp_path):
+def test_ranges_and_top(tmp_path):
     made = Run(tmp_path)
     frame = made.ledger.scores().to_pandas()
-    total = made.ledger.steps().to_pandas().set_index("step")["total"]
-    frame["share"] = frame["score"] / frame["step"].map(total)
-    shares = made.ledger.totals(value="share").to_pandas().set_index("sample")["value"]
-    np.testing.assert_allclose(shares, frame.groupby("sample")["share"].sum().loc[shares.index])
     late = made.ledger.totals(steps=(11, 15)).to_pandas().set_index("sample")["value"].sort_index()
     expected = frame[frame["step"].between(11, 15)].groupby("sample")["score"].sum()
     np.testing.assert_allclose(late, expected)
     assert late.index.tolist() == expected.index.tolist()
     for harmful in (False, True):
-        ours = [(r["sample"], r["value"]) for r in made.ledger.top(4, harmful=harmful).to_pylist()]
-        theirs = made.run.top(4, harmful=harmful)
+        ours = [(r["sample"], r["value"]) for r in made.ledger.top(4, harmful=harmful, value="total").to_pylist()]
+        theirs = made.run.top(4, harmful=harmful, value="total")
         assert [i for i, _ in ours] == [i for i, _ in theirs]
         np.testing.assert_allclose([v for _, v in ours], [v for _, v in theirs])
+    found = made.run.scores()
+    best = np.argsort(-found.standardized)[:4]
+    rows = made.ledger.top(4).to_pylist()
+    assert [r["sample"] for r in rows] == [found.ids[i] for i in best]
+    np.testing.assert_allclose([(r["value"], r["total"]) for r in rows], [(found.standardized[i], found.total[i]) for i in best])
     one = made.ledger.show(str(theirs[0][0]))
     assert one["total"] == pytest.approx(theirs[0][1]) and one["steps"].num_rows == (frame["sample"] == theirs[0][0]).sum()
     with pytest.raises(KeyError, match="no score of sample 999"):
@@ -120,12 +121,15 @@ def test_groups_and_their_uncertainty(tmp_path):
 def test_describing_afterwards(tmp_path):
     made = Run(tmp_path)
     assert made.ledger.groups(bootstrap=0)["group"].to_pylist() == ["(none)"]
-    made.ledger.describe({i: {"group": "all", "text": "\ud800<b>"} for i in range(N)})
-    assert made.ledger.groups(bootstrap=0)["group"].to_pylist() == ["all"]
-    made.ledger.describe(lambda i: {"group": str(i)})
+    ag.describe_samples(tmp_path, {i: {"group": "all", "text": "\ud800<b>", "path": "a\udcff"} for i in range(N)})
+    with ag.open_ledger(tmp_path) as ledger:
+        assert ledger.groups(bootstrap=0)["group"].to_pylist() == ["all"]
+        assert {(r["text"], r["path"]) for r in ledger.samples().to_pylist()} == {("\\ud800<b>", "a\\udcff")}
+    ag.describe_samples(tmp_path, lambda i: {"group": str(i)})
+    made.ledger.refresh()
     assert len(made.ledger.groups(bootstrap=0)) == made.ledger.totals().num_rows
     with pytest.raises(ValueError, match="colour"):
-        made.ledger.describe(lambda i: {"colour": "red"})
+        ag.describe_samples(tmp_path, lambda i: {"colour": "red"})
 
 
 def test_other_tools_open_the_files_as_they_are(tmp_path):

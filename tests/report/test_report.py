@@ -1,7 +1,6 @@
 """The report in a real browser: it renders without errors, its filters work, and hostile texts stay text."""
 
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 
 import adam_ghost as ag
 from adam_ghost.cli import app
+from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.report import write_report
 
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">'
@@ -29,15 +29,17 @@ def folder(tmp_path_factory):
 
     writer = ag.LedgerWriter(folder, describe=describe)
     random = np.random.default_rng(0)
-    writer.begin([0], lambda: {"model": HOSTILE, "parameters": 10, "optimizer": "AdamW", "schedule": "midpoint", "rule": "secant"})
+    settings = {"model": HOSTILE, "parameters": 10, "optimizer": "AdamW", "schedule": "midpoint", "rule": "secant"}
     for step in range(1, 61):
         ids = random.integers(0, 90, 8).tolist()
+        writer.begin(ids, lambda: settings)
         scores = random.normal(0.01, 0.05, (8, 1)) + np.array([[0.03 * (i % 3 == 0)] for i in ids])
         total = float(scores.sum())
-        record = SimpleNamespace(step=step, samples=8, lr=[1e-3], coverage=1.0, skipped=step == 30, refreshed=True, seconds=0.01)
-        record.val_loss, record.score_sum, record.total, record.history = [3 - 0.02 * step], [total], [total], [0.001]
-        record.audit = SimpleNamespace(r=0.999, relative_l2=0.01, loss_drop=[total]) if step % 20 == 0 else None
-        writer.add(record, ids, None if record.skipped else scores, None, 0, (1, 1))
+        record = StepRecord(step, 8, [1e-3], [3 - 0.02 * step], True, [total], [total], [0.001], 1.0, False, 0.01, epoch=0)
+        if step == 30:
+            record = StepRecord(step, 8, [1e-3], [], True, [], [], [], 1.0, True, 0.01, epoch=0)
+        record.audit = Audit(0.999, 0.01, [total]) if step % 20 == 0 else None
+        writer.add(Arrived(record, ids, None if record.skipped else scores))
     writer.close()
     return folder
 
@@ -111,7 +113,7 @@ def test_page_holds_no_hostile_markup_and_no_address_to_fetch(folder, tmp_path):
     page = write_report(folder, tmp_path / "report.html").read_text(encoding="utf-8")
     assert HOSTILE not in page and "window.hacked" in page
     assert page.count("</script>") == 3 and 'src="http' not in page
-    with pytest.raises(ValueError, match="no scores for target 3"):
+    with pytest.raises(ValueError, match="target must be one of 0, got 3"):
         write_report(folder, tmp_path / "x.html", target=3)
 
 
@@ -121,8 +123,16 @@ COMMANDS = [
     (["groups", "{}", "--json"], 0, '"books"'),
     (["show", "{}", "3"], 0, "standardized"),
     (["show", "{}", "3", "--json"], 0, '"steps"'),
-    (["audit", "{}", "--json"], 0, '"largest_difference"'),
-    (["audit", "{}", "--min-r", "0.9999"], 1, "0.999"),
+    (["audit", "{}", "--json"], 0, '"largest_gap"'),
+    (["audit", "{}", "--min-r", "0.9999"], 1, "correlation is below 0.9999 in steps 20"),
+    (["top", "{}"], 0, "gradients within 0.0%"),
+    (["top", "{}", "--target", "3"], 2, "target must be one of 0, got 3"),
+    (["groups", "{}", "--target", "3"], 2, "target must be one of 0, got 3"),
+    (["audit", "{}", "--target", "3"], 2, "target must be one of 0, got 3"),
+    (["export", "{}", "--target", "3"], 2, "target must be one of 0, got 3"),
+    (["top", "{}", "--value", "share"], 2, "value must be one of standardized, total"),
+    (["report", "{}", "--value", "total"], 0, "report.html"),
+    (["--version"], 0, ag.__version__),
     (["doctor", "--json"], 0, '"torch"'),
     (["export", "{}", "--csv", "{}/x.csv"], 0, ""),
     (["report", "{}"], 0, "report.html"),

@@ -1,0 +1,73 @@
+"""What hangs on a user's model, and on torch, while layer calls are recorded; copies of the model carry none of it."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+
+
+class Hook:
+    """A module's hook. Where the module is copied or pickled, the copy's does nothing, and holds nothing of ours."""
+
+    def __init__(self, call: Callable):
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __reduce__(self) -> tuple:
+        # of the standard library, so that a pickled model loads where this package is not: takes anything, returns None
+        return getattr, (nullcontext(), "__exit__")
+
+
+class StandIn:
+    """Runs in place of a layer's ``forward``. A copy of the layer runs the forward of its class."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[[Tensor], Tensor]):
+        self.layer, self._forward = layer, forward
+
+    def attach(self) -> None:
+        self.layer.forward = self
+
+    def detach(self) -> None:
+        # whoever has replaced the layer's forward since keeps his own
+        if vars(self.layer).get("forward") is self:
+            del self.layer.forward
+
+    def __call__(self, input: Tensor) -> Tensor:  # as torch.nn's layers name it
+        return self._forward(input)
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.layer, "forward")  # of the copy, which has no attributes of its own yet
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` runs another forward than its class's; a stand-in, which computes the same, is none."""
+    forward = vars(module).get("forward")
+    if forward is None or isinstance(forward, StandIn):
+        return False
+    return not (isinstance(forward, MethodType) and forward.__func__ is getattr(type(module), "forward", None))
+
+
+class FunctionMode(TorchFunctionMode):
+    """While on torch's stack, has every call of a torch function made by ``call(func, args, kwargs)``."""
+
+    def __init__(self, call: Callable[[Callable, tuple, dict], Any]):
+        super().__init__()
+        self._call = call
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return self._call(func, args, kwargs or {})
+
+    def remove(self) -> None:
+        """Takes the mode off the stack, also from under others: an interrupt in a forward pass leaves it where it was."""
+        stack = _get_current_function_mode_stack()
+        if self in stack:
+            above = stack[stack.index(self) + 1 :]
+            for _ in range(len(above) + 1):
+                _pop_mode()
+            for mode in above:
+                _push_mode(mode)

@@ -1,0 +1,90 @@
+"""What a module's code may read and write besides arguments, parameters and buffers: kept, so that running it leaves no trace."""
+
+import copy
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_OWN = set(vars(nn.Module()))  # what every module holds: parameters, hooks and so on are taken care of elsewhere
+_MUTABLE = {list, dict, set, deque, OrderedDict, defaultdict, Counter, random.Random}
+_LARGEST = 1 << 20  # elements of a tensor kept: larger ones are tables
+
+RandomState = tuple[Any, Any]
+
+
+def random_state() -> RandomState:
+    """Where Python's and NumPy's random streams are, in plain values."""
+    state: Any = np.random.get_state()  # a tuple, as legacy=True has it
+    kind, keys, *rest = state
+    return random.getstate(), (kind, keys.tolist(), *rest)
+
+
+def set_random_state(state: RandomState) -> None:
+    (version, inner, gauss), numpy_state = state
+    _set_streams((version, tuple(inner), gauss), tuple(numpy_state))
+
+
+def custom_modules(root: nn.Module) -> list[nn.Module]:
+    """The modules of a tree that run code of unknown effects: all but PyTorch's own."""
+    return [m for m in root.modules() if not type(m).__module__.startswith("torch.")]
+
+
+class Surroundings:
+    """The plain attributes of modules, with the contents of lists, dicts, sets and tensors among them, and the random streams.
+
+    Code that keeps its state elsewhere (a global, a file, another object) is not followed there.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]):
+        self._modules = list(modules)
+        self._attributes = [{k: _copy(x) for k, x in _plain(m).items()} for m in self._modules]
+        self._random = random.getstate(), np.random.get_state()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside the block everything is as it was then; afterwards, as it is now.
+
+        Inside, attributes are copies: what changes them in place does not reach the module's own.
+        """
+        now = [_plain(m) for m in self._modules]
+        streams = random.getstate(), np.random.get_state()
+        try:
+            for module, held in zip(self._modules, self._attributes, strict=True):
+                vars(module).update({k: _copy(x) for k, x in held.items()})
+            _set_streams(*self._random)
+            yield
+        finally:
+            for module, held in zip(self._modules, now, strict=True):
+                for name in _plain(module).keys() - held.keys():
+                    del vars(module)[name]
+                vars(module).update(held)
+            _set_streams(*streams)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {k: x for k, x in vars(module).items() if k not in _OWN}
+
+
+def _set_streams(python: Any, numpy: Any) -> None:
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def _copy(x: Any) -> Any:
+    """A copy of a value that can change in place; any other value itself."""
+    if isinstance(x, Tensor):
+        # one with a graph is of this pass alone, and parameters are taken care of elsewhere
+        return x.clone() if not x.requires_grad and x.numel() <= _LARGEST else x
+    if isinstance(x, np.ndarray):
+        return x.copy() if x.size <= _LARGEST else x
+    if isinstance(x, torch.Generator):
+        return x.clone_state()
+    if isinstance(x, np.random.Generator):
+        return copy.deepcopy(x)
+    return copy.copy(x) if type(x) in _MUTABLE else x

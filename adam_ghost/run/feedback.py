@@ -1,0 +1,132 @@
+"""The feedback ``H lambda``: how an earlier change of the weights acts through the gradients of a later step.
+
+``H`` is the Hessian of a step's training loss where its weights were (docs/method.md, 6). Each way takes the kept batches of the
+step, their gradient there, and a vector per parameter, and returns the product, per parameter.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.stateless import _reparametrize_module
+
+from adam_ghost.run.rerun import EVERY, KeptBatch, Rerun, slopes
+
+# of the weights' norm, the step of a difference: below it float32 rounds the difference away, or bfloat16 does (measured)
+_REACH, _REACH_HALF = 1e-3, 3e-2
+
+Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], list[Tensor]]
+
+
+@contextmanager
+def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Iterator[Tensor]:
+    """The weights a small step along ``vector``; yields the step, ``[]``, 0 where the vector is."""
+    data = [p.data for p in rerun.params]
+    reach = _REACH if all(batch.autocast is None for batch in batches) else _REACH_HALF
+    length = norm(vector)
+    c = torch.where(length > 0, reach * norm(data) / length, 0.0)
+    before = [x.clone() for x in data]
+    torch._foreach_add_(data, [v * c.to(v.dtype) for v in vector])
+    try:
+        yield c
+    finally:
+        torch._foreach_copy_(data, before)
+
+
+def differences(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+    """``(g(w + c vector) - g(w)) / c``: one more gradient, of any code, compiled or not; error of 1e-3 in float32."""
+    rerun.find_scales(batches)
+    with _moved(rerun, batches, vector) as c:
+        there = rerun.gradient(batches)
+    return [torch.where(c > 0, (x - g) / c.to(x.dtype), 0.0) for x, g in zip(there, grads, strict=True)]
+
+
+def double(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+    """The gradient of ``< g(w) , vector >``: exact, for code whose backward pass can be differentiated, at twice the price."""
+    rerun.find_scales(batches)
+    total = [torch.zeros_like(p) for p in rerun.params]
+    for batch in batches:
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # the one attention with a second derivative
+            first = torch.autograd.grad(rerun.loss(batch), rerun.params, create_graph=True, allow_unused=True)
+            pairs = [(g, v.to(g.dtype)) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
+            if pairs:
+                bent, along = zip(*pairs, strict=True)
+                _add(total, torch.autograd.grad(bent, rerun.params, along, allow_unused=True), batch.scale)
+    return total
+
+
+def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+    """The derivative of the gradient along ``vector``: exact, for code with forward-mode derivatives."""
+    rerun.find_scales(batches)
+    total = [torch.zeros_like(p) for p in rerun.params]
+    held = {name: p.detach() for name, p in zip(rerun.names, rerun.params, strict=True)}
+    along = dict(zip(rerun.names, vector, strict=True))
+    for batch in batches:
+
+        def loss(held: dict[str, Tensor], batch: KeptBatch = batch) -> Tensor:
+            with _reparametrize_module(rerun.model, held, tie_weights=True), torch.enable_grad():
+                return rerun.loss(batch)
+
+        with sdpa_kernel(SDPBackend.MATH):  # the one attention with a forward mode
+            # forward over reverse: the other order is silently wrong through layer_norm (PyTorch 2.13)
+            _, found = torch.func.jvp(torch.func.grad(loss), (held,), (along,))
+        _add(total, list(found.values()), batch.scale)
+    return total
+
+
+def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+    """``J^T H_out J vector`` on every fourth row: the loss' curvature in the model's output alone, never negative.
+
+    Unlike the Hessian it bears a part of the batch: for a third of the price of a step.
+    """
+    total = [torch.zeros_like(p) for p in rerun.params]
+    for batch in batches:
+        n = len(batch.ids)
+        rows = torch.arange(0, n, EVERY, device=rerun.device) if batch.packing is None else None
+        with torch.enable_grad():
+            loss, out = rerun.loss_and_output(batch, rows)
+            if out.ndim < 2 or (rows is not None and len(out) != len(rows)):
+                raise ValueError(
+                    "feedback='gauss-newton' needs a model whose output has the batch as its first dimension, got shape"
+                    f" {list(out.shape)} for {n} samples; use feedback='differences'"
+                )
+            (slope,) = torch.autograd.grad(loss, out, create_graph=True)  # [rows, ...]
+        with _moved(rerun, [batch], vector) as c, torch.no_grad():
+            _, there = rerun.loss_and_output(batch, rows)
+        change = torch.where(c > 0, (there - out.detach()) / c.to(out.dtype), 0.0)  # J vector
+        (bent,) = torch.autograd.grad(slope, out, change, allow_unused=True, retain_graph=True)
+        if bent is None:  # a loss that is linear in the output bends nowhere
+            continue
+        # the rows' share in the loss of all, whatever that averages over; and the rows that stand for the others
+        seen = slopes(slope.detach() if rows is None else slope.detach().repeat_interleave(EVERY, 0))
+        scale = torch.where(seen.norm() > 0, batch.slopes.to(seen).norm() / seen.norm(), 0.0)
+        scale = scale if rows is None else scale * n / len(rows)
+        _add(total, torch.autograd.grad(out, rerun.params, bent, allow_unused=True), scale)
+    return total
+
+
+def _add(total: list[Tensor], found: Sequence[Tensor | None], scale: Tensor) -> None:
+    for x, h in zip(total, found, strict=True):
+        if h is not None:
+            x += h * scale.to(h.dtype)
+
+
+def none(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+    """No feedback: what a sample does through momentum alone."""
+    return [torch.zeros_like(p) for p in rerun.params]
+
+
+FEEDBACKS: dict[str, Feedback] = {
+    "differences": differences,
+    "double": double,
+    "forward": forward,
+    "gauss-newton": gauss_newton,
+    "none": none,
+}
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """``[]``, float64: of all tensors together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64)))

@@ -1,0 +1,132 @@
+"""A kept batch run again: the same inputs, random numbers and precision, at whatever weights the model holds now."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from adam_ghost.capture.calls import RngState, rng_state
+from adam_ghost.capture.recording import Packing
+
+# of the rows of a model's output, those whose gradients tell how the loss was scaled, and that Gauss-Newton products are taken on
+EVERY = 4
+# factors this near to 1 are rounding
+_ROUNDING = 1e-4
+
+
+@dataclass
+class KeptBatch:
+    """What it takes to run a micro-batch's forward pass again."""
+
+    ids: list[Hashable]
+    inputs: Any
+    packing: Packing | None
+    rng: RngState  # when the model's forward pass began
+    autocast: torch.dtype | None  # in that pass
+    slopes: Tensor | None = None  # norms of the gradients that came to every fourth row of the model's output
+    scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
+
+
+def slopes(grad: Tensor) -> Tensor:
+    """``[rows / 4]``: the norm of the gradient in every fourth row of a model's output."""
+    return grad.detach().reshape(len(grad), -1)[::EVERY].norm(dim=1) if grad.ndim else grad.detach().abs().reshape(1)
+
+
+def first_output(output: Any) -> Tensor | None:
+    """The first floating-point tensor of what a module returned."""
+    return next((x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()), None)
+
+
+class Rerun:
+    """Runs kept batches of ``model`` again by ``train_loss``; nothing of it stays but what the passes compute."""
+
+    def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], train_loss: Callable[[Any], Tensor]):
+        self.model, self.train_loss = model, train_loss
+        self.names, self.params = list(params), list(params.values())
+        self.device = self.params[0].device
+
+    def keep(self, ids: list[Hashable], inputs: Any, packing: Packing | None) -> KeptBatch:
+        """Called where the batch's forward pass begins."""
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return KeptBatch(ids, inputs, packing, rng_state(self.device), autocast)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module whose output is the model's, also where the model's own call returns the loss."""
+        embeddings = getattr(self.model, "get_output_embeddings", lambda: None)()
+        return self.model if embeddings is None else embeddings
+
+    @contextmanager
+    def _as_then(self, batch: KeptBatch) -> Iterator[None]:
+        """The random state and precision of the batch's own pass; the former once more where the model's forward pass begins."""
+        host, on_device, device = batch.rng
+
+        def begin(*_: Any) -> None:
+            torch.set_rng_state(host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, device)
+
+        with ExitStack() as stack:
+            stack.callback(self.model.register_forward_pre_hook(begin, prepend=True).remove)
+            if batch.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, batch.autocast))
+            begin()
+            yield
+
+    def loss(self, batch: KeptBatch, inputs: Any = None) -> Tensor:
+        """``train_loss`` of the batch, or of other ``inputs`` under its random numbers.
+
+        Raises ValueError where it returns anything but a scalar.
+        """
+        with self._as_then(batch):
+            loss = self.train_loss(batch.inputs if inputs is None else inputs)
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"train_loss must return the scalar that the loop calls backward() on, got {got}")
+        return loss
+
+    def loss_and_output(self, batch: KeptBatch, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``train_loss`` of the batch, or of some rows of it, and what the model made of them: ``[rows, ...]``."""
+        inputs = batch.inputs
+        if rows is not None:
+            ours = lambda x: isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(batch.ids)  # noqa: E731
+            inputs = pytree.tree_map(lambda x: x[rows.to(x.device)] if ours(x) else x, inputs)
+        seen: list[Tensor | None] = []
+        handle = self.head.register_forward_hook(lambda module, args, output: seen.append(first_output(output)))
+        try:
+            loss = self.loss(batch, inputs)
+        finally:
+            handle.remove()
+        if len(seen) != 1 or seen[0] is None:
+            raise ValueError("schedule='window' needs a model that train_loss calls once, and that returns a tensor")
+        return loss, seen[0]
+
+    def measure_scale(self, batch: KeptBatch, found: Tensor) -> None:
+        """Takes, from the output's slopes where the batch ran again at its own weights, what its loss was multiplied by then."""
+        size = found.norm()
+        scale = torch.where(size > 0, batch.slopes.to(found).norm() / size, 1.0)
+        batch.scale = torch.where((scale - 1).abs() < _ROUNDING, 1.0, scale)
+
+    def find_scales(self, batches: Sequence[KeptBatch]) -> None:
+        """``measure_scale`` of those whose scale is not known, by a forward pass at the weights that the model holds."""
+        for batch in batches:
+            if batch.scale is None:
+                with torch.enable_grad():
+                    loss, out = self.loss_and_output(batch)
+                    self.measure_scale(batch, slopes(torch.autograd.grad(loss, out)[0]))
+
+    def gradient(self, batches: Sequence[KeptBatch]) -> list[Tensor]:
+        """The gradient of the batches' losses, as the loop scaled them, by the parameters; zeros where there is none."""
+        total = [torch.zeros_like(p) for p in self.params]
+        for batch in batches:
+            with torch.enable_grad():
+                found = torch.autograd.grad(self.loss(batch), self.params, allow_unused=True)
+            for x, g in zip(total, found, strict=True):
+                if g is not None:
+                    x.add_(g if batch.scale is None else g * batch.scale.to(g.dtype))
+        return total

@@ -1,0 +1,261 @@
+"""A window's sweep: from the validation gradient at its end back to its first step, by the adjoint of the optimizer's step.
+
+What comes out for a step's gradient is a direction ``P`` like any other. The step's batch is run again where its weights were,
+its calls are contracted with ``P``, and the feedback of its gradient is added to the weights' adjoint (docs/method.md, 6).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from adam_ghost.capture.recorder import Recorder
+from adam_ghost.ledger.books import Audit
+from adam_ghost.optim import OptState
+from adam_ghost.optim.protocol import Adjoint
+from adam_ghost.run.compiled import is_compiled
+from adam_ghost.run.feedback import FEEDBACKS, norm
+from adam_ghost.run.leave_out import Trajectory, compare
+from adam_ghost.run.lookahead import ContractingRecording
+from adam_ghost.run.rerun import KeptBatch, first_output, slopes
+from adam_ghost.run.schedules import Entry, Scored
+from adam_ghost.run.store import Held
+from adam_ghost.step.step import report_coverage
+
+if TYPE_CHECKING:
+    from adam_ghost.run.window import Plan, Window
+
+# relative difference up to which a batch that is run again has given the gradient that the loop used
+_SAME_GRADIENT = 0.02
+
+
+@dataclass
+class KeptStep:
+    """One step of the optimizer as it was taken."""
+
+    entry: Entry
+    batches: list[KeptBatch]
+    grads: Held  # that the optimizer used, None where there was none
+    factor: Tensor  # [], what the loop's gradient was multiplied by to become these (clipped, unscaled)
+    edited: Tensor  # [] bool: the gradients were changed in another way
+    void: Tensor  # [] bool: the optimizer found the gradients not finite and did not step
+    scalars: Any
+    # the state before the step; None: to be had from an earlier step's
+    tensors: Held | None = None
+    rebuild: Callable[[list[Tensor | None]], OptState] | None = None
+
+    @property
+    def number(self) -> int:
+        return self.entry.record.step
+
+    def state(self) -> OptState:
+        """The state before the step, where it was kept."""
+        assert self.tensors is not None and self.rebuild is not None
+        return self.rebuild(self.tensors.get())
+
+    def drop(self) -> None:
+        self.grads.drop()
+        if self.tensors is not None:
+            self.tensors.drop()
+
+
+class Sweep:
+    """One walk back through kept steps."""
+
+    def __init__(self, window: "Window", steps: list[KeptStep], plan: "Plan"):
+        self.window, self.loop, self.rerun, self.plan = window, window.loop, window.rerun, plan
+        self.params, self.names = window.params, list(window.loop.params)
+        self.steps = [s for s in steps if not bool(s.void)]
+        self.feedback = FEEDBACKS[window.options.feedback]
+        self.recorder = Recorder(self.loop.model)
+        self.compiled = is_compiled(self.loop.model)
+
+    def run(self) -> Iterator[tuple[Entry, Scored]]:
+        """The scored steps, last first; the weights, random numbers and modes are afterwards as before."""
+        if not self.steps:
+            return
+        self.unclipped, self.max_norm = self._clipping()
+        validation = self.loop.validation
+        with validation.weights_kept(self.params), validation.undisturbed(advance=False), torch.no_grad():
+            yield from self._walk()
+
+    def _walk(self) -> Iterator[tuple[Entry, Scored]]:
+        adjoint: Adjoint | None = None
+        audited = self.steps[0] if self.plan.audit else None  # the step that looks ahead furthest
+        for segment in reversed(self._segments()):
+            states = self._states(segment)
+            if adjoint is None:
+                end = states[-1].advanced(segment[-1].grads.get(), segment[-1].scalars)
+                self.put(end)
+                val_loss, val_grads = self.loop.validation.gradient(self.params)
+                adjoint = end.adjoint([g if val_loss.ndim else g.unsqueeze(0) for g in val_grads])
+                self.end = end
+            for step in reversed(segment):
+                state, used = states.pop(), step.grads.get()
+                raw, pulled = self._pull(step, state, used, adjoint)
+                self.put(state)
+                if step.number <= self.plan.last:
+                    scored = self._score(step, used, raw, pulled, val_loss)
+                    if step is audited:
+                        step.entry.record.audit = self._audit(step, state, raw, scored)
+                        self.put(state)
+                    yield step.entry, scored
+                if step is not self.steps[0]:
+                    self._feed_back(step, raw, pulled, adjoint)
+
+    def _segments(self) -> list[list[KeptStep]]:
+        """Runs of steps, each beginning with a kept state."""
+        segments: list[list[KeptStep]] = []
+        for step in self.steps:
+            if step.tensors is not None:
+                segments.append([])
+            segments[-1].append(step)
+        return segments
+
+    @staticmethod
+    def _states(segment: list[KeptStep]) -> list[OptState]:
+        """The state before each step of a segment."""
+        states = [segment[0].state()]
+        for step, after in pairwise(segment):
+            states.append(states[-1].advanced(step.grads.get(), after.scalars))
+        return states
+
+    def put(self, state: OptState) -> None:
+        """Gives the model the weights of ``state``."""
+        torch._foreach_copy_([p.data for p in self.params], list(state.parameters()))
+
+    # scaling
+
+    def _clipping(self) -> tuple[Tensor, float | None]:
+        """The factor of gradients that were not clipped, and the norm to which the others were; None where none were.
+
+        Told by what the steps that were scaled down have in common: the norm afterwards, or the factor.
+        """
+        norms = torch.stack([norm([g for g in s.grads.get() if g is not None]) for s in self.steps])
+        factors = torch.stack([s.factor.to(norms) for s in self.steps])
+        largest = factors.max()
+        # without a scale of the loss nothing but clipping makes a gradient smaller; a scaler changes its by powers of two
+        scaled = all(b.scale is None or bool(b.scale == 1) for s in self.steps for b in s.batches)
+        base = torch.where(largest < 1, 1.0, largest) if scaled else largest
+        powers = (factors / base).log2()
+        down = (factors < base * (1 - 1e-4)) & ((powers - powers.round()).abs() > 1e-3)
+        clipped = norms[down]
+        if len(clipped) == 0:
+            return base, None
+        same_factor = len(clipped) > 1 and bool(factors[down].max() - factors[down].min() <= 1e-4 * factors[down].max())
+        uneven = bool(clipped.max() - clipped.min() > 1e-3 * clipped.max())
+        return base, None if same_factor or uneven else float(clipped.max())
+
+    def is_clipped(self, used: list[Tensor | None]) -> bool:
+        return self.max_norm is not None and bool(norm([g for g in used if g is not None]) > self.max_norm * (1 - 1e-3))
+
+    def _pull(
+        self, step: KeptStep, state: OptState, used: list[Tensor | None], adjoint: Adjoint
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient of the loop's backward pass, before it was scaled, and its adjoint ``[K, *shape]``, per parameter."""
+        raw = [torch.zeros_like(p) if g is None else g / step.factor.to(g.dtype) for p, g in zip(self.params, used, strict=True)]
+        pulled = state.pull(used, adjoint)
+        if self.is_clipped(used):
+            # the factor, max_norm over the gradient's norm, shrinks as the gradient grows: nothing along it passes
+            size = norm(raw)
+            squared = size * (size + 1e-6 / self.unclipped)  # clip_grad_norm_'s own small number
+            dots = [x.flatten(1) @ g.flatten().to(x.dtype) for x, g in zip(pulled, raw, strict=True)]  # each [K]
+            along = torch.stack(dots).double().sum(0) / squared
+            pulled = [x - along.view(-1, *[1] * g.ndim).to(x.dtype) * g.to(x.dtype) for x, g in zip(pulled, raw, strict=True)]
+        return raw, [x * step.factor.to(x.dtype) for x in pulled]
+
+    # one step
+
+    def _score(
+        self, step: KeptStep, used: list[Tensor | None], raw: list[Tensor], pulled: list[Tensor], val_loss: Tensor
+    ) -> Scored:
+        P = {name: -x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in zip(self.names, pulled, strict=True)}
+        given = {name: g for name, g in zip(self.names, used, strict=True) if g is not None}
+        # a few small parameters, whose gradients tell at little cost whether the batch runs as it did
+        small = sorted(given, key=lambda name: given[name].numel())[:3]
+        again = {name: torch.zeros_like(given[name]) for name in small}
+        recordings, scores = [], []
+        for batch in step.batches:
+            recording = ContractingRecording(P, len(batch.ids), batch.packing)
+            found = self._record(batch, recording, [self.loop.params[name] for name in small])
+            for name, g in zip(small, found, strict=True):
+                if g is not None:
+                    again[name] += g * (step.factor * batch.scale).to(g.dtype)
+            recordings.append(recording)
+            scores.append(recording.scores * batch.scale.to(recording.scores.dtype))
+        self._compare(step, {name: given[name] for name in small}, again)
+        report_coverage(given, recordings, self.window.coverage)
+        total = torch.stack([P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in zip(self.names, raw, strict=True)])
+        record = step.entry.record
+        record.coverage, record.window = self.window.coverage.share, self.plan.first
+        record.horizon = self.steps[-1].number - step.number
+        history = torch.full_like(total[0], float("nan"))  # no part of a window's credit is apart from its samples
+        return Scored(torch.cat(scores), val_loss, total.sum(0), history, step.edited)
+
+    def _record(self, batch: KeptBatch, recording: ContractingRecording, small: list[nn.Parameter]) -> list[Tensor | None]:
+        """Runs a batch again, contracts its calls as their gradients come, and returns the gradients of ``small``.
+
+        The weights' gradients, which are known, are not formed: two thirds of a backward pass are enough.
+        """
+        model, recorder = self.loop.model, self.recorder
+        recording.outputs = []
+        heads: list[Tensor] = []
+
+        def begin(module: nn.Module, args: tuple) -> None:
+            if not recorder.open:
+                recorder.begin(recording)
+
+        def end(module: nn.Module, args: tuple, output: Any) -> None:
+            if recorder.open and not recorder.inside_model:
+                recorder.end()
+
+        recorder.attach()
+        handles = [
+            model.register_forward_pre_hook(begin, prepend=True),
+            self.rerun.head.register_forward_hook(lambda module, args, output: heads.append(first_output(output))),
+            model.register_forward_hook(end, always_call=True),
+        ]
+        # compiled layers cannot be recorded
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        try:
+            with torch.enable_grad(), eager:
+                loss = self.rerun.loss(batch)
+                wanted = [heads[-1], *small, *recording.outputs]
+                recording.outputs = None
+                out, *found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+            recorder.end()
+            recorder.recording = None
+            recorder.detach()
+        self.rerun.measure_scale(batch, slopes(out))
+        return found[: len(small)]
+
+    def _compare(self, step: KeptStep, used: dict[str, Tensor], again: dict[str, Tensor]) -> None:
+        """Raises ValueError where the batch, run again, does not give the gradient that the optimizer used."""
+        off, size = norm([again[name] - g for name, g in used.items()]), norm(list(used.values()))
+        if not bool(off <= _SAME_GRADIENT * size):
+            raise ValueError(
+                f"step {step.number}: train_loss(inputs), run again at the step's weights, gives another gradient than the loop's"
+                f" backward pass ({float(off / size):.0%} apart): it must return what the loop calls backward() on, up to a factor"
+            )
+
+    def _feed_back(self, step: KeptStep, raw: list[Tensor], pulled: list[Tensor], adjoint: Adjoint) -> None:
+        for k in range(len(pulled[0])):
+            vector = [x[k].to(p.dtype) for x, p in zip(pulled, self.params, strict=True)]
+            for x, h in zip(adjoint.weights, self.feedback(self.rerun, step.batches, raw, vector), strict=True):
+                x[k] += h
+
+    def _audit(self, step: KeptStep, state: OptState, raw: list[Tensor], scored: Scored) -> Audit:
+        """The step's credit against leaving a few of its samples out and training on to the window's end."""
+        trajectory = Trajectory(self, state, step)
+        chosen = trajectory.choose(self.window.options.audit_samples)
+        self.put(self.end)
+        with_all = self.loop.validation.loss().double()
+        truth = [trajectory.without(i, raw) - with_all for i in chosen]
+        return compare(scored.scores[chosen].double(), torch.stack(truth).reshape(len(chosen), -1))

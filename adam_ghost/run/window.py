@@ -1,0 +1,235 @@
+"""``schedule="window"``: what a sample did to the run, carried through the optimizer's dynamics over a window of steps.
+
+The steps of a window, and of those ahead of it, are kept as they are taken, and then swept (``sweep.py``): back from the
+validation gradient at the end, step by step. Mathematics: docs/method.md, 6.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adam_ghost.capture.hooks import Hook
+from adam_ghost.ledger.books import StepRecord
+from adam_ghost.run.rerun import KeptBatch, Rerun, first_output, slopes
+from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
+from adam_ghost.run.store import Store
+from adam_ghost.run.sweep import KeptStep, Sweep
+from adam_ghost.step.coverage import Coverage
+from adam_ghost.step.step import Step
+from adam_ghost.warn import warn
+
+# R of an audit below which a window is too long for its linearization, and above which a longer one may do
+TOO_LONG, ROOM = 0.9, 0.99
+_SHORTEST, _LONGEST = 4, 64  # steps of a window that chooses its own length
+
+
+@dataclass
+class WindowOptions:
+    """How far credit looks, and by which means."""
+
+    train_loss: Callable[[Any], Tensor]
+    window: int = 32
+    ahead: int = 32
+    auto: bool = False  # whether audits change both
+    feedback: str = "differences"
+    memory: int | None = None  # bytes
+    audit_every: int | None = None  # windows
+    audit_samples: int = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A window: steps ``first .. last`` (counted from 1) are scored, by the validation loss after step ``end``."""
+
+    first: int
+    last: int
+    end: int
+    audit: bool
+
+
+class Window(Collecting):
+    """Keeps steps, and sweeps each window when the steps ahead of it are done."""
+
+    def __init__(self, loop: Loop, options: WindowOptions, coverage: Coverage):
+        super().__init__(loop)
+        self.options, self.coverage = options, coverage
+        self.params = list(loop.params.values())
+        self.rerun = Rerun(loop.model, loop.params, options.train_loss)
+        self.store = Store(options.memory)
+        self._armed: MicroBatch | None = None
+        self._kept: list[KeptStep] = []
+        self._plans: deque[Plan] = deque()
+        self._planned = 0  # windows
+        self._next = 1  # the first step of the next window
+        self._handles: list[Any] = []
+        self._sweeping = False
+
+    # the training loop's side
+
+    def attach(self) -> None:
+        model = self.loop.model
+        self._watch()
+        self._handles = [
+            model.register_forward_pre_hook(Hook(self._before_forward)),
+            self.rerun.head.register_forward_hook(Hook(self._output)),
+            model.register_forward_hook(Hook(self._after_forward)),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.loop.watch.remove()
+        self._armed, self._micro, self._kept = None, [], []
+        self.store.close()
+
+    def due(self) -> bool:
+        coming = self.loop.step + 1
+        while self._next <= coming:
+            self._plan()
+        return any(plan.first <= coming <= plan.end for plan in self._plans)
+
+    def _plan(self) -> None:
+        """The next window."""
+        options, first = self.options, self._next
+        last = first + options.window - 1
+        self._planned += 1
+        audit = options.audit_every is not None and self._planned % options.audit_every == 0
+        self._plans.append(Plan(first, last, last + options.ahead, audit))
+        self._next = first + options.window * self.loop.every
+
+    def open(self, micro: MicroBatch, first: bool) -> None:
+        if micro.inputs is None:
+            raise ValueError("schedule='window' runs batches again: call run.batch(ids, inputs=...) with what train_loss takes")
+        self._await(micro)
+        self._armed = micro
+
+    def _before_forward(self, module: nn.Module, args: tuple) -> None:
+        micro = self._armed
+        if micro is not None and micro.kept is None and torch.is_grad_enabled() and not self._sweeping:
+            micro.kept = self.rerun.keep(micro.ids, micro.inputs, micro.packing)
+            self.loop.watch.forward_begins()
+
+    def _output(self, module: nn.Module, args: tuple, output: Any) -> None:
+        micro, out = self._armed, first_output(output)
+        if micro is None or micro.kept is None or self._sweeping or out is None or not out.requires_grad:
+            return
+        kept: KeptBatch = micro.kept
+
+        def arrived(grad: Tensor) -> None:
+            micro.arrivals()
+            kept.slopes = slopes(grad)
+
+        out.register_hook(arrived)
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._armed is not None and self._armed.kept is not None and not self._sweeping:
+            self._micro.append(self._armed)
+            self._armed = None
+
+    def collect(self) -> list[MicroBatch] | None:
+        self._armed = None
+        return super().collect()
+
+    def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> None:
+        """Keeps the step; its scores come with its window's sweep."""
+        scale = torch.stack(list(step.scale.values()))
+        uneven = (scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max()
+        if edited.device.type == "cpu" and bool(uneven):
+            raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
+        names, number = list(self.loop.params), entry.record.step
+        clones = [step.grads[name].detach().clone() if name in step.grads else None for name in names]
+        kept = KeptStep(
+            entry=entry,
+            batches=[m.kept for m in micro],
+            grads=self.store.put(clones),
+            factor=scale.mean(),
+            edited=edited.any(),
+            void=void,
+            scalars=step.opt_state.scalars(self.params),
+        )
+        if any((number - plan.first) % self._segment(plan) == 0 for plan in self._plans if number >= plan.first):
+            tensors, kept.rebuild = step.opt_state.kept(self.params)
+            kept.tensors = self.store.put(tensors)
+        self._kept.append(kept)
+
+    @staticmethod
+    def _segment(plan: Plan) -> int:
+        """Steps from one kept state of a window to the next: as many are held at once when it is swept as were kept."""
+        return max(1, round((plan.end - plan.first + 1) ** 0.5))
+
+    def withdraw(self) -> None:
+        """The step that was kept last is not scored."""
+        self._kept.pop().drop()
+
+    # the sweeps
+
+    def swept(self) -> list[tuple[Entry, Scored]]:
+        """Called after each step of the optimizer: the steps that can be scored now."""
+        found = []
+        while self._plans and self._plans[0].end <= self.loop.step:
+            found += self._sweep(self._plans.popleft())
+        return found
+
+    def finish(self) -> list[tuple[Entry, Scored]]:
+        """Scores what is left with the steps there are."""
+        found = []
+        while self._plans:
+            plan = self._plans.popleft()
+            scored = self._sweep(plan)
+            missing = plan.end - self.loop.step
+            if scored and missing > 0:
+                warn(f"the run ended {missing} steps before the window from step {plan.first} did: its scores look less far ahead")
+            found += scored
+        return found
+
+    def _sweep(self, plan: Plan) -> list[tuple[Entry, Scored]]:
+        steps = [s for s in self._kept if plan.first <= s.number <= plan.end]
+        found: list[tuple[Entry, Scored]] = []
+        self._sweeping = True
+        try:
+            if steps and steps[0].number <= plan.last:
+                found = list(Sweep(self, steps, plan).run())[::-1]
+        finally:
+            self._sweeping = False
+            needed = min((p.first for p in self._plans), default=self._next)
+            for step in self._kept:
+                if step.number < needed:
+                    step.drop()
+            self._kept = [s for s in self._kept if s.number >= needed]
+        for entry, _ in found:
+            self._heed(entry.record)
+        return found
+
+    def _heed(self, record: StepRecord) -> None:
+        """Takes an audit's word on the length of the windows."""
+        audit, options = record.audit, self.options
+        if audit is None or (audit.r >= TOO_LONG and not options.auto):
+            return
+        now = f"{options.window} steps and {options.ahead} ahead"
+        if not options.auto:
+            warn(
+                f"windows of {now} are too long here: at step {record.step} the credit has R = {audit.r:.2f} with leaving samples"
+                " out and training on; use shorter ones, or window='auto'"
+            )
+        elif audit.r < TOO_LONG and options.window > _SHORTEST:
+            self.options = replace(options, window=options.window // 2, ahead=options.ahead // 2)
+        elif audit.r > ROOM and options.window < _LONGEST:
+            self.options = replace(options, window=options.window * 2, ahead=options.ahead * 2)
+
+    def state_dict(self) -> Any:
+        """What a window kept is not saved: a resumed run begins a window anew."""
+        return {"window": self.options.window, "ahead": self.options.ahead}
+
+    def load_state_dict(self, state: Any) -> None:
+        for step in self._kept:
+            step.drop()
+        self._kept = []
+        self._plans.clear()
+        self._next = self.loop.step + 1
+        if self.options.auto:
+            self.options = replace(self.options, **state)

@@ -1,0 +1,113 @@
+"""An audit's look at what the exact game cannot see: whether the recorded gradients of a few samples are really theirs.
+
+The model's pass is run again, and the gradient that came back at its outputs is sent through it for one sample alone. That is
+the sample's gradient if the model keeps samples apart, whatever became of the batch on its way; where the batch was followed
+wrongly, or samples are mixed, the recorded one is another.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from adam_ghost.capture.calls import rng_state
+from adam_ghost.capture.surroundings import Surroundings, custom_modules
+from adam_ghost.step.step import Step
+from adam_ghost.step.validation import Validation
+
+# relative difference of a sample's gradients, beyond that of their dtype: more is another gradient, not rounding
+DIFFERENT = 0.02
+
+
+class WholePass:
+    """A model's forward pass as it began, its outputs, and the gradients that came back at them."""
+
+    def __init__(self, model: nn.Module, args: tuple, kwargs: dict):
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.device = next(model.parameters()).device
+        self._rng = rng_state(self.device)
+        self._surroundings = Surroundings(custom_modules(model))
+        kind = self.device.type
+        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        self.outputs: list[Tensor] = []
+        self.grads: dict[int, Tensor] = {}
+
+    def ended(self, output: Any) -> None:
+        """Takes the outputs, and waits for their gradients."""
+        self.outputs = _tensors(output)
+        for i, x in enumerate(self.outputs):
+            if x.requires_grad:
+                x.register_hook(lambda grad, i=i: self._receive(i, grad.detach()))
+        self.outputs = [x.detach() for x in self.outputs]
+
+    def _receive(self, i: int, grad: Tensor) -> None:
+        if not torch.is_grad_enabled():  # not a pass for higher derivatives
+            self.grads[i] = self.grads[i] + grad if i in self.grads else grad
+
+    def again(self) -> list[Tensor] | None:
+        """The outputs of the pass run again, with a graph; None where it does not give the same."""
+        kind, dtype, enabled = self._autocast
+        with ExitStack() as stack:
+            stack.enter_context(self._surroundings.entered())
+            stack.enter_context(torch.random.fork_rng([self.device] if kind == "cuda" else []))
+            stack.enter_context(torch.autocast(kind, dtype, enabled=enabled))
+            state, device_state, _ = self._rng
+            torch.set_rng_state(state)
+            if device_state is not None:
+                torch.cuda.set_rng_state(device_state, self.device)
+            outputs = _tensors(self.model.forward(*self.args, **self.kwargs))
+        if [x.shape for x in outputs] != [x.shape for x in self.outputs]:
+            return None
+        same = all(torch.allclose(x.detach(), y, 1e-3, 1e-5) for x, y in zip(outputs, self.outputs, strict=True))
+        return outputs if same else None
+
+
+def alone(step: Step, whole: WholePass, n: int, validation: Validation, seed: int) -> float | None:
+    """The largest relative difference between recorded gradients and those of samples alone, for two of the first ``n`` samples.
+
+    None where it cannot be told: outputs without the batch along dimension 0, or a pass that does not repeat itself.
+    """
+    if not whole.grads or any(g.ndim == 0 or len(g) != n for g in whole.grads.values()):
+        return None
+    covered = {name for r in step.recordings for name in r.covered()}
+    params = {name: p for name, p in step.params.items() if name in covered}
+    picks = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2].tolist()
+    with validation.undisturbed(advance=False), torch.enable_grad():
+        outputs = whole.again()
+        if outputs is None:
+            return None
+        try:
+            found = [_gradients(outputs, whole.grads, params.values(), i) for i in picks]
+        except RuntimeError:  # a pass that cannot be differentiated this way, as through reentrant checkpoints
+            return None
+    off, size = torch.zeros(2, len(picks), dtype=torch.float64)
+    for k, name in enumerate(params):
+        recorded = step.sample_gradients(name)[picks].flatten(1).double()
+        factor = 1.0 if step.scale is None else step.scale[name].double()
+        theirs = torch.stack([g[k].flatten() for g in found]).double() * factor
+        off += (recorded - theirs).square().sum(1).cpu()
+        size += theirs.square().sum(1).cpu()
+    return float((off / size.clamp(min=torch.finfo(torch.float64).tiny)).sqrt().max())
+
+
+def tolerance(whole: WholePass) -> float:
+    """The difference up to which gradients are the same, in the precision of the pass."""
+    return DIFFERENT + 16 * max(torch.finfo(g.dtype).eps for g in whole.grads.values())
+
+
+def _gradients(outputs: Sequence[Tensor], grads: dict[int, Tensor], params: Any, i: int) -> list[Tensor]:
+    """By each of ``params``, with sample ``i``'s share of the gradient at the outputs."""
+    params, shares = list(params), []
+    for grad in grads.values():
+        share = torch.zeros_like(grad)
+        share[i] = grad[i]
+        shares.append(share)
+    found = torch.autograd.grad([outputs[k] for k in grads], params, shares, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -1,0 +1,141 @@
+// The CUDA kernels, run on the CPU, against the CPU kernels: directions, weights, adjoints to the bit, sums to double's rounding.
+// Buffers end exactly where their tensors do, so that an address sanitizer sees an access beyond.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+#include "cuda.h"
+
+extern "C" {
+int32_t torch_get_num_threads(uint32_t* n) { return *n = 3, 0; }
+int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*f)(int64_t, int64_t, void*), void* context) {
+  for (int64_t i = begin; i < end; ++i) f(i, i + 1, context);
+  return 0;
+}
+}
+
+using namespace adam_ghost;
+
+struct Memory {
+  std::vector<std::vector<uint8_t>> held;
+  std::mt19937 random{7};
+
+  // `offset` elements off the allocation's alignment; positive values where a second moment is drawn.
+  Array draw(int64_t numel, Dtype dtype, int offset, bool square = false) {
+    const size_t size = dtype == F32 ? 4 : 2;
+    held.emplace_back((numel + offset) * size);
+    held.back().shrink_to_fit();
+    Array a{held.back().data() + offset * size, dtype};
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < numel; ++i) {
+      float x = normal(random);
+      x = random() % 16 == 0 ? 0 : square ? x * x : x;
+      uint32_t bits;
+      std::memcpy(&bits, &x, 4);
+      if (dtype == F32)
+        std::memcpy(static_cast<float*>(a.data) + i, &x, 4);
+      else
+        static_cast<uint16_t*>(a.data)[i] = uint16_t(bits >> 16);
+    }
+    return a;
+  }
+
+  Planes planes(int64_t numel, int64_t K, Dtype dtype, int offset) {
+    return {draw(numel * K, dtype, offset).data, K > 1 ? numel : 0, dtype};
+  }
+
+  // The same numbers in memory of their own.
+  Planes copy(const Planes& from, int64_t numel, int64_t K, int offset) {
+    Planes to = planes(numel, K, from.dtype, offset);
+    if (numel) std::memcpy(to.data, from.data, numel * K * (from.dtype == F32 ? 4 : 2));
+    return to;
+  }
+};
+
+void compare(const char* what, const std::vector<Param>& a, const std::vector<Param>& b, int plane, int64_t K) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    const Planes &x = a[i].planes[plane], &y = b[i].planes[plane];
+    if (a[i].numel == 0 || !x.data) continue;
+    if (std::memcmp(x.data, y.data, a[i].numel * K * (x.dtype == F32 ? 4 : 2)) == 0) continue;
+    std::printf("%s of tensor %zu differs, K %d\n", what, i, int(K));
+    std::exit(1);
+  }
+}
+
+int main() {
+  const StepRow rows[] = {{3, 1e-3, 0.9, 0.999, 1e-8, 0, 0, 0, 0},   {1, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0, 1, 0},
+                          {500, 3e-4, 0.8, 0.99, 1e-6, 0.1, 1, 0, 1}, {7, 1e-3, 0.9, 0.99, 1e-8, 0.2, 0, 1, 1}};
+  int checks = 0;
+  for (int64_t K : {int64_t(1), int64_t(2), int64_t(5)})
+    for (int rule = SECANT; rule <= SGD; ++rule) {
+      const bool on_device = (rule + K) % 2;
+      const Launch l{0, nullptr, on_device ? nullptr : rows, on_device ? rows : nullptr, 4};
+      Memory memory;
+      std::vector<Param> params;
+      for (int64_t i = 0; i < 120; ++i) {  // more than a launch takes; one of more than one chunk
+        Param p;
+        p.numel = i == 40 ? 16384 * 2 + 13 : i == 90 ? 16384 : i % 23;
+        p.row = i % 4;
+        const int offset = i % 3;
+        p.w = memory.draw(p.numel, Dtype(i & 1), offset);
+        if (i % 7) p.g = memory.draw(p.numel, Dtype(i & 1), offset);
+        if (i % 5) p.m = memory.draw(p.numel, Dtype(i >> 1 & 1), offset);
+        if (i % 5) p.v = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
+        if (i % 6) p.v_max = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
+        params.push_back(p);
+      }
+      const auto dtype = [](size_t i) { return Dtype(i >> 2 & 1); };
+      const auto filled = [&](const auto& fill) {
+        std::vector<Param> made = params;
+        for (size_t i = 0; i < made.size(); ++i) fill(made[i], i);
+        return made;
+      };
+
+      const int64_t width = sum_count(K);
+      std::vector<double> expected(params.size() * width, NAN), sums(expected);
+      std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
+      const auto cpu = filled([&](Param& p, size_t i) {
+        p.planes[VAL] = memory.planes(p.numel, K, Dtype(i & 1), i % 3);
+        p.planes[OUT] = memory.planes(p.numel, K, dtype(i), 0);
+      });
+      const auto cuda = filled([&](Param& p, size_t i) {
+        p.planes[VAL] = cpu[i].planes[VAL];
+        p.planes[OUT] = memory.planes(p.numel, K, dtype(i), i % 4);
+      });
+      variance_correction_cpu(cpu, rows, rule, K, expected.data());
+      if (variance_correction_cuda(l, cuda, rule, K, workspace.data(), sums.data())) return 2;
+      compare("P", cpu, cuda, OUT, K);
+      for (size_t j = 0; j < sums.size(); ++j, ++checks)
+        if (!(std::fabs(sums[j] - expected[j]) <= 1e-9 * std::fabs(expected[j]) + 1e-12)) {
+          std::printf("rule %d, K %d, sum %zu: %g instead of %g\n", rule, int(K), j, sums[j], expected[j]);
+          return 1;
+        }
+
+      const auto points = [&](Param& p, size_t i) {
+        for (int plane : {EMPTY, MID}) p.planes[plane] = memory.planes(p.numel, 1, dtype(i), i % 3);
+      };
+      const auto moved_cpu = filled(points), moved_cuda = filled(points);
+      weight_points_cpu(moved_cpu, rows);
+      if (weight_points_cuda(l, moved_cuda, workspace.data())) return 2;
+      compare("w(empty)", moved_cpu, moved_cuda, EMPTY, 1);
+      compare("w_mid", moved_cpu, moved_cuda, MID, 1);
+
+      const auto lambdas_cpu = filled([&](Param& p, size_t i) {
+        for (int plane = 0; plane < PLANES; ++plane)
+          if (plane != LAMBDA_V_MAX || i % 4 != 2) p.planes[plane] = memory.planes(p.numel, K, dtype(i + plane), i % 3);
+      });
+      const auto lambdas_cuda = filled([&](Param& p, size_t i) {
+        for (int plane = 0; plane < PLANES; ++plane)
+          if (plane != LAMBDA_G && lambdas_cpu[i].planes[plane].data)
+            p.planes[plane] = memory.copy(lambdas_cpu[i].planes[plane], p.numel, K, i % 4);
+        p.planes[LAMBDA_G] = memory.planes(p.numel, K, dtype(i + LAMBDA_G), i % 4);
+      });
+      adjoint_cpu(lambdas_cpu, rows, K);
+      if (adjoint_cuda(l, lambdas_cuda, K, workspace.data())) return 2;
+      const char* names[PLANES] = {"lambda_w", "lambda_m", "lambda_v", "lambda_v_max", "lambda_g"};
+      for (int plane = 0; plane < PLANES; ++plane) compare(names[plane], lambdas_cpu, lambdas_cuda, plane, K);
+    }
+  std::printf("%d sums equal, on %s\n", checks, cpu_capability());
+}

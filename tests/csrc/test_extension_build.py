@@ -1,0 +1,163 @@
+"""The build, with and without compilers, and what the compiled kernels are like where they cannot be run."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from adam_ghost import doctor, extension
+
+ROOT = Path(__file__).resolve().parents[2]
+CXX = shutil.which(os.environ.get("CXX", "c++").split()[0])
+needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+
+
+def run(*command, **environment):
+    """A finished process, in an environment of its own: the given variables replace those of this one; None removes."""
+    env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    return subprocess.run([str(x) for x in command], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+# ---- the kernels ----
+
+
+@pytest.fixture(scope="module")
+def kernels_program(tmp_path_factory):
+    """The CPU kernels, the CUDA kernels compiled for the CPU, and their comparison; without contraction: equal to the bit."""
+    program = tmp_path_factory.mktemp("kernels") / "kernels"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+    includes = [f"-I{p}" for p in (ROOT / "tests/csrc/cuda_on_cpu", ROOT / "csrc", include_paths()[0])]
+    sources = ["-x", "c++", "csrc/cuda.cu", "csrc/cpu.cpp", "tests/csrc/cuda_on_cpu/main.cpp"]
+    made = run(CXX, *flags, "-Wno-unknown-pragmas", *includes, *sources, "-o", program)
+    assert made.returncode == 0, made.stderr
+    return program
+
+
+@needs_compiler
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_cuda_kernels_equal_the_cpu_kernels_to_the_bit(kernels_program, capability):
+    found = run(kernels_program, ADAM_GHOST_CPU_CAPABILITY=capability)
+    assert found.returncode == 0, found.stdout
+    if not found.stdout.endswith(f"on {capability}\n"):
+        pytest.skip(f"this processor has no {capability}; its best was equal")
+
+
+def cuobjdump():
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else None
+    return shutil.which("cuobjdump") or (bundled and shutil.which("cuobjdump", path=bundled))
+
+
+@pytest.mark.skipif(not extension.built["cuda"], reason=extension.reason("cuda") or "built")
+@pytest.mark.skipif(not cuobjdump(), reason="no cuobjdump")
+def test_cuda_kernels_have_no_spills():
+    listing = run(cuobjdump(), "-res-usage", extension.C.__file__).stdout
+    used = re.findall(r"arch = sm_(\w+)|Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", listing)
+    arch, seen = None, {}
+    for new_arch, name, *numbers in used:
+        arch = new_arch or arch
+        if name:
+            registers, stack, _, local = map(int, numbers)
+            assert stack == local == 0, f"{name} on sm_{arch} spills: stack {stack}, local {local}"
+            assert registers <= (255 if "ELi4E" in name else 128), f"{name} on sm_{arch}: {registers} registers"
+            seen.setdefault(arch, set()).add(name)
+    assert set(seen) == set(extension.built["cuda"].split())
+    assert all(sum("correct" in name for name in names) == 8 for names in seen.values())  # four rules, one target or several
+
+
+# ---- the build ----
+
+
+def build(tmp_path, **environment):
+    made = run(sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path, "--build-lib", tmp_path / "lib", **environment)
+    return made, tmp_path / "lib"
+
+
+USE = """
+import json, sys, warnings
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]  # it would find the checkout's
+import torch
+from adam_ghost import doctor, extension
+from adam_ghost.optim import adam_op
+from adam_ghost.optim.adam_definition import StepScalars
+warnings.simplefilter("always")
+x = [torch.ones(3)]
+s = StepScalars(1, 1e-3, 0.9, 0.999, 1e-8)
+with warnings.catch_warnings(record=True) as seen:
+    for _ in range(3):
+        P, sums = adam_op.variance_correction(x, x, x, x, x, x, [s])
+kept = [str(w.message) for w in seen if "adam_ghost" in str(w.message)]
+print(json.dumps([extension.__file__, kept, [list(f) for f in doctor.report()], P[0].tolist()]))
+"""
+
+
+def use(package):
+    """What a user of this build sees: its warnings, doctor's findings, and a result."""
+    found = subprocess.run([sys.executable, "-c", USE], cwd=package, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    where, warned, findings, P = json.loads(found.stdout)
+    assert Path(where).is_relative_to(package)
+    return warned, {name: (active, why) for name, active, why in findings}, P
+
+
+def test_no_compiler_builds_and_works_and_says_so_once(tmp_path):
+    made, package = build(tmp_path, CXX="no-such-compiler")
+    assert made.returncode == 0, made.stderr
+    assert made.stderr.count("no C++ compiler (no-such-compiler), C++ part left out") == 1
+    assert not list(package.rglob("_C*"))
+    kernels = [p.relative_to(package / "adam_ghost/kernels") for p in (package / "adam_ghost/kernels").rglob("*.py")]
+    assert sorted(kernels) == sorted(p.relative_to(ROOT / "kernels") for p in (ROOT / "kernels").rglob("*.py"))
+    warned, findings, _ = use(package)
+    assert len(warned) == 1 and "the extension was not built" in warned[0]
+    for part in ("extension, CPU", "extension, CUDA"):
+        assert findings[part][0] is False and "the extension was not built" in findings[part][1]
+
+
+@needs_compiler
+def test_without_cuda(tmp_path):
+    made, package = build(tmp_path, ADAM_GHOST_CUDA="0", ADAM_GHOST_CXXFLAGS="-O0")
+    assert made.returncode == 0, made.stderr
+    assert "CUDA part left out: ADAM_GHOST_CUDA=0" in made.stderr
+    warned, findings, _ = use(package)
+    assert not warned and findings["extension, CPU"][0]
+    assert findings["extension, CUDA"][0] is False and findings["extension, CUDA"][1] == "the extension was built without CUDA"
+
+
+@needs_compiler
+def test_cuda_that_was_asked_for_and_is_not_there_fails(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "c++").symlink_to(CXX)
+    made, _ = build(tmp_path, ADAM_GHOST_CUDA="1", PATH=str(tools), CXX=str(tools / "c++"), NVCC=None, CUDA_HOME=str(tmp_path))
+    assert made.returncode != 0 and "ADAM_GHOST_CUDA=1 but no nvcc was found" in made.stderr
+
+
+def test_a_broken_extension_is_named(tmp_path):
+    _, package = build(tmp_path, CXX="no-such-compiler")
+    (package / "adam_ghost" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    warned, findings, _ = use(package)
+    assert len(warned) == 1 and "the extension does not load" in warned[0]
+    assert "does not load" in findings["extension, CPU"][1]
+
+
+def test_doctor_agrees_with_this_installation():
+    findings = {f.name: f for f in doctor.report()}
+    assert findings["torch"].active and findings["reference code"].active
+    assert findings["extension, CPU"].active == (not extension.reason("cpu"))
+    assert findings["extension, CUDA"].active == (not extension.reason("cuda") and torch.cuda.is_available())
+    assert all(f.why for f in findings.values())
+
+
+def test_one_range_of_torch():
+    """What doctor calls supported is what an installation asks for."""
+    low, high = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).groups()
+    assert tuple(tuple(map(int, x.split("."))) for x in (low, high)) == doctor.TORCH

@@ -1,0 +1,92 @@
+"""Every kind of layer: scores equal < P , g_i > of both oracles, to rounding in float64."""
+
+import pytest
+import torch
+from oracles import close, derivative_of_losses, gradients_loss_by_loss, gradients_one_by_one, inner
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from zoo import IN_FLOAT32, NO_FORWARD_MODE, ONE, RANDOM, SEQUENCES, VOCABULARY, Checkpointed, D, Embed, Fn, N, around, problem
+
+
+def check(case, name=""):
+    case.warm().record()
+    scores = case.attribute()
+    P = case.direction()
+    assert not scores.requires_grad and scores.dtype == torch.float64
+    tolerance = 1e-6 if name in IN_FLOAT32 else 1e-10
+    close(scores, torch.stack([inner(P, g) for g in gradients_one_by_one(case)]), tolerance)
+    if name not in NO_FORWARD_MODE:
+        close(scores, derivative_of_losses(case, P), tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ONE)
+def test_layer(name, reduction):
+    check(problem(*ONE[name], reduction=reduction), name)
+
+
+@pytest.mark.parametrize("n, T", [(N, 7), (N, N), (1, 3)], ids=["T=7", "T=n", "n=1"])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequence(name, n, T):
+    if name == "expanded" and n == 1:
+        pytest.skip("its expansion is over n")
+    check(problem(*SEQUENCES[name], n=n, T=T, reduction="sum" if T == N else "mean"), name)
+
+
+@pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="torch runs backward passes with function modes off: named as not covered"
+)
+def test_plain_parameter_in_reentrant_checkpoint():
+    check(problem(lambda: Checkpointed(True, raw=True), "x"), "checkpoint-reentrant")
+
+
+def both_ways(self, x):
+    """A block that sees samples first, then tokens first: where there are as many of both, its recomputations look alike."""
+    x = checkpoint(self.block, torch.tanh(self.first(x)), use_reentrant=True)
+    return self.last(checkpoint(self.block, x.transpose(0, 1), use_reentrant=True).transpose(0, 1))
+
+
+def test_checkpoint_called_both_ways():
+    def build():
+        return Fn(both_ways, first=nn.Linear(D, D), block=around(nn.LayerNorm(D)), last=nn.Linear(D, 2))
+
+    check(problem(build, "x"), "checkpoint-reentrant")
+    with pytest.raises(RuntimeError, match=r"not attributed: block\.0\.weight"):
+        check(problem(build, "x", T=N))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_and_stateful_layers(name):
+    """The replay of a call draws the numbers, and meets the buffers, that the call met."""
+    case = problem(RANDOM[name], "x").warm()
+    case.cache.validation.val_loss = lambda: sum(p.sin().sum() for p in case.params.values())
+    buffers = {k: b.clone() for k, b in case.model.named_buffers()}
+    case.record()
+    after = {k: b.clone() for k, b in case.model.named_buffers()}
+    scores = case.attribute(at="current", rule="sgd")
+    assert all(torch.equal(b, after[k]) for k, b in case.model.named_buffers())
+    for k, b in case.model.named_buffers():
+        b.copy_(buffers[k])
+    P = {k: 1e-2 * p.detach().cos() for k, p in case.params.items()}
+    close(scores, torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
+
+
+def test_frequency_scaled_embedding():
+    """Counts are of the whole batch, as in the gradient."""
+    case = problem(lambda: Embed(nn.Embedding(VOCABULARY, D, scale_grad_by_freq=True)), "ids").warm().record()
+    P = case.direction()
+    close(case.attribute(), torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
+
+
+@pytest.mark.parametrize("T", [N, 3], ids=["T=n", "T=3"])
+def test_a_part_of_the_model_called_on_its_own(T):
+    """As in GPT-2's `model.transformer(x)`: what is looked up inside is no batch, whatever its size."""
+    body = lambda s, i: s.p(torch.arange(i.shape[1])) + s.e(i)  # noqa: E731
+    parts = {"body": Fn(body, e=nn.Embedding(VOCABULARY, D), p=nn.Embedding(9, D)), "head": nn.Linear(D, 3)}
+    case = problem(lambda: nn.ModuleDict(parts), "ids", T=T)
+    case.model.forward = lambda i: parts["head"](torch.tanh(parts["body"](i)))
+    case.optimizer.zero_grad()
+    with case.cache:
+        case.shares(case.model.forward(*case.inputs)).sum().backward()
+    P = case.direction()
+    close(case.attribute(), torch.stack([inner(P, g) for g in gradients_one_by_one(case)]))
