@@ -213,12 +213,13 @@ class After(Collecting):
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         micro = self._armed
-        recording = None if micro is None else micro.recording
-        if recording is not None and torch.is_grad_enabled() and not self.recorder.open:
+        if micro is None or micro.recording is None:
+            return
+        if torch.is_grad_enabled() and not self.recorder.open:
             if micro.audit:
                 micro.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
-            self.recorder.begin(recording)
+            self.recorder.begin(micro.recording)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.recorder.open or self.recorder.inside_model:
