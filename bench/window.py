@@ -146,7 +146,7 @@ HORIZONS = (1, 10, 30)
 STEPS = [41, 81, 121]  # past the first, in which the step is the gradient's sign and no linearization is exact
 
 
-def measure_run(name: str, seed: int, windows_of: list[str] = list(WINDOWS)) -> dict[str, Any]:
+def measure_run(name: str, seed: int, windows_of: list[str]) -> dict[str, Any]:
     """LDS and AUROC of every way to score, on one task with one seed."""
     torch.set_num_threads(1)
     task = TASKS[name](seed)
