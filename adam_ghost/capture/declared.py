@@ -28,7 +28,8 @@ def keeps_samples_apart(function: type[torch.autograd.Function]) -> type[torch.a
         raise TypeError(f"keeps_samples_apart expects a subclass of torch.autograd.Function, got {function!r}")
     if function in FOLLOWED:
         return function
-    plain = function.apply.__func__
+    patched: Any = function  # whose method is replaced
+    plain = patched.apply.__func__
 
     def run(*args: Any) -> Any:
         tensors = tuple(x for x in args if isinstance(x, Tensor))
@@ -40,7 +41,7 @@ def keeps_samples_apart(function: type[torch.autograd.Function]) -> type[torch.a
         return run(*args) if cls is function else plain(cls, *args)
 
     run.__name__ = f"{function.__qualname__}.apply"
-    function.apply = classmethod(apply)
+    patched.apply = classmethod(apply)
     DECLARED[run] = Declared(run, function.__qualname__)
     FOLLOWED.add(function)
     return function

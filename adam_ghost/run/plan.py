@@ -37,7 +37,7 @@ class Plan(Recorder):
             with (
                 torch.random.fork_rng(devices),
                 torch.compiler.set_stance("force_eager"),
-                torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: None),  # there will be no backward pass
+                torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing),  # there will be no backward pass
             ):
                 self.begin(recording)
                 try:
@@ -65,6 +65,11 @@ class Plan(Recorder):
     def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
+
+
+def _nothing(saved: Any) -> Any:
+    """In place of what a backward pass would need."""
+    return None
 
 
 def kind_of_step(model: nn.Module, args: tuple, kwargs: dict) -> Hashable:
