@@ -110,13 +110,20 @@ class AdamState:
         scalars = [row.scalars for row in rows]
 
         def rebuild(tensors: list[Tensor | None]) -> AdamState:
-            return AdamState(ParamState(*tensors[4 * i : 4 * i + 4], s) for i, s in enumerate(scalars))
+            rows = []
+            for i, s in enumerate(scalars):
+                p, m, v, v_max = tensors[4 * i : 4 * i + 4]
+                assert p is not None
+                rows.append(ParamState(p, m, v, v_max, s))
+            return AdamState(rows)
 
         return Kept([None if x is None else x.detach().clone() for row in rows for x in row[:4]], rebuild)
 
     def advanced(self, grads: Sequence[Tensor | None], scalars: list[StepScalars]) -> "AdamState":
         tensors, rebuild = self.kept(list(self.parameters()))
-        rows = list(rebuild(tensors)._params.values())
+        copied = rebuild(tensors)
+        assert isinstance(copied, AdamState)
+        rows = list(copied._params.values())
         alike: dict[StepScalars, list[int]] = {}
         for i, (row, g) in enumerate(zip(rows, grads, strict=True)):
             if g is not None:

@@ -45,25 +45,25 @@ def differences(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor],
 
 def double(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
     """The gradient of ``< g(w) , vector >``: exact, for code whose backward pass can be differentiated, at twice the price."""
-    rerun.find_scales(batches)
+    scales = rerun.find_scales(batches)
     total = [torch.zeros_like(p) for p in rerun.params]
-    for batch in batches:
+    for batch, scale in zip(batches, scales, strict=True):
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # the one attention with a second derivative
             first = torch.autograd.grad(rerun.loss(batch), rerun.params, create_graph=True, allow_unused=True)
             pairs = [(g, v.to(g.dtype)) for g, v in zip(first, vector, strict=True) if g is not None and g.requires_grad]
             if pairs:
                 bent, along = zip(*pairs, strict=True)
-                _add(total, torch.autograd.grad(bent, rerun.params, along, allow_unused=True), batch.scale)
+                _add(total, torch.autograd.grad(bent, rerun.params, along, allow_unused=True), scale)
     return total
 
 
 def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
     """The derivative of the gradient along ``vector``: exact, for code with forward-mode derivatives."""
-    rerun.find_scales(batches)
+    scales = rerun.find_scales(batches)
     total = [torch.zeros_like(p) for p in rerun.params]
     held = {name: p.detach() for name, p in zip(rerun.names, rerun.params, strict=True)}
     along = dict(zip(rerun.names, vector, strict=True))
-    for batch in batches:
+    for batch, scale in zip(batches, scales, strict=True):
 
         def loss(held: dict[str, Tensor], batch: KeptBatch = batch) -> Tensor:
             # buffers that the model writes to have to belong to the transform
@@ -73,8 +73,8 @@ def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vec
 
         with sdpa_kernel(SDPBackend.MATH):  # the one attention with a forward mode
             # forward over reverse: the other order is silently wrong through layer_norm (PyTorch 2.13)
-            _, found = torch.func.jvp(torch.func.grad(loss), (held,), (along,))
-        _add(total, list(found.values()), batch.scale)
+            found = torch.func.jvp(torch.func.grad(loss), (held,), (along,))[1]
+        _add(total, list(found.values()), scale)
     return total
 
 

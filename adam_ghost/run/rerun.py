@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ _ROUNDING = 1e-4
 class KeptBatch:
     """What it takes to run a micro-batch's forward pass again."""
 
-    ids: list[Hashable]
+    ids: Sequence[Hashable]
     inputs: Any
     packing: Packing | None
     rng: RngState  # when the model's forward pass began
     autocast: torch.dtype | None  # in that pass
-    slopes: Tensor | None = None  # norms of the gradients that came to every fourth row of the model's output
+    slopes: Tensor = field(init=False)  # norms of the gradients that came to every fourth row of the model's output, once they have
     scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
 
 
@@ -49,7 +49,7 @@ class Rerun:
         self.names, self.params = list(params), list(params.values())
         self.device = self.params[0].device
 
-    def keep(self, ids: list[Hashable], inputs: Any, packing: Packing | None) -> KeptBatch:
+    def keep(self, ids: Sequence[Hashable], inputs: Any, packing: Packing | None) -> KeptBatch:
         """Called where the batch's forward pass begins."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -68,7 +68,7 @@ class Rerun:
 
         def begin(*_: Any) -> None:
             torch.set_rng_state(host)
-            if on_device is not None:
+            if device is not None and on_device is not None:
                 torch.cuda.set_rng_state(on_device, device)
 
         with ExitStack() as stack:
@@ -106,19 +106,21 @@ class Rerun:
             raise ValueError("schedule='window' needs a model that train_loss calls once, and that returns a tensor")
         return loss, seen[0]
 
-    def measure_scale(self, batch: KeptBatch, found: Tensor) -> None:
+    def measure_scale(self, batch: KeptBatch, found: Tensor) -> Tensor:
         """Takes, from the output's slopes where the batch ran again at its own weights, what its loss was multiplied by then."""
         size = found.norm()
         scale = torch.where(size > 0, batch.slopes.to(found).norm() / size, 1.0)
         batch.scale = torch.where((scale - 1).abs() < _ROUNDING, 1.0, scale)
+        return batch.scale
 
-    def find_scales(self, batches: Sequence[KeptBatch]) -> None:
-        """``measure_scale`` of those whose scale is not known, by a forward pass at the weights that the model holds."""
-        for batch in batches:
-            if batch.scale is None:
-                with torch.enable_grad():
-                    loss, out = self.loss_and_output(batch)
-                    self.measure_scale(batch, slopes(torch.autograd.grad(loss, out)[0]))
+    def find_scales(self, batches: Sequence[KeptBatch]) -> list[Tensor]:
+        """The batches' scales; ``measure_scale`` of those not known yet, by a forward pass at the weights that the model holds."""
+        return [self._find_scale(batch) if batch.scale is None else batch.scale for batch in batches]
+
+    def _find_scale(self, batch: KeptBatch) -> Tensor:
+        with torch.enable_grad():
+            loss, out = self.loss_and_output(batch)
+            return self.measure_scale(batch, slopes(torch.autograd.grad(loss, out)[0]))
 
     def gradient(self, batches: Sequence[KeptBatch]) -> list[Tensor]:
         """The gradient of the batches' losses, as the loop scaled them, by the parameters; zeros where there is none."""

@@ -3,8 +3,9 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -74,6 +75,7 @@ class Scored(NamedTuple):
     history: Tensor  # [K]
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
     at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
+    unexplained: Callable[[], list[str]] | None = None  # the parameters whose calls do not explain their gradient
 
 
 @dataclass
@@ -219,12 +221,13 @@ class After(Collecting):
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         micro = self._armed
-        recording = None if micro is None else micro.recording
-        if recording is not None and torch.is_grad_enabled() and not self.recorder.open:
+        if micro is None or micro.recording is None:
+            return
+        if torch.is_grad_enabled() and not self.recorder.open:
             if micro.audit:
                 micro.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
-            self.recorder.begin(recording)
+            self.recorder.begin(micro.recording)
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.recorder.open or self.recorder.inside_model:
@@ -250,7 +253,8 @@ class After(Collecting):
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
         at = 0.5 if self.loop.refreshes else None
-        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at)
+        why = partial(step.unexplained, direction.P)
+        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at, why)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters."""

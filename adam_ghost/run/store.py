@@ -75,7 +75,8 @@ class Store:
 
     def __init__(self, limit: int | None, folder: str | None = None):
         self.limit, self.used = limit, 0
-        self._parent, self._folder, self._files = folder, None, 0
+        self._parent, self._files = folder, 0
+        self._folder: Path | None = None
 
     def put(self, tensors: Sequence[Tensor | None]) -> Held:
         return Held(tensors, self)

@@ -4,7 +4,7 @@ What comes out for a step's gradient is a direction ``P`` like any other. The st
 its calls are contracted with ``P``, and the feedback of its gradient is added to the weights' adjoint (docs/method.md, 6).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -200,12 +200,12 @@ class Sweep:
         recordings, scores = [], []
         for batch in step.batches:
             recording = ContractingRecording(P, len(batch.ids), batch.packing)
-            found = self._record(batch, recording, [self.loop.params[name] for name in small])
+            found, scale = self._record(batch, recording, [self.loop.params[name] for name in small])
             for name, g in zip(small, found, strict=True):
                 if g is not None:
-                    again[name] += g * (step.factor * batch.scale).to(g.dtype)
+                    again[name] += g * (step.factor * scale).to(g.dtype)
             recordings.append(recording)
-            scores.append(recording.scores * batch.scale.to(recording.scores.dtype))
+            scores.append(recording.scores * scale.to(recording.scores.dtype))
         self._compare(step, {name: given[name] for name in small}, again)
         report_coverage(given, recordings, self.window.coverage)
         total = torch.stack([P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in zip(self.names, raw, strict=True)])
@@ -215,8 +215,10 @@ class Sweep:
         history = torch.full_like(total[0], float("nan"))  # no part of a window's credit is apart from its samples
         return Scored(torch.cat(scores), val_loss, total.sum(0), history, step.edited)
 
-    def _record(self, batch: KeptBatch, recording: ContractingRecording, small: list[nn.Parameter]) -> list[Tensor | None]:
-        """Runs a batch again, contracts its calls as their gradients come, and returns the gradients of ``small``.
+    def _record(
+        self, batch: KeptBatch, recording: ContractingRecording, small: list[nn.Parameter]
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        """Runs a batch again, contracts its calls as their gradients come; returns ``small``'s gradients and the loss' scale.
 
         The weights' gradients, which are known, are not formed: two thirds of a backward pass are enough.
         """
@@ -232,10 +234,13 @@ class Sweep:
             if recorder.open and not recorder.inside_model:
                 recorder.end()
 
+        def take_head(module: nn.Module, args: tuple, output: Any) -> None:
+            heads.extend(x for x in (first_output(output),) if x is not None)
+
         recorder.attach()
         handles = [
             model.register_forward_pre_hook(begin, prepend=True),
-            self.rerun.head.register_forward_hook(lambda module, args, output: heads.append(first_output(output))),
+            self.rerun.head.register_forward_hook(take_head),
             model.register_forward_hook(end, always_call=True),
         ]
         # compiled layers cannot be recorded
@@ -252,8 +257,7 @@ class Sweep:
             recorder.end()
             recorder.recording = None
             recorder.detach()
-        self.rerun.measure_scale(batch, slopes(out))
-        return found[: len(small)]
+        return found[: len(small)], self.rerun.measure_scale(batch, slopes(out))
 
     def _compare(self, step: KeptStep, used: dict[str, Tensor], again: dict[str, Tensor]) -> None:
         """Raises ValueError where the batch, run again, does not give the gradient that the optimizer used."""
