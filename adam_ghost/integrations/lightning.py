@@ -67,7 +67,7 @@ class AttributionCallback(Callback):
         # run looks at them: a hook before the run's own calls the closure
         self._hook = trainer.optimizers[0].register_step_pre_hook(_call_closure)
         model = pl_module.get_submodule(self.net)
-        val_loss, train_loss = lambda: self.val_loss(pl_module), lambda given: _train_loss(trainer, pl_module, given)  # noqa: E731
+        val_loss, train_loss = lambda: self.val_loss(pl_module), lambda given: _train_loss(trainer, pl_module, given)
         self.run = InRun(model, trainer.optimizers[0], val_loss, train_loss=train_loss, **self.options)
         if self._loaded is not None:
             self.run.load_state_dict(self._loaded)
