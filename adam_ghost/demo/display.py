@@ -11,6 +11,7 @@ from rich.text import Text
 
 from adam_ghost.demo.data import Corpus
 from adam_ghost.demo.train import METHODS, Progress, Result
+from adam_ghost.ledger.formulas import neutral
 
 
 class Display:
@@ -116,7 +117,7 @@ def show(console: Console, result: Result, corpus: Corpus, share: float, batch: 
 
 
 def save(path: Path, result: Result, corpus: Corpus) -> None:
-    """One line per sample, most helpful first."""
+    """One line per sample, most helpful first; a text that a spreadsheet would run as a formula gets an apostrophe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
@@ -124,4 +125,5 @@ def save(path: Path, result: Result, corpus: Corpus) -> None:
         for k in np.argsort(-result.scores.total, kind="stable"):
             i = result.scores.ids[k]
             row = [f"{result.scores.total[k]:.8g}", f"{result.scores.standardized[k]:.6g}"]
-            writer.writerow([i, corpus.domains[i], corpus.sources[i], result.scores.steps[k], *row, corpus.texts[i]])
+            source, text = neutral(corpus.sources[i]), neutral(corpus.texts[i])
+            writer.writerow([i, corpus.domains[i], source, result.scores.steps[k], *row, text])

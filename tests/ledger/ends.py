@@ -4,6 +4,7 @@
 FILL is ``writer``, which hands steps of a seed to a LedgerWriter, or ``run``, which trains: an InRun holds steps of its own.
 """
 
+import gc
 import mmap
 import os
 import random
@@ -14,8 +15,8 @@ import time
 from pathlib import Path
 
 import made
+import pyarrow as pa
 
-from adam_ghost.ledger import layout
 from adam_ghost.ledger.writer import LedgerWriter
 
 STEPS = 5
@@ -88,14 +89,18 @@ def end(fill, kind, folder, moment):
 
 
 def warm_up():
-    """Loads what the first part that is written loads, pandas among it; no thread of Arrow's is started."""
-    layout.pa.array([1, None])
+    """Makes the ends that follow cheap."""
+    pa.array([1, None])  # loads what the first part does, pandas among it
+    gc.collect()
+    gc.freeze()  # a child neither copies nor looks through what is there already
 
 
 def main():
     folder, fill, count = Path(sys.argv[1]), {"writer": hand_over, "run": train}[sys.argv[2]], int(sys.argv[3])
     if fill is train:
-        import torch  # noqa: F401  no backward pass: autograd's threads do not survive a fork
+        import ledger_victim
+
+        ledger_victim.warm_up()
     moments = random.Random(3)
     for i in range(count):
         for kind in sys.argv[4:]:

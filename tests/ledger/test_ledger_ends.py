@@ -20,10 +20,10 @@ STATUS = {"normal": 0, "exception": 1, "exit": 3, "sigterm": -signal.SIGTERM, "h
 
 
 @pytest.mark.parametrize(
-    ("fill", "kinds", "count"), [("writer", list(STATUS), 50), ("run", list(STATUS)[:5], 10)], ids=["writer", "run"]
+    ("fill", "kinds", "count"), [("writer", list(STATUS), 50), ("run", list(STATUS)[:5], 5)], ids=["writer", "run"]
 )
 def test_ends_without_close(tmp_path, fill, kinds, count):
-    """Fifty ends of each kind of a program that filled a writer, ten of each kind of one that trained."""
+    """Fifty ends of each kind of a program that filled a writer, five of each kind of one that trained."""
     program = [sys.executable, Path(__file__).with_name("ends.py"), tmp_path, fill, str(count), *kinds]
     environment = {
         **os.environ,
