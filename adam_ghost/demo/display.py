@@ -11,6 +11,7 @@ from rich.text import Text
 
 from adam_ghost.demo.data import Corpus
 from adam_ghost.demo.train import METHODS, Progress, Result, auroc, summarize
+from adam_ghost.ledger.formulas import neutral
 
 
 class Display:
@@ -170,7 +171,7 @@ def _by_credit(result: Result) -> np.ndarray:
 
 
 def save(path: Path, result: Result, corpus: Corpus) -> None:
-    """One line per sample, most helpful first."""
+    """One line per sample, most helpful first; a text that a spreadsheet would run as a formula gets an apostrophe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
@@ -178,4 +179,5 @@ def save(path: Path, result: Result, corpus: Corpus) -> None:
         for i in _by_credit(result).tolist():
             values = (result.by_window[i], result.by_step[i], result.standardized[i], result.summed_loss[i])
             row = [f"{x:.8g}" for x in values]
-            writer.writerow([i, corpus.domains[i], corpus.sources[i], result.met[i], *row, corpus.texts[i]])
+            source, text = neutral(corpus.sources[i]), neutral(corpus.texts[i])
+            writer.writerow([i, corpus.domains[i], source, result.met[i], *row, text])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 import adam_ghost as ag
 
-STEPS, KILLS = 400, 50
+STEPS, KILLS = 400, 200
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def wait_for_steps(process, made, steps):
         time.sleep(0.002)
 
 
-def test_fifty_kills(forks, tmp_path):
+def test_two_hundred_kills(forks, tmp_path):
     run_to_the_end(forks, tmp_path / "whole")
     whole, booked = rows(tmp_path / "whole/ledger")
     assert booked == list(range(1, STEPS + 1)) == list(whole)
