@@ -101,3 +101,52 @@ def test_steps_of_the_optimizer_alone_are_followed(optimizer, dtype):
     model = small_network().to(dtype)
     scores = run_window(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-2, **optimizer))
     assert scores.isfinite().all() and scores.abs().sum() > 0
+
+
+class PartlyUnused(nn.Module):
+    """Some of its parameters get gradients of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.unused, self.outer = nn.Linear(5, 7), nn.Linear(5, 1), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)) + 0 * self.unused(x))
+
+
+class Used(PartlyUnused):
+    """The same without them."""
+
+    def __init__(self):
+        super().__init__()
+        del self.unused
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("schedule", ["window", "lookahead"])
+def test_gradients_of_zeros_beside_clipped_ones(schedule):
+    """Clipping leaves zeros where they are, which says nothing of the factor."""
+    model = PartlyUnused().double()
+    if schedule == "window":
+
+        def clip(model):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+
+        torch.testing.assert_close(
+            run_window(PartlyUnused().double(), before_step=clip), run_window(Used().double(), before_step=clip)
+        )
+        return
+    *data, (x_val, y_val) = batches(14)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    run = adam_ghost.InRun(model, optimizer, lambda: cross_entropy(model(x_val), y_val), schedule, strict=True)
+    for step, (x, y) in enumerate(data):
+        run.batch([f"{step}.{i}" for i in range(SAMPLES)])
+        cross_entropy(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+        optimizer.step()
+        optimizer.zero_grad()
+    run.close()
+    assert len(run.steps) == len(data)
