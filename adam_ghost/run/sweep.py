@@ -201,6 +201,13 @@ class Sweep:
             return base, None, set()
         same_factor = len(clipped) > 1 and bool(factors[down].max() - factors[down].min() <= 1e-4 * factors[down].max())
         uneven = bool(clipped.max() - clipped.min() > 1e-3 * clipped.max())
+        if uneven and not same_factor:
+            self.window.coverage.tell(
+                "clipping",
+                f"steps {first.number} to {self.steps[-1].number}: gradients were scaled down by factors that change from step to"
+                " step, and not to one norm; credit takes these factors for constants, which is wrong where they depend on the"
+                " gradient: clip_grad_norm_ is followed with its norm_type=2, one max_norm, and all of the model's parameters",
+            )
         if same_factor or uneven:
             return base, None, set()
         # a scaler's gradient that was clipped by a power of two looks as if it was not

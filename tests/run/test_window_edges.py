@@ -150,3 +150,13 @@ def test_gradients_of_zeros_beside_clipped_ones(schedule):
         optimizer.zero_grad()
     run.close()
     assert len(run.steps) == len(data)
+
+
+def test_clipping_to_another_norm_is_named():
+    def clip(model):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.02, norm_type=float("inf"))
+
+    with pytest.raises(RuntimeError, match="scaled down by factors that change from step to step, and not to one norm"):
+        run_window(small_network(), before_step=clip)
+    with pytest.warns(UserWarning, match="adam_ghost: steps 1 to 7: gradients were scaled down"):
+        run_window(small_network(), before_step=clip, strict=False)
