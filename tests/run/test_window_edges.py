@@ -160,3 +160,65 @@ def test_clipping_to_another_norm_is_named():
         run_window(small_network(), before_step=clip)
     with pytest.warns(UserWarning, match="adam_ghost: steps 1 to 7: gradients were scaled down"):
         run_window(small_network(), before_step=clip, strict=False)
+
+
+def _scores_under_autocast(schedule: str, *, step_inside: bool) -> torch.Tensor:
+    model = small_network().float()
+    *data, (x_val, y_val) = batches(15)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def train_loss(batch):
+        return cross_entropy(model(batch[0]).float(), batch[1])
+
+    def val_loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return train_loss((x_val.float(), y_val))
+
+    options = {"train_loss": train_loss, "window": 8, "ahead": 6} if schedule == "window" else {}
+    run = adam_ghost.InRun(model, optimizer, val_loss, schedule, strict=True, **options)
+    for step, (x, y) in enumerate(data):
+        with torch.autocast("cpu", torch.bfloat16, enabled=step_inside):
+            run.batch([f"{step}.{i}" for i in range(SAMPLES)], inputs=(x.float(), y))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = train_loss((x.float(), y))
+            loss.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "adam_ghost: the run ended")
+        run.close()
+    return torch.from_numpy(run.scores().total)
+
+
+@pytest.mark.parametrize("schedule", ["midpoint", "gauss", "lookahead", "window"])
+def test_a_step_inside_of_autocast_is_scored_like_one_outside(schedule):
+    """Autocast keeps casts of the weights as they were: other weights would not count."""
+    inside, outside = (_scores_under_autocast(schedule, step_inside=inside) for inside in (True, False))
+    # lookahead scores in the backward pass, which autocast rounds to bfloat16
+    rounding = outside.abs().max() * 2**-8 if schedule == "lookahead" else 0
+    torch.testing.assert_close(inside, outside, rtol=0, atol=float(rounding))
+
+
+def test_differences_of_weights_near_zero():
+    """A step in proportion to weights of 1e-4 would be rounded away in float32."""
+
+    def scores(dtype, feedback):
+        model = nn.Linear(5, 3).to(dtype)
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        return run_window(model, optimizer=optimizer, feedback=feedback, ahead=12, steps=16)[1:]  # after the step from zero moments
+
+    exact = scores(torch.float64, "double")
+    assert (scores(torch.float64, "none") - exact).norm() > 0.2 * exact.norm()
+    assert (scores(torch.float32, "differences") - exact).norm() < 0.02 * exact.norm()
+
+
+def test_differences_of_bfloat16_weights():
+    def scores(feedback):
+        model = small_network().bfloat16()
+        return run_window(model, feedback=feedback, ahead=12, steps=16, strict=False)
+
+    exact = scores("double")
+    assert (scores("none") - exact).norm() > 0.2 * exact.norm()
+    assert (scores("differences") - exact).norm() < 0.1 * exact.norm()
