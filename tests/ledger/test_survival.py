@@ -54,7 +54,7 @@ def wait_for_steps(process, made, steps):
 
 
 def test_two_hundred_kills(forks, tmp_path):
-    """A kill takes about a third of a second of one core. Nothing is there twice, nothing wrong, no step without those before it."""
+    """A kill takes about a third of a second of a core. Nothing is there twice or wrong, no step without those before it."""
     run_to_the_end(forks, tmp_path / "whole")
     whole, booked = rows(tmp_path / "whole/ledger")
     assert booked == list(range(1, STEPS + 1)) == list(whole)
