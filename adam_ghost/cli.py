@@ -46,11 +46,11 @@ def main(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 400,
+    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 256,
     samples: Annotated[int, typer.Option(min=64, help="Training samples.")] = 640,
-    audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played.")] = 4,
+    audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the corpus, the model and the order.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for scores.csv, the ledger and report.html.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, the ledgers and reports.")] = Path("runs/demo"),
 ) -> None:
     """Train a small GPT on this machine's own texts, and see which of them helped it with a held-out target."""
     from adam_ghost.demo import display, train
@@ -61,20 +61,23 @@ def demo(
     console = _console()
     corpus = load_corpus(samples, targets=16, length=65, seed=seed)
     console.print(f"{samples} samples of 64 characters: Python's documentation, its sources, and documentation garbled.")
-    ledger = train.open_ledger(out / "ledger", corpus)
+    parts = {"ledger": "report.html", "windows": "windows.html"}  # one run by steps, one by windows
+    ledgers = train.open_ledger(out / "ledger", corpus), train.open_ledger(out / "windows", corpus)
     with display.Display(console) as shown:
-        result = train.train(corpus, steps, audits, seed, shown.update, ledger)
+        result = train.train(corpus, steps, audits, seed, shown.update, ledgers)
     share = train.throughput(corpus, rounds=max(5, steps // 10), seed=seed)
     display.show(console, result, corpus, share, train.BATCH)
     display.save(out / "scores.csv", result, corpus)
     console.print(f"All scores: {out / 'scores.csv'}")
-    if ledger is None:
-        console.print(Text(f"For a ledger and a report: {how_to_install('report')}"))
+    if ledgers[0] is None:
+        console.print(Text(f"For ledgers and reports: {how_to_install('report')}"))
     else:
         from adam_ghost.report import write_report
 
-        write_report(out / "ledger", out / "report.html", title="adam_ghost demo")
-        console.print(f"Ledger: {out / 'ledger'}   (adam-ghost top {out / 'ledger'})", f"Report: {out / 'report.html'}", sep="\n")
+        for name, page in parts.items():
+            write_report(out / name, out / page, title=f"adam_ghost demo: {'one step' if name == 'ledger' else 'windows'}")
+            console.print(f"Ledger: {out / name}   (adam-ghost top {out / name})   Report: {out / page}")
+    console.print(Text(display.take_away(result, corpus)))
 
 
 @app.command()

@@ -3,8 +3,9 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -74,6 +75,7 @@ class Scored(NamedTuple):
     history: Tensor  # [K]
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
     at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
+    unexplained: Callable[[], list[str]] | None = None  # the parameters whose calls do not explain their gradient
 
 
 @dataclass
@@ -115,11 +117,14 @@ class Schedule(Protocol):
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
 
-    def swept(self) -> "list[tuple[Entry, Scored]]":
-        """Called when the optimizer has stepped: earlier steps that can be scored now."""
+    def swept(self) -> "list[tuple[Entry, Scored | None]]":
+        """Called when the optimizer has stepped: earlier steps that can be scored now; None: it turns out to have skipped one."""
 
-    def finish(self) -> "list[tuple[Entry, Scored]]":
+    def finish(self) -> "list[tuple[Entry, Scored | None]]":
         """Called when the run ends: earlier steps that have not been scored."""
+
+    def waiting(self) -> int | None:
+        """The first step whose scores are still to come."""
 
     def state_dict(self) -> Any: ...
 
@@ -197,10 +202,13 @@ class After(Collecting):
     def due(self) -> bool:
         return self.loop.step % self.loop.every == 0
 
-    def swept(self) -> list[tuple[Entry, Scored]]:
+    def swept(self) -> list[tuple[Entry, Scored | None]]:
         return []
 
     finish = swept
+
+    def waiting(self) -> int | None:
+        return None
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         self._arm(micro, Recording(micro.packing))
@@ -245,7 +253,8 @@ class After(Collecting):
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
         at = 0.5 if self.loop.refreshes else None
-        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at)
+        why = partial(step.unexplained, direction.P)
+        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at, why)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters."""

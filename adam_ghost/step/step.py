@@ -12,6 +12,7 @@ from adam_ghost.scores.contract import contract_all
 from adam_ghost.scores.forms import Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.step.coverage import Coverage
+from adam_ghost.step.fingerprint import Fingerprint
 
 
 @dataclass
@@ -39,6 +40,17 @@ class Step:
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
         return contract_all(self.recordings, P, per_token, half)
+
+    def unexplained(self, P: Directions) -> list[str]:
+        """The names of parameters whose samples' shares do not add up to their gradient, as far as ``P`` sees it; worst first."""
+        off = {}
+        for name, g in self.grads.items():
+            total = P[name].flatten(1) @ g.flatten().to(P[name].dtype)  # [K]
+            gap = (self.scores({name: P[name]}).sum(0) - total).abs().max()
+            if not gap <= 1e-3 * total.abs().max():
+                off[name] = float(gap)
+        worst = max(off.values(), default=0.0)
+        return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
 
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
@@ -72,3 +84,20 @@ def report_coverage(
     total = sum(x.numel() for x in (*grads.values(), *outside))
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
+
+
+def follow_scaling(step: Step, before: Fingerprint, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+    """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
+
+    Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
+    """
+    scale, edited, void = before.changes(step.grads)
+    # a fused optimizer unscales inside its step, on what the scaler leaves with it
+    if (factor := getattr(optimizer, "grad_scale", None)) is not None:
+        inverse = factor.to(void.device).reciprocal()
+        scale = {name: x * inverse for name, x in scale.items()}
+        step.grads = {name: g * inverse.to(g.dtype) for name, g in step.grads.items()}
+    if (found := getattr(optimizer, "found_inf", None)) is not None:
+        void = void | (found.to(void.device) > 0).any()
+    step.scale = {name: scale[name] for name in step.params}
+    return edited & ~void, void
