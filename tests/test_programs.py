@@ -20,15 +20,18 @@ def run(*args, **options):
 
 def test_demo(tmp_path):
     out = run("-m", "adam_ghost", "demo", "--steps", "8", "--samples", "64", "--audits", "1", "--out", str(tmp_path))
-    for part in ("Score by domain", "Most helpful", "Most harmful", "Audit", "Completeness", "AUROC", "Throughput", "scores.csv"):
+    for part in ("Score by domain", "Most helpful", "Most harmful", "Audit of one step", "Audit of windows", "AUROC", "Throughput"):
         assert part in out
+    assert "Completeness" in out and "summed training loss" in out and "scores.csv" in out
+    assert " ".join(out.split("Take-away: ")[1].split()).endswith(").")  # the last words
     assert "\x1b" not in out
     if importlib.util.find_spec("plotly") and importlib.util.find_spec("duckdb"):
         assert str(tmp_path / "report.html") in out and (tmp_path / "report.html").stat().st_size > 1e6
-        assert list((tmp_path / "ledger/scores").glob("*.parquet"))
+        for name in ("ledger", "windows"):
+            assert list((tmp_path / name / "scores").glob("*.parquet"))
     rows = list(csv.DictReader((tmp_path / "scores.csv").open(encoding="utf-8")))
     assert len(rows) == 64 and {r["domain"] for r in rows} == {"prose", "code", "corrupted"}
-    scores = [float(r["score"]) for r in rows]
+    scores = [float(r["window_standardized"]) for r in rows]
     assert scores == sorted(scores, reverse=True)
 
 
