@@ -3,7 +3,8 @@
     python examples/mislabelled_digits.py
 
 Trains a small network with AdamW and credits every sample with what it did over windows of steps: the lowest are suspects.
-The default ranking standardises credit within steps; its plain sum, which the first steps dominate, is printed too. The samples' own training losses, summed over the training, are the baseline that costs nothing, and are printed beside it.
+The default ranking standardises credit within steps; its plain sum, which the first steps dominate, is printed too. The
+samples' own training losses, summed over the training, are the baseline that costs nothing, and are printed beside them.
 """
 
 import argparse
