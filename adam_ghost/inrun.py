@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
+from adam_ghost.ledger.ids import normalise
 from adam_ghost.optim import read_optimizer
 from adam_ghost.run.arguments import check_arguments, check_held, window_options
 from adam_ghost.run.attached import claim, weakly
 from adam_ghost.run.compiled import is_compiled
-from adam_ghost.run.ids import normalise
 from adam_ghost.run.readback import Books, Pending, Readback
 from adam_ghost.run.schedules import After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.steps import Steps
