@@ -123,7 +123,8 @@ def copied(args, change=lambda i, t: t):
 
 def signature(args):
     """What torch's argument parser goes by."""
-    return tuple(tuple(map(type, x)) if isinstance(x, (list, tuple)) else type(x) for x in args)
+    kind = lambda x: x.dtype if isinstance(x, Tensor) else type(x)  # noqa: E731
+    return tuple(tuple(map(kind, x)) if isinstance(x, (list, tuple)) else kind(x) for x in args)
 
 
 def results(f, args):
