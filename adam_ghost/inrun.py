@@ -350,8 +350,8 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
-        if found.unexplained is not None and found.scores.device.type == "cpu":
-            self.coverage.blame(found.scores.detach().numpy(), found.total.numpy(), found.unexplained)
+        if found.unexplained is not None and found.accounted is not None and found.scores.device.type == "cpu":
+            self.coverage.blame(found.scores.detach().numpy(), found.accounted.numpy(), found.unexplained)
         if audit is not None:
             game, apart = audit
             r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
@@ -381,10 +381,12 @@ class InRun:
     def _enter(self, entry: Entry, found: Scored, void: Tensor) -> None:
         self._squeeze = found.val_loss.ndim == 0
         like = found.total
-        numbers = torch.stack([x.to(like).expand_as(like) for x in (found.val_loss, found.total, found.history, void)])
+        accounted = like if found.accounted is None else found.accounted
+        rows = (found.val_loss, found.total, found.history, void, accounted)
+        numbers = torch.stack([x.to(like).expand_as(like) for x in rows])
         told = None if entry.losses is None else Readback(entry.losses)
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
-        self._books.add(Pending(entry.ids, entry.record, *read, told, found.at))
+        self._books.add(Pending(entry.ids, entry.record, *read, found.accounted is not None, told, found.at))
 
     # the books
 

@@ -58,8 +58,8 @@ class ContractingRecording(Recording):
         super().forget()
         self._arrived = self.slot.grad = None
 
-    def covered(self) -> set[str]:
-        return self.scored - self.unattributed
+    def touched(self) -> set[str]:
+        return self.scored
 
 
 class ScoredLinears:
