@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
+# of its movement, how far a tensor may be from where the optimizer's steps lead
+_SAME_STATE = 0.01
 
 
 @dataclass
@@ -88,17 +90,25 @@ class Sweep:
         if not self.steps:
             return
         validation = self.loop.validation
-        with validation.weights_kept(self.params), validation.undisturbed(advance=False), torch.no_grad():
+        with validation.weights_kept(self.params) as now, validation.undisturbed(advance=False), torch.no_grad():
+            self.now = now
             self.unclipped, self.max_norm, self.clipped = self._clipping()
             yield from self._walk()
 
     def _walk(self) -> Iterator[tuple[Entry, Scored | None]]:
         adjoint: Adjoint | None = None
         audited = self.steps[0] if self.plan.audit else None  # the step that looks ahead furthest
-        for segment in reversed(self._segments()):
+        segments = self._segments()
+        for i, segment in reversed(list(enumerate(segments))):
             states = self._states(segment)
-            if adjoint is None:
+            if adjoint is not None:
+                after = segments[i + 1][0].state()
+                there = states[-1].advanced(segment[-1].used(), segment[-1].scalars)
+                self._check_arrival(segment, *(x.kept(list(x.parameters()))[0] for x in (states[0], there, after)))
+            else:
                 end = states[-1].advanced(segment[-1].used(), segment[-1].scalars)
+                if self.plan.end == self.loop.step:  # the weights are still those after its last step
+                    self._check_arrival(segment, list(states[0].parameters()), list(end.parameters()), self.now)
                 self.put(end)
                 val_loss, val_grads = self.loop.validation.gradient(self.params)
                 adjoint = end.adjoint([g if val_loss.ndim else g.unsqueeze(0) for g in val_grads])
@@ -137,6 +147,31 @@ class Sweep:
             states.append(states[-1].advanced(step.used(), after.scalars))
         return states
 
+    def _check_arrival(
+        self,
+        segment: list[KeptStep],
+        start: Sequence[Tensor | None],
+        there: Sequence[Tensor | None],
+        found: Sequence[Tensor | None],
+    ) -> None:
+        """Raises ValueError where the optimizer's steps from ``start`` do not lead from there to what was ``found`` afterwards.
+
+        Each are the weights, or as many tensors for every parameter.
+        """
+        each = len(found) // len(self.names)
+        for i, (before, x, y) in enumerate(zip(start, there, found, strict=True)):
+            if x is None and y is None:
+                continue
+            x, y = (torch.zeros_like(self.params[i // each]) if t is None else t for t in (x, y))
+            moved = y if before is None else y - before
+            allowed = _SAME_STATE * moved.norm() + 4 * torch.finfo(y.dtype).eps * y.norm()
+            if not bool((x - y).norm() <= allowed):
+                raise ValueError(
+                    f"'{self.names[i // each]}' is not where steps {segment[0].number} to {segment[-1].number} lead: weights or"
+                    " optimizer state were changed besides optimizer.step() (pruned, averaged, loaded, reset), through which"
+                    " schedule='window' carries no credit; build a new run after such a change"
+                )
+
     def put(self, state: OptState) -> None:
         """Gives the model the weights of ``state``."""
         torch._foreach_copy_([p.data for p in self.params], list(state.parameters()))
@@ -166,6 +201,13 @@ class Sweep:
             return base, None, set()
         same_factor = len(clipped) > 1 and bool(factors[down].max() - factors[down].min() <= 1e-4 * factors[down].max())
         uneven = bool(clipped.max() - clipped.min() > 1e-3 * clipped.max())
+        if uneven and not same_factor:
+            self.window.coverage.tell(
+                "clipping",
+                f"steps {first.number} to {self.steps[-1].number}: gradients were scaled down by factors that change from step to"
+                " step, and not to one norm; credit takes these factors for constants, which is wrong where they depend on the"
+                " gradient: clip_grad_norm_ is followed with its norm_type=2, one max_norm, and all of the model's parameters",
+            )
         if same_factor or uneven:
             return base, None, set()
         # a scaler's gradient that was clipped by a power of two looks as if it was not

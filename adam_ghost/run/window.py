@@ -149,7 +149,7 @@ class Window(Collecting):
             batches=[m.kept for m in micro],
             grads=self.store.put(clones),
             factor=scale.mean(),
-            edited=edited.any(),
+            edited=edited.any() | uneven,
             void=void,
             scalars=step.opt_state.scalars(self.params),
         )
