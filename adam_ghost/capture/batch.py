@@ -27,7 +27,7 @@ class Batch:
     """Tags of the tensors of one forward pass; ``n`` is known from the first call on."""
 
     def __init__(self):
-        self.n: int | None = None
+        self.n = -1  # until then
         self._tags = WeakIdKeyDictionary()  # None marks a lost tensor
         self.nodes: set[Any] = set()  # of the graph, at which samples passed
 
@@ -100,32 +100,34 @@ class Batch:
             return None
         kwargs = {k: x for k, x in kwargs.items() if k != "out"}
         try:
-            found = {self._land(func, args, kwargs, x, tensors, out) for x in self.tagged(tensors)}
+            found = {self._land(func, args, kwargs, x, tag, tensors, out) for x, tag in self.tagged(tensors)}
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # called in a way that no rule foresees
             return None
         tag = found.pop() if len(found) == 1 else None
         return tag if tag is not None and tag[0] >= 0 and self.fits(out, tag) else None
 
-    def tagged(self, tensors: list[Tensor]) -> list[Tensor]:
+    def tagged(self, tensors: list[Tensor]) -> list[tuple[Tensor, Tag]]:
         """Those whose tags count: a constant may have been taken for a batch by its size, a tensor with a graph was not."""
-        tagged = [t for t in tensors if self[t]]
-        return [t for t in tagged if t.requires_grad] or tagged
+        tagged = [(t, tag) for t in tensors if (tag := self[t])]
+        return [(t, tag) for t, tag in tagged if t.requires_grad] or tagged
 
-    def _land(self, func: Callable, args: tuple, kwargs: dict, x: Tensor, tensors: list[Tensor], out: Tensor) -> Tag | None:
+    def _land(
+        self, func: Callable, args: tuple, kwargs: dict, x: Tensor, tag: Tag, tensors: list[Tensor], out: Tensor
+    ) -> Tag | None:
         """Where the samples of one argument, ``x``, are in ``out``."""
-        axis, rows = self[x]
+        axis, rows = tag
         if func in POINTWISE or (func in POINTWISE_IF_TWO and len(tensors) == 2):
             # broadcasting aligns dimensions from the right; a loss that was reduced has another shape
             elementwise = torch.broadcast_shapes(*(t.shape for t in tensors)) == out.shape
             return (axis + out.ndim - x.ndim, rows) if elementwise else None
         if func in DECLARED:
-            return self[x]
+            return tag
         if func is Tensor.__setitem__:
             return self._written(*args)
         if func in rules.PRODUCTS:
             rule, names, carriers = rules.PRODUCTS[func]
-            args, kwargs = rules.bind(names, args, kwargs)
-            places = {rule(i, axis, out, *args, **kwargs) for i in carriers if i < len(args) and _holds(args[i], x)}
+            bound, kwargs = rules.bind(names, args, kwargs)
+            places = {rule(i, axis, out, *bound, **kwargs) for i in carriers if i < len(bound) and _holds(bound[i], x)}
             return _the_one(places, rows)
         if func in rules.EINSUM:
             operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
@@ -137,7 +139,7 @@ class Batch:
             return _the_one({rules.LISTS[func](args[0], axis, out, *args[1:], **kwargs)}, rows)
         if x is not args[0]:
             table = func is Tensor.__getitem__ and x is args[1] and x.dtype not in (torch.bool, torch.uint8)
-            return self[x] if table and args[0] not in self else None  # rows of a table, one per element of the index
+            return tag if table and args[0] not in self else None  # rows of a table, one per element of the index
         if func in rules.RESHAPES:
             return self._reshaped(x, axis, out)
         return _the_one({rules.RULES[func](x, axis, out, *args[1:], **kwargs)}, rows) if func in rules.RULES else None
@@ -148,13 +150,14 @@ class Batch:
             return None
         return axis, out.shape[axis] // self.n
 
-    def _written(self, target: Tensor, index, value) -> Tag | None:
+    def _written(self, target: Tensor, index: Any, value: Any) -> Tag | None:
         """The one dimension of ``target`` that its part at ``index`` shows where ``value`` has its samples."""
-        if not isinstance(value, Tensor) or self[value] is None:
-            return self[target]
-        axis, rows = self[value]
+        own, tag = self[target], self[value] if isinstance(value, Tensor) else None
+        if tag is None:
+            return own
+        axis, rows = tag
         axis += torch.empty(target.shape, device="meta")[index].ndim - value.ndim
-        places = range(target.ndim) if self[target] is None else [self[target][0]]
+        places = range(target.ndim) if own is None else [own[0]]
         found = [a for a in places if target.shape[a] == self.n * rows and rules.getitem(target, a, target, index) == axis]
         return (found[0], rows) if len(found) == 1 else None
 

@@ -49,7 +49,8 @@ _TENSOR_PROPERTIES = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT"
 
 
 # functions that return nothing, but write to their first argument
-_WRITING = {Tensor.__setitem__, Tensor.data.__set__}
+_DATA: Any = Tensor.data
+_WRITING = {Tensor.__setitem__, _DATA.__set__}
 
 # functions that take but the shape or type of the tensors after the first
 _LIKE = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
@@ -148,6 +149,12 @@ class Recorder:
         self.mode.remove()
 
     @property
+    def _into(self) -> Recording:
+        """The recording, where a hook has something for it."""
+        assert self.recording is not None
+        return self.recording
+
+    @property
     def in_forward(self) -> bool:
         return self.open and not _in_backward()
 
@@ -164,7 +171,7 @@ class Recorder:
         self.inside_model += 1
         if self.inside_model == 1:
             new = self._untagged(pytree.tree_leaves((args, kwargs)))
-            if new and module is self.model and self.batch.n not in (None, new[0].shape[0]):
+            if new and module is self.model and self.batch.n not in (-1, new[0].shape[0]):
                 raise ValueError(
                     f"the model was called with batches of {self.batch.n} and {new[0].shape[0]} samples within one `with cache`"
                 )
@@ -190,8 +197,8 @@ class Recorder:
         return [x for x in leaves if isinstance(x, Tensor) and x.ndim and x not in self.batch and not self._is_source(x)]
 
     def _tag_by_size(self, tensors: list[Tensor]) -> None:
-        if tensors and self.batch.n is None:
-            self.batch.n = self.recording.batch_size = tensors[0].shape[0]
+        if tensors and self.batch.n < 0:
+            self.batch.n = self._into.batch_size = tensors[0].shape[0]
         for x in tensors:
             passed = x.grad_fn is not None and self.batch.reached_from(x)[0]  # samples came to it in a way that nothing shows
             self.batch.tag(x, None if passed else (0, 1))
@@ -213,7 +220,7 @@ class Recorder:
             self.inner[x] = True
         else:
             self.aside[x] = True
-            self.recording.unattributed.update(self.names[p] for p in leaves if p in self.names)
+            self._into.unattributed.update(self.names[p] for p in leaves if p in self.names)
 
     # layers
 
@@ -265,7 +272,7 @@ class Recorder:
 
     @unseen
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self.active or self.batch.n is None:
+        if not self.active or self.batch.n < 0:
             return
         outs = pytree.tree_leaves(output)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -285,11 +292,13 @@ class Recorder:
         def place(i: int, out: Tensor) -> Tag | None:
             if not is_known(module):
                 return self._as_before(self.exits, module, i, out) if _in_backward() else self.batch[out]
-            tags = {i: self.batch[x] for i, x in enumerate(tensors) if any(x is y for y in self.batch.tagged(tensors))}
-            if len({rows for _, rows in tags.values()}) != 1:
+            tagged = self.batch.tagged(tensors)
+            tags = {i: found for i, x in enumerate(tensors) for y, found in tagged if x is y}
+            rows = {rows for _, rows in tags.values()}
+            if len(rows) != 1:
                 return None
             axis = output_axis(module, i, tensors, {i: axis for i, (axis, _) in tags.items()})
-            return None if axis is None else (axis, tag[1])
+            return None if axis is None else (axis, rows.pop())
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
@@ -305,7 +314,7 @@ class Recorder:
         if func is Tensor.__iter__ and not self.inside_layer:
             with self.mode:
                 return iter(args[0].unbind(0))
-        if (self.inside_layer and not self.follow) or self.batch.n is None:
+        if (self.inside_layer and not self.follow) or self.batch.n < 0:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if func in FACTORIES or (name == "__get__" and func not in _TENSOR_PROPERTIES):
@@ -324,7 +333,7 @@ class Recorder:
         inplace = _writes(name)
         before = self.batch[args[0]] if inplace else None
         if func in DECLARED:
-            axes = {i: self.batch[x][0] for i, x in enumerate(args) if isinstance(x, Tensor) and self.batch[x]}
+            axes = {i: tag[0] for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
             DECLARED[func].try_out(args, axes, self.batch.n)
         if meets_parameters and not self.inside_layer:
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
@@ -396,16 +405,19 @@ class Recorder:
     def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
-        if out.requires_grad and tag is None:
+        if not out.requires_grad:
+            return
+        if tag is None:
             self._give_up(call)
-        elif out.requires_grad:
-            call.watch(index, out, tag, self.recording.receive)
-            if self.recording.outputs is not None:
-                self.recording.outputs.append(out)
+            return
+        recording = self._into
+        call.watch(index, out, tag, recording.receive)
+        if recording.outputs is not None:
+            recording.outputs.append(out)
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)
         self.batch.tag(x, None)
 
     def _give_up(self, call: Call) -> None:
-        self.recording.unattributed.update(call.parameters())
+        self._into.unattributed.update(call.parameters())

@@ -13,6 +13,8 @@ from adam_ghost.demo.data import Corpus
 from adam_ghost.demo.train import METHODS, Progress, Result, auroc, summarize
 from adam_ghost.ledger.formulas import neutral
 
+_VALUES = ("window_standardized", "by_window", "standardized", "by_step", "summed_loss")  # of a Result: columns of scores.csv
+
 
 class Display:
     """Shows the training's progress in place on a terminal, and in a few lines elsewhere."""
@@ -67,7 +69,8 @@ def _domains(result: Result, corpus: Corpus) -> Table:
 def _rankings(result: Result, corpus: Corpus) -> dict[str, float]:
     """The AUROC of each way to rank texts."""
     ways = {
-        "windows": result.by_window,
+        "windows, standardised within steps": result.window_standardized,
+        "windows, summed over steps": result.by_window,
         "one step, standardised within steps": result.standardized,
         "one step, summed over steps": result.by_step,
         "summed training loss": -result.summed_loss,
@@ -77,16 +80,17 @@ def _rankings(result: Result, corpus: Corpus) -> dict[str, float]:
 
 def _extremes(result: Result, corpus: Corpus, order: np.ndarray) -> Table:
     table = Table()
-    for name in ("id", "windows", "one step", "domain", "source", "text"):
+    numbers = ("id", "windows", "one step")
+    for name in (*numbers, "domain", "source", "text"):
         table.add_column(
             name,
-            justify="right" if name in ("id", "windows", "one step") else "left",
+            justify="right" if name in numbers else "left",
             overflow="fold" if name == "text" else "ellipsis",
         )
     for i in order.tolist():
         # any text may hold the terminal's markup: Text shows it as it is
         excerpt = Text(" ".join(corpus.texts[i].split())[:60])
-        scores = f"{result.by_window[i]:+.5f}", f"{result.by_step[i]:+.5f}"
+        scores = f"{result.window_standardized[i]:+.3f}", f"{result.standardized[i]:+.3f}"
         table.add_row(str(i), *scores, corpus.domains[i], Text(corpus.sources[i]), excerpt)
     return table
 
@@ -135,8 +139,8 @@ def show(console: Console, result: Result, corpus: Corpus, share: float, batch: 
     parts = {
         "Score by domain: sum over all steps, mean over samples ± standard error": _domains(result, corpus),
         "Which ranking tells the corrupted texts": found,
-        "Most helpful samples, by windows": _extremes(result, corpus, order[:5]),
-        "Most harmful samples, by windows": _extremes(result, corpus, order[::-1][:5]),
+        "Most helpful samples, by windows, standardised within steps": _extremes(result, corpus, order[:5]),
+        "Most harmful samples, by windows, standardised within steps": _extremes(result, corpus, order[::-1][:5]),
         "Audit of one step: against its exact Shapley values, Pearson R / relative L2 error": _audit(result),
         "Audit of windows: against leaving samples out of the first step and training on to the window's end": _windows(result),
         "Completeness: one step's scores add up to what its batch changed, against the step of history alone": _completeness(
@@ -165,9 +169,10 @@ def take_away(result: Result, corpus: Corpus) -> str:
 
 
 def _by_credit(result: Result) -> np.ndarray:
-    """The samples that were met, the most helpful first."""
-    met = np.flatnonzero(~np.isnan(result.by_window))
-    return met[np.argsort(-result.by_window[met], kind="stable")]
+    """The samples that were met, the most helpful first, by windows as the default ranking has it."""
+    value = result.window_standardized
+    met = np.flatnonzero(~np.isnan(value))
+    return met[np.argsort(-value[met], kind="stable")]
 
 
 def save(path: Path, result: Result, corpus: Corpus) -> None:
@@ -175,9 +180,8 @@ def save(path: Path, result: Result, corpus: Corpus) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
-        writer.writerow(["id", "domain", "source", "steps", "window", "one_step", "standardized", "summed_loss", "text"])
+        writer.writerow(["id", "domain", "source", "steps", *_VALUES, "text"])
         for i in _by_credit(result).tolist():
-            values = (result.by_window[i], result.by_step[i], result.standardized[i], result.summed_loss[i])
-            row = [f"{x:.8g}" for x in values]
+            row = [f"{getattr(result, name)[i]:.8g}" for name in _VALUES]
             source, text = neutral(corpus.sources[i]), neutral(corpus.texts[i])
             writer.writerow([i, corpus.domains[i], source, result.met[i], *row, text])

@@ -71,6 +71,7 @@ class Result:
     by_step: np.ndarray  # sum of its one-step scores
     standardized: np.ndarray  # their mean, standardised within steps
     by_window: np.ndarray  # sum of its credit
+    window_standardized: np.ndarray  # mean of its credit, standardised within steps
     summed_loss: np.ndarray  # sum of its own training loss, whenever it was met
     met: np.ndarray  # in how many steps
     audits: list[Audited]
@@ -174,6 +175,7 @@ def train(
         by_step=_in_order(by_step.ids, by_step.total, corpus),
         standardized=_in_order(by_step.ids, by_step.standardized, corpus),
         by_window=_in_order(by_window.ids, by_window.total, corpus),
+        window_standardized=_in_order(by_window.ids, by_window.standardized, corpus),
         summed_loss=np.where(trainer.summed_loss > 0, trainer.summed_loss, np.nan),
         met=np.nan_to_num(_in_order(by_step.ids, by_step.steps, corpus)).astype(int),
         audits=audited,

@@ -51,7 +51,7 @@ def in_words(steps: Sequence[Mapping[str, Any]], every: int = 1, refresh: int = 
     text = (
         f"From step {found.step[0]} to step {found.step[-1]} the validation loss {change}. The samples' own steps took off"
         f" {own:.4g}{share(own)}; {history:.4g}{share(history)} came through momentum and weight decay, which carry on what earlier"
-        f" samples did and belong to no sample; {rest:.4g}{share(rest)} is left over."
+        f" samples did and belong to no sample; {f'{rest:.4g}' if abs(rest) > 1e-4 * abs(drop) else 'nothing'} is left over."
     )
     if not abs(rest) <= _TOLD * abs(drop):
         why = []

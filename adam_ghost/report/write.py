@@ -33,9 +33,9 @@ _POINTS = 400  # of a curve over steps
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
 _COMPLETENESS = (
     "What the validation loss lost, and who took it off.",
-    "The distance from the first curve to the second is history: what momentum and weight decay did without the batch. Where"
-    " successive steps measured the loss, history is booked from it as what the scores do not explain, so that the sum meets the drop by its"
-    " making; whether the scores are right is for the audit to say.",
+    "The distance from the first curve to the second is history: what momentum and weight decay did without the batch."
+    " Where successive steps measured the loss, history is booked from it as what the scores do not explain, so that the sum"
+    " meets the drop by its making; whether the scores are right is for the audit to say.",
 )
 _IMAGES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
@@ -267,7 +267,7 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 <section aria-labelledby="h-audit"><h2 id="h-audit">Audit</h2><p class="note">{audited}</p>
 <div class="scroll" id="audit-table" tabindex="0" role="region" aria-label="Audits"></div></section>
 <section aria-labelledby="h-rate"><h2 id="h-rate">Throughput</h2>
-{_figure("throughput", "Optimizer steps per second, attribution included.", "")}</section>
+{_figure("throughput", "Optimizer steps per second, attribution included.", "Steps that are audited take longer.")}</section>
 <section aria-labelledby="samples"><h2 id="samples">Samples</h2>
 <p class="note">Up to {_TABLE} samples at either end; the ledger has all of them.</p>
 <div class="controls"><label>Search<input id="search" type="search" autocomplete="off"></label>

@@ -21,7 +21,7 @@ from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.alone import WholePass
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
-from adam_ghost.step.step import Step
+from adam_ghost.step.step import Step, inner
 from adam_ghost.step.validation import Validation
 
 SCHEDULES = ("midpoint", "gauss", "lookahead", "window")
@@ -72,6 +72,7 @@ class Scored(NamedTuple):
     scores: Tensor  # [n, K]
     val_loss: Tensor  # [] or [K]
     total: Tensor  # [K]: < P , g(B) >
+    accounted: Tensor | None  # [K]: of that, what the scores have to add up to; None where nothing says
     history: Tensor  # [K]
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
     at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
@@ -253,8 +254,9 @@ class After(Collecting):
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
         at = 0.5 if self.loop.refreshes else None
+        accounted = step.accounted(direction.P, direction.total)
         why = partial(step.unexplained, direction.P)
-        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at, why)
+        return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
@@ -328,7 +330,9 @@ class Ahead(After):
         recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
         scores = torch.cat([r.scores for r in recordings]) * scale.mean()
         at = 0.0 if self.loop.refreshes else None
-        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited, at)
+        total = inner(direction.P, step.grads)
+        accounted = step.accounted(direction.P, total)
+        return Scored(scores, direction.val_loss, total, accounted, direction.history, edited, at)
 
 
 class AheadCompiled(Ahead):

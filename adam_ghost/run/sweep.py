@@ -249,13 +249,14 @@ class Sweep:
             recordings.append(recording)
             scores.append(recording.scores * scale.to(recording.scores.dtype))
         self._compare(step, {name: given[name] for name in small}, again)
-        report_coverage(given, recordings, self.window.coverage)
+        missing = report_coverage(given, recordings, self.window.coverage)
         total = torch.stack([P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in zip(self.names, raw, strict=True)])
         record = step.entry.record
         record.coverage, record.window = self.window.coverage.share, self.plan.first
         record.horizon = self.steps[-1].number - step.number
         history = torch.full_like(total[0], float("nan"))  # no part of a window's credit is apart from its samples
-        return Scored(torch.cat(scores), val_loss, total.sum(0), history, step.edited)
+        # where parameters are missing, no part of the total is known to be the others'
+        return Scored(torch.cat(scores), val_loss, total.sum(0), None if missing else total.sum(0), history, step.edited)
 
     def _record(
         self, batch: KeptBatch, recording: ContractingRecording, small: list[nn.Parameter]

@@ -28,17 +28,18 @@ class Coverage:
 
     def blame(self, scores: np.ndarray, total: np.ndarray, why: Callable[[], list[str]]) -> None:
         """Has ``why`` name the parameters at fault, if ``check`` will have something new to tell."""
-        if self.share == 1 and "sum" not in self._told and self.misses(scores, total):
+        if "sum" not in self._told and self.misses(scores, total):
             self.blamed = why()
 
     def check(self, scores: np.ndarray, total: np.ndarray, where: str = "") -> None:
-        """Tells if the scores do not add up, where parameters left out do not explain it. Raises RuntimeError under ``strict``."""
-        if self.share == 1 and self.misses(scores, total):
+        """Tells if the scores do not add up to the covered parameters' ``total``. Raises RuntimeError under ``strict``."""
+        if self.misses(scores, total):
             blamed = f", of {', '.join(self.blamed[:6])}," if self.blamed else ""
             found = scores.reshape(-1, scores.shape[-1]).sum(0).tolist()
+            of = "the step's gradient" if self.share == 1 else "the covered parameters' gradient"
             self.tell(
                 "sum",
-                f"{where}the scores add up to {found}, but the step's gradient to {total.tolist()}: part of the gradient{blamed}"
+                f"{where}the scores add up to {found}, but {of} to {total.tolist()}: part of the gradient{blamed}"
                 " did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from before, a"
                 " weight that the loss uses outside of the model)",
             )

@@ -243,6 +243,8 @@ def test_before_the_first_step():
     assert run.scores().ids == []
     with pytest.raises(ValueError, match="value must be standardized or total, got 'share'"):
         run.top(value="share")
+    with pytest.raises(ValueError, match=r"steps=\(11, 20\) needs a run with ledger="):
+        run.top(steps=(11, 20))
     with pytest.raises(ValueError, match=r"what InRun.state_dict\(\) returned"):
         run.load_state_dict({})
 
