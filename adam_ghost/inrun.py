@@ -58,7 +58,8 @@ class InRun:
         optimizer: the one that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time. It runs the
             model in whatever mode it is in, which is that of training unless ``val_loss`` calls ``model.eval()``: the mode is
-            put back; and outside of autocast, unless it enters that. So are the model's buffers and plain attributes, and the random streams of PyTorch, NumPy and Python.
+            put back; and outside of autocast, unless it enters that. Put back are also the model's buffers and plain attributes, and the
+            random streams of PyTorch, NumPy and Python.
         schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
             then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
             (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which
@@ -78,7 +79,8 @@ class InRun:
         window: steps whose samples are scored together, by the validation loss at the window's end; ``auto``: chosen by audits.
         ahead: steps that the end lies beyond the last of them, so that all samples get an outlook; they are swept twice.
         train_loss: in ``window``, a function of what ``run.batch(ids, inputs=...)`` is given that returns the loss which the
-            loop calls ``backward()`` on, once per micro-batch, up to a constant factor.
+            loop calls ``backward()`` on, once per micro-batch, up to a constant factor. Random numbers that it draws, of torch,
+            come out as in the loop where it begins right after ``run.batch``; those that the model draws do anyhow.
         feedback: how later gradients react, in ``window``: ``differences`` of gradients (any code, error 1e-3 in float32),
             ``double`` backward or ``forward`` mode (exact, where the code can be differentiated twice), ``gauss-newton`` on a
             quarter of each batch (a third of the price), ``none``.

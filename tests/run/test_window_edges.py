@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
 import adam_ghost
 
@@ -222,3 +221,24 @@ def test_differences_of_bfloat16_weights():
     exact = scores("double")
     assert (scores("none") - exact).norm() > 0.2 * exact.norm()
     assert (scores("differences") - exact).norm() < 0.1 * exact.norm()
+
+
+def test_random_numbers_drawn_around_the_forward_pass():
+    """Noise on the inputs, a mask in the model, noise on the outputs: all as in the loop, told by the gradient run again."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3)).double()
+
+    def noisy(model, batch):
+        x, y = batch
+        out = model(x + torch.randn_like(x))
+        return cross_entropy(out + torch.randn_like(out), y)
+
+    assert run_window(model, train_loss=noisy).isfinite().all()
+
+
+def test_inputs_changed_in_place_are_told_of():
+    def reuse(step, model, optimizer, batch):
+        batch[0].zero_()
+
+    with pytest.raises(ValueError, match=r"another gradient.*its inputs were changed in place since: give run\.batch copies"):
+        run_window(small_network(), after_step=reuse)
