@@ -118,7 +118,7 @@ def _train_loss(trainer: Trainer, module: LightningModule, given: tuple[Any, int
     """A batch's loss once more, without a trace in the logs."""
     batch, index = given
     with _unlogged(trainer, module):
-        found = module.training_step(copy.copy(batch), index)  # which may take things out of it
+        found: Any = module.training_step(copy.copy(batch), index)  # which may take things out of it
     return found["loss"] if isinstance(found, Mapping) else found
 
 
@@ -127,14 +127,15 @@ def _unlogged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """What the module logs inside the block, by itself or by its loggers, goes nowhere."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
-    held = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
-    vars(module).update(log=_ignored, log_dict=_ignored)
+    own: dict[str, Any] = vars(module)
+    held = {name: own[name] for name in ("log", "log_dict") if name in own}
+    own |= {"log": _ignored, "log_dict": _ignored}
     try:
         yield
     finally:
         for name in ("log", "log_dict"):
-            del vars(module)[name]
-        vars(module).update(held)
+            del own[name]
+        own |= held
         trainer.loggers = loggers
 
 
