@@ -128,7 +128,7 @@ def _unlogged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
     own: dict[str, Any] = vars(module)
-    held = {name: own[name] for name in ("log", "log_dict") if name in own}
+    held: dict[str, Any] = {name: own[name] for name in ("log", "log_dict") if name in own}
     own |= {"log": _ignored, "log_dict": _ignored}
     try:
         yield
