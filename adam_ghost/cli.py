@@ -174,7 +174,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Can the scores be trusted: audited steps against their exact Shapley values, and every step's sum against its gradient."""
-    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS true_loss_drop,
+    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS against_history,
                abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
                WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
     books = """SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped, min(coverage) AS least_coverage

@@ -96,12 +96,15 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
         """SELECT step, sum(score_sum) AS score_sum, sum(history) AS history, avg(val_loss) AS val_loss,
            bool_or(skipped) AS skipped,
            max(seconds) AS seconds, min(time) AS time, sum(samples) AS samples, max(audit_r) AS r, max(audit_relative_l2) AS l2,
-           max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
+           max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage,
+           bool_or("window" IS NOT NULL) AS ahead FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
         [target],
     ).to_pylist()
     booked = [s for s in steps if not s["skipped"]]
     groups = ledger.groups(target=target).to_pylist()
+    windows = any(s["ahead"] for s in booked)
     data = {
+        "windows": windows,
         "rank": "value" if rank_by == "total" else "standardized",
         "samples": samples,
         "helpful": helpful,
@@ -111,6 +114,8 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
         "charts": _charts(ledger, target, booked, groups, value),
     }
     facts = _facts(ledger, steps, booked, totals.num_rows)
+    if windows:  # whose credit is no part of a step's drop, and is booked a window at a time
+        del data["charts"]["completeness"], data["charts"]["throughput"], facts["Attribution per step"]
     return _finite(data), facts | {"Completeness": find_gap(ledger, target).line}
 
 
@@ -226,9 +231,26 @@ def _page(title: str, facts: dict[str, str], data: dict[str, Any], plotly: str) 
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
     title = html.escape(title)
     listed = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
-    audited = "The validation loss's true change and the exact values, in the steps that were audited."
+    audited = "The exact values, and what the batch really changed against the step of history alone, in the audited steps."
+    if data["windows"]:
+        audited = "What leaving samples out of the window's first step and training on to its end does, against their credit."
     if not data["audits"]:
         audited = "No step was audited; InRun(..., audit_every=N) does."
+    if data["windows"]:
+        completeness = (
+            '<p class="note">These scores look ahead of their steps: each says how the validation loss at the end of a window hangs'
+            " on a sample's weight. They are no shares of a step, so their sum is not the loss's drop.</p>"
+        )
+        rate = '<p class="note">Windows are booked when they are swept: the books do not tell the pace.</p>'
+    else:
+        completeness = _figure(
+            "completeness",
+            "Do scores and history add up to what the validation loss lost?",
+            "Scores are what the batches' gradients changed, against the steps that history (momentum and weight decay) alone "
+            "would have taken; history is what those did. Their sum follows the measured loss where every step was attributed with "
+            "a validation gradient of the same batch. The scores' own line need not.",
+        )
+        rate = _figure("throughput", "Optimizer steps per second, attribution included.", "")
     best = html.escape(str(max(data["groups"], key=lambda g: g["value"])["group"]))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -248,18 +270,11 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 <section aria-labelledby="h-spread"><h2 id="h-spread">Distribution of scores</h2>
 {_figure("distribution", "Samples by the sum of their scores.", "The half per cent at either end is left out.")}</section>
 <section aria-labelledby="h-sum"><h2 id="h-sum">Completeness</h2>
-{
-        _figure(
-            "completeness",
-            "Do the scores add up to what the validation loss lost?",
-            "Scores explain the batches' part; history is what momentum and weight decay do alone. Together they should follow the "
-            "measured loss, where every step was attributed and the validation batch is fixed.",
-        )
-    }</section>
+{completeness}</section>
 <section aria-labelledby="h-audit"><h2 id="h-audit">Audit</h2><p class="note">{audited}</p>
 <div class="scroll" id="audit-table" tabindex="0" role="region" aria-label="Audits"></div></section>
 <section aria-labelledby="h-rate"><h2 id="h-rate">Throughput</h2>
-{_figure("throughput", "Optimizer steps per second, attribution included.", "")}</section>
+{rate}</section>
 <section aria-labelledby="samples"><h2 id="samples">Samples</h2>
 <p class="note">Up to {_TABLE} samples at either end; the ledger has all of them.</p>
 <div class="controls"><label>Search<input id="search" type="search" autocomplete="off"></label>
