@@ -14,6 +14,7 @@ if checkout is not None:
 
 if TYPE_CHECKING:
     from adam_ghost.attribution import attribute
+    from adam_ghost.capture.declared import keeps_samples_apart
     from adam_ghost.inrun import InRun
     from adam_ghost.layer_cache import LayerCache
     from adam_ghost.ledger.describe import describe_samples
@@ -36,6 +37,7 @@ __all__ = [
     "describe_samples",
     "exact_shapley",
     "gram",
+    "keeps_samples_apart",
     "open_ledger",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "describe_samples": "ledger.describe",
     "exact_shapley": "shapley",
     "gram": "pairwise",
+    "keeps_samples_apart": "capture.declared",
     "open_ledger": "ledger.reader",
 }
 

@@ -54,6 +54,7 @@ def attribute(
     direction = find_direction(step, layer_cache.validation, rule, at)
     scores = step.scores(direction.P, per_token)
     layer_cache.mark_weights()
-    if scores.device.type == "cpu":  # where looking costs no synchronisation
-        layer_cache.coverage.check(scores.detach().numpy(), direction.total.numpy())
+    accounted = step.accounted(direction.P, direction.total)
+    if accounted is not None and scores.device.type == "cpu":  # where looking costs no synchronisation
+        layer_cache.coverage.check(scores.detach().numpy(), accounted.numpy())
     return scores if direction.val_loss.ndim else scores.squeeze(-1)

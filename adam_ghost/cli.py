@@ -169,16 +169,18 @@ def audit(
     minimum: Annotated[float, typer.Option("--min-r", help="Fail if an audited step's correlation is below this.")] = 0.9,
     largest: Annotated[
         float,
-        typer.Option("--max-gap", help="Fail if a step whose scores cover all parameters misses more of its gradient than this."),
+        typer.Option("--max-gap", help="Fail if a step's scores miss more of its gradient than this share."),
     ] = 0.05,
+    least: Annotated[
+        float, typer.Option("--min-coverage", help="Fail if a step's scores explain a smaller share of the parameters than this.")
+    ] = 0.99,
     as_json: AsJson = False,
 ) -> None:
     """Can the scores be trusted: audited steps against their exact Shapley values, and every step's sum against its gradient."""
-    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS against_history,
+    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS loss_drop,
                abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
                WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
-    books = """SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped, min(coverage) AS least_coverage
-               FROM steps WHERE target = ?"""
+    books = "SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped FROM steps WHERE target = ?"
 
     def ask(ledger: Any) -> Any:
         from adam_ghost.ledger.gap import find_gap
@@ -186,19 +188,24 @@ def audit(
         found = find_gap(ledger, target)  # which refuses a target that is not there
         return ledger.sql(query, [target]).to_pylist(), ledger.sql(books, [target]).to_pylist()[0], found
 
-    audited, summary, (gap, line) = _read(folder, ask)
-    summary["largest_gap"] = gap
+    audited, summary, (gap, coverage, line) = _read(folder, ask)
+    summary |= {"least_coverage": coverage, "largest_gap": gap}
     if as_json:
         _print({"audited": audited, **summary}, True)
     else:
         _print(audited, False, empty="No step was audited: InRun(..., audit_every=N) does.")
         _print([summary], False)
         _console().print(Text(line))
+    reasons = []
     bad = [row["step"] for row in audited if not row["r"] >= minimum]
     if bad:
-        _fail(f"the correlation is below {minimum:g} in steps {', '.join(map(str, bad[:6]))}", 1)
+        reasons.append(f"the correlation is below {minimum:g} in steps {', '.join(map(str, bad[:6]))}")
     if gap is not None and not gap <= largest:
-        _fail(f"a step's scores miss {gap:.1%} of its gradient, more than {largest:.1%}", 1)
+        reasons.append(f"a step's scores miss {gap:.1%} of its gradient, more than {largest:.1%}")
+    if coverage is not None and not coverage >= least:
+        reasons.append(f"a step's scores explain {coverage:.1%} of the parameters, less than {least:.1%}")
+    if reasons:
+        _fail("; ".join(reasons), 1)
 
 
 @app.command()

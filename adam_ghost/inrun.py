@@ -1,35 +1,32 @@
 """Attribution inside a training loop that somebody already has: two added lines, and training stays what it was."""
 
-import gc
 import os
 import time
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
-from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.ledger.ids import normalise
+from adam_ghost.optim import read_optimizer
+from adam_ghost.run.arguments import check_arguments, check_held, window_options
+from adam_ghost.run.attached import claim, weakly
 from adam_ghost.run.compiled import is_compiled
-from adam_ghost.run.feedback import FEEDBACKS
-from adam_ghost.run.ids import normalise
 from adam_ghost.run.readback import Books, Pending, Readback
-from adam_ghost.run.schedules import SCHEDULES, After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
+from adam_ghost.run.schedules import After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.steps import Steps
-from adam_ghost.run.store import parse_bytes
 from adam_ghost.run.totals import SampleScores, Totals
-from adam_ghost.run.window import Window, WindowOptions
+from adam_ghost.run.window import Window
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import ShapleyValues, play
 from adam_ghost.step.alone import alone, tolerance
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, Fingerprint, GradientWatch, Seen
-from adam_ghost.step.step import Step, gather_step
-from adam_ghost.step.supported import refuse_unsupported
+from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
+from adam_ghost.step.step import Step, follow_scaling, gather_step
 from adam_ghost.step.validation import Validation
 
 if TYPE_CHECKING:
@@ -65,14 +62,28 @@ class InRun:
         schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
             then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
             (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which
-            have no such history, go the midpoint's way).
+            have no such history, go the midpoint's way): what a sample did in its step. ``window``: what it did to the run,
+            its effect carried through momentum and later gradients to the end of a window of steps (docs/method.md, 6); the
+            scores of a window come when the steps ahead of it are done.
         rule: how Adam's nonlinearity is linearized, as in ``attribute``.
-        every: attribute every that many optimizer steps; the others are plain training.
+        every: attribute every that many optimizer steps, or windows; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
         audit_every: compare every that many attributed steps with the exact game (``exact_shapley``; costs
             ``2 * audit_permutations * n`` validation losses); the validation batch should be fixed then. The game is played
             with the recorded gradients; whether these are their samples' is told by two samples, whose gradients are computed
             alone (``audit.alone``, the relative difference; None where the model's outputs have no batch).
+            In ``window`` it counts windows: ``audit_samples`` samples of the window's first step are left out one by one and
+            training goes on without them to the window's end (that many times ``window + ahead`` steps' time); a warning says
+            where windows are too long for their linearization.
+        window: steps whose samples are scored together, by the validation loss at the window's end; ``auto``: chosen by audits.
+        ahead: steps that the end lies beyond the last of them, so that all samples get an outlook; they are swept twice.
+        train_loss: in ``window``, a function of what ``run.batch(ids, inputs=...)`` is given that returns the loss which the
+            loop calls ``backward()`` on, once per micro-batch, up to a constant factor.
+        feedback: how later gradients react, in ``window``: ``differences`` of gradients (any code, error 1e-3 in float32),
+            ``double`` backward or ``forward`` mode (exact, where the code can be differentiated twice), ``gauss-newton`` on a
+            quarter of each batch (a third of the price), ``none``.
+        memory: bytes that kept steps may take on the device, such as ``8GB``; the rest goes to pinned memory, or on a CPU to
+            files. A window keeps one gradient per step and the optimizer's state at every eighth or so.
         half: in ``midpoint``, round the operands of the scores' large float32 products to bfloat16 (sums stay in float32),
             which moved the scores of real texts by less than a thousandth. None: where it is faster, on CPUs that multiply
             bfloat16.
@@ -106,10 +117,10 @@ class InRun:
         strict: bool = False,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
-        _check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
+        check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
-            windows = _window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
-        for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
+            windows = window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
+        for name, value in (("every", every), ("refresh", refresh), ("audit_every", 1 if audit_every is None else audit_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.model, self.optimizer = model, optimizer
@@ -118,6 +129,8 @@ class InRun:
         self.steps = Steps()  # the newest attributed ones, as far as their numbers have arrived
         self.epoch: int | None = None  # for the ledger
         self._named = dict(model.named_parameters())
+        self._closed = False
+        claim(model, self)
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
         validation, watch = Validation(val_loss, model), GradientWatch(params)
@@ -129,18 +142,17 @@ class InRun:
             self._schedule = _step_schedule(schedule, self._loop)
         self._totals = Totals()
         self._books = Books(self.coverage)
+        self._skipped: list[Arrived] = []  # which wait for the scores of steps before them
         self._squeeze = True  # whether the validation loss is a scalar
         self._seconds = 0.0  # of the host, in this step
-        self._closed = False
         self.ledger = _open_writer(ledger)
         self._scored: Seen | None = None  # the gradients of the step about to be taken
         if self.ledger is not None:
             self.ledger.claim(self)
         self._handles = [
-            optimizer.register_step_pre_hook(_weakly(self._before_step)),
-            optimizer.register_step_post_hook(_weakly(self._after_step)),
+            optimizer.register_step_pre_hook(weakly(self._before_step)),
+            optimizer.register_step_post_hook(weakly(self._after_step)),
         ]
-        _RUNS.add(self)
         self._attach()
 
     def _attach(self) -> None:
@@ -148,6 +160,10 @@ class InRun:
         # a run that is deleted without close() leaves nothing behind either; at the interpreter's end nothing needs to be done
         self._finalizer = weakref.finalize(self, _leave, self._schedule, self._handles, self.ledger)
         self._finalizer.atexit = False
+
+    def parameters(self) -> list[Tensor]:
+        """The model's, while the run is attached to it."""
+        return [] if self._closed else list(self._named.values())
 
     @property
     def step(self) -> int:
@@ -260,7 +276,7 @@ class InRun:
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         if not params:
             raise ValueError("the model has no trainable parameters any more")
-        _check_held(params, read_optimizer(self.optimizer))
+        check_held(params, read_optimizer(self.optimizer))
         self._finalizer.detach()
         self._schedule.detach()
         loop.params.clear()
@@ -318,7 +334,7 @@ class InRun:
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
-        edited, void = self._follow_scaling(step, loop.watch.fingerprint)
+        edited, void = follow_scaling(step, loop.watch.fingerprint, self.optimizer)
         if void.device.type == "cpu":  # where looking costs no synchronisation
             if bool(edited.any()):
                 raise ValueError(EDITED)
@@ -335,6 +351,8 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
+        if found.unexplained is not None and found.accounted is not None and found.scores.device.type == "cpu":
+            self.coverage.blame(found.scores.detach().numpy(), found.accounted.numpy(), found.unexplained)
         if audit is not None:
             game, apart = audit
             r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
@@ -356,34 +374,26 @@ class InRun:
                 )
         return play(step, validation, self.audit_permutations, self.step), apart
 
-    def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
+    def _finish(self, found: list[tuple[Entry, Scored | None]]) -> None:
         for entry, scored in found:
-            self._enter(entry, scored, torch.zeros((), device=scored.total.device))
+            self._book_skipped(entry.record.step)
+            if scored is None:
+                entry.record.skipped = True
+                self._books.add(Arrived(entry.record))
+            else:
+                self._enter(entry, scored, torch.zeros((), device=scored.total.device))
+        self._book_skipped(self._schedule.waiting())
         self._books.drain(self._book)
 
     def _enter(self, entry: Entry, found: Scored, void: Tensor) -> None:
         self._squeeze = found.val_loss.ndim == 0
         like = found.total
-        numbers = torch.stack([x.to(like).expand_as(like) for x in (found.val_loss, found.total, found.history, void)])
+        accounted = like if found.accounted is None else found.accounted
+        rows = (found.val_loss, found.total, found.history, void, accounted)
+        numbers = torch.stack([x.to(like).expand_as(like) for x in rows])
         told = None if entry.losses is None else Readback(entry.losses)
         read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
-        self._books.add(Pending(entry.ids, entry.record, *read, told, found.at))
-
-    def _follow_scaling(self, step: Step, before: Fingerprint) -> tuple[Tensor, Tensor]:
-        """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
-
-        Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
-        """
-        scale, edited, void = before.changes(step.grads)
-        # a fused optimizer unscales inside its step, on what the scaler leaves with it
-        if (factor := getattr(self.optimizer, "grad_scale", None)) is not None:
-            inverse = factor.to(void.device).reciprocal()
-            scale = {name: x * inverse for name, x in scale.items()}
-            step.grads = {name: g * inverse.to(g.dtype) for name, g in step.grads.items()}
-        if (found := getattr(self.optimizer, "found_inf", None)) is not None:
-            void = void | (found.to(void.device) > 0).any()
-        step.scale = {name: scale[name] for name in step.params}
-        return edited & ~void, void
+        self._books.add(Pending(entry.ids, entry.record, *read, found.accounted is not None, told, found.at))
 
     # the books
 
@@ -394,7 +404,13 @@ class InRun:
         return record
 
     def _skip(self, micro: list[MicroBatch]) -> None:
-        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
+        self._skipped.append(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
+        self._book_skipped(self._schedule.waiting())
+
+    def _book_skipped(self, before: int | None) -> None:
+        """Books the steps that were skipped before step ``before``, whose turn it is; all where that is None."""
+        while self._skipped and (before is None or self._skipped[0].record.step < before):
+            self._books.add(self._skipped.pop(0))
 
     def _book(self, step: Arrived) -> None:
         self.steps.append(step.record)
@@ -425,34 +441,42 @@ class InRun:
         return self._totals.read(self._squeeze)
 
     def top(
-        self, k: int = 10, *, harmful: bool = False, target: int = 0, value: str = "standardized"
+        self,
+        k: int = 10,
+        *,
+        harmful: bool = False,
+        target: int = 0,
+        value: str = "standardized",
+        steps: tuple[int, int] | None = None,
     ) -> list[tuple[Hashable, float]]:
         """The ``k`` most helpful (or most harmful) sample ids with their value for one target; empty before the first step.
+
+        The first steps, in which no linearization is exact, weigh most in a sum of one-step scores: of 1,000 digits, a fifth
+        with a wrong label, totals tell those with AUROC 0.77, standardized scores with 0.79, totals from the eleventh step on
+        with 0.79 (means of five trainings; ``python -m bench window`` measures it). So ``standardized`` finds bad samples;
+        totals are in the validation loss's unit, and those of windows are what training without a sample would change.
 
         Args:
             k: how many.
             harmful: the other end.
             target: which of ``K`` validation losses.
-            value: ``standardized``, the mean of the scores standardised within their steps, or ``total``, their sum. The first
-                steps, in which no linearization is exact, weigh most in a sum: on digits with wrong labels totals find them
-                with AUROC .76 and .75 (lr 3e-3, 1e-3), standardised scores with .79 and .76; sums of scores foretell what
-                training on half of the texts does with a rank correlation of .35 and .07 (two seeds), standardised ones .57
-                and .62. Totals from the eleventh step on, which a ledger gives, are as good on digits.
+            value: ``standardized``, the mean of the scores standardised within their steps, or ``total``, their sum.
+            steps: the first and the last step that count, both included; only a ledger remembers single steps.
 
         Raises:
-            ValueError: ``value`` or ``target`` is not there.
+            ValueError: ``value`` or ``target`` is not there, or ``steps`` is asked of a run without a ledger.
         """
-        if value not in ("standardized", "total"):
-            raise ValueError(f"value must be standardized or total, got {value!r}")
+        if steps is not None and self.ledger is None:
+            raise ValueError(f"steps={steps} needs a run with ledger=: without one, only the sums over all steps are kept")
         found = self.scores()
-        if not found.ids:
-            return []
-        values = getattr(found, value)
-        values = values if values.ndim == 2 else values[:, None]
-        if not 0 <= target < values.shape[1]:
-            raise ValueError(f"target must be below {values.shape[1]}, the number of validation losses, got {target}")
-        order = np.argsort(values[:, target] if harmful else -values[:, target], kind="stable")[:k]
-        return [(found.ids[i], float(values[i, target])) for i in order]
+        if steps is None or self.ledger is None or not found.ids:
+            return found.top(k, harmful, target, value)
+        self.flush()
+        from adam_ghost.ledger.reader import open_ledger
+
+        with open_ledger(self.ledger.folder) as ledger:
+            table = ledger.top(k, harmful=harmful, target=target, value=value, steps=steps)
+        return list(zip(table["sample"].to_pylist(), table["value"].to_pylist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end with the same totals, as tensors and plain values; call it between steps."""
@@ -497,76 +521,6 @@ def _open_writer(ledger: Any) -> "LedgerWriter | None":
     return ledger if isinstance(ledger, LedgerWriter) else LedgerWriter(ledger)
 
 
-def _check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"model must be a module that hooks can be hung on, got {type(model).__name__}: attribute it unscripted")
-    if isinstance(optimizer, (list, tuple, dict)):
-        raise TypeError("optimizer must be the one that trains the model: several optimizers are not supported")
-    opt_state = read_optimizer(optimizer, "optimizer")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if not callable(val_loss):
-        raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
-    for name, value, allowed in (("schedule", schedule, SCHEDULES), ("rule", rule, opt_state.linearizations)):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    refuse_unsupported(model)
-    _check_held({name: p for name, p in model.named_parameters() if p.requires_grad}, opt_state)
-    for group in optimizer.param_groups:
-        if group.get("eps") == 0:
-            raise ValueError("the optimizer has eps=0: where Adam has no history yet, its step without the batch would be 0/0")
-    if is_compiled(model) and schedule != "window" and (schedule != "lookahead" or audit_every):
-        raise ValueError(
-            "the model is compiled: its layer calls cannot be recorded, which schedule='midpoint' and audit_every need;"
-            " use schedule='window', or 'lookahead' without audits, or compile nothing"
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("the model has no trainable parameters")
-    _refuse_second_run(model)
-
-
-def _check_held(params: Mapping[str, Tensor], opt_state: OptState) -> None:
-    foreign = [name for name, p in params.items() if p not in opt_state]
-    if foreign:
-        raise ValueError(
-            f"the optimizer does not hold {', '.join(foreign[:6])}: one optimizer must train all trainable parameters;"
-            " freeze the others with requires_grad_(False), or give them to it with add_param_group"
-        )
-
-
-# the runs that are attached to a model
-_RUNS: "weakref.WeakSet[InRun]" = weakref.WeakSet()
-
-
-def _refuse_second_run(model: nn.Module) -> None:
-    inside = set(model.parameters())
-
-    def taken() -> bool:
-        return any(not run._closed and not inside.isdisjoint(run._named.values()) for run in list(_RUNS))
-
-    if taken():
-        gc.collect()  # a run that nobody holds any more may only wait for it
-        if taken():
-            raise ValueError(
-                "the model, or a part of it, has an InRun already: close() that one first; for several validation losses, let"
-                " val_loss return [K]"
-            )
-
-
-def _weakly(method: Callable) -> Callable:
-    """The bound method as a hook that does not keep its object alive."""
-    ref = weakref.WeakMethod(method)
-
-    def hook(*args: Any) -> None:
-        alive = ref()
-        if alive is not None:
-            alive(*args)
-
-    return hook
-
-
 def _leave(schedule: Schedule, handles: list[Any], ledger: Any) -> None:
     """Takes a run off its model and its optimizer, and closes its ledger."""
     schedule.detach()
@@ -580,35 +534,3 @@ def _step_schedule(name: str, loop: Loop) -> Schedule:
     if name == "lookahead":
         return AheadCompiled(loop) if is_compiled(loop.model) else Ahead(loop)
     return After(loop, name)
-
-
-def _window_options(
-    train_loss: Any,
-    window: Any,
-    ahead: Any,
-    feedback: Any,
-    memory: Any,
-    audit_every: int | None,
-    audit_samples: Any,
-    refresh: int,
-    model: nn.Module,
-) -> WindowOptions:
-    if not callable(train_loss):
-        raise TypeError(
-            "schedule='window' runs batches again: train_loss must be a callable of what run.batch(ids, inputs=...) is given,"
-            f" returning the loss that the loop calls backward() on; got {type(train_loss).__name__}"
-        )
-    auto = window == "auto"
-    window = 32 if auto else window
-    for name, value, least in (("window", window, 1), ("ahead", ahead, 0), ("audit_samples", audit_samples, 2)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if auto and audit_every is None:
-        raise ValueError("window='auto' goes by audits: give audit_every, in windows")
-    if feedback not in FEEDBACKS:
-        raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {feedback!r}")
-    if refresh != 1:
-        raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
-    if getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError("model.compile() hides the model's calls from schedule='window': use model = torch.compile(model)")
-    return WindowOptions(train_loss, window, ahead, auto, feedback, parse_bytes(memory), audit_every, audit_samples)

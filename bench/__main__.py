@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from bench import machine
 from bench import ops as ops_bench
 from bench import predictions as predictions_bench
 from bench import throughput as throughput_bench
+from bench import window as window_bench
 
 app = typer.Typer(help="Benchmarks of adam_ghost.", no_args_is_help=True, add_completion=False)
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -67,6 +68,58 @@ def fidelity(
 
 
 @app.command()
+def window(
+    json: Json = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each task.")] = 5,
+    quick: Annotated[bool, typer.Option(help="Digits alone, one seed, two windows.")] = False,
+) -> None:
+    """Credit over windows against leaving samples out and training on, and against training on random halves of the data."""
+    tasks = ["digits"] if quick else list(window_bench.TASKS)
+    settings = window_bench.SETTINGS[: 1 if quick else None]
+    windows = ["windows of 10", "windows of 30, 30 ahead"] if quick else list(window_bench.WINDOWS)
+    seeds = 1 if quick else seeds
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool, Progress(console=console) as progress:
+        runs = [pool.submit(window_bench.measure_run, t, seed, windows) for t in tasks for seed in range(seeds)]
+        horizons = [
+            pool.submit(window_bench.measure_horizons, t, seed, lr, beta2)
+            for t in tasks
+            for lr, beta2 in settings
+            for seed in range(min(seeds, 2))
+        ]
+        task = progress.add_task("trainings", total=len(runs) + len(horizons))
+        for future in [*runs, *horizons]:
+            future.add_done_callback(lambda _: progress.advance(task))
+        found, reached = ([f.result() for f in part] for part in (runs, horizons))
+    for name in tasks:
+        table = Table(title=f"{name}: {seeds} trainings, mean and 95% interval")
+        for column in ("", "LDS", "AUROC of the bad samples"):
+            table.add_column(column, justify="right" if column else "left")
+        of_task = [run["rows"] for run in found if run["task"] == name]
+        for label in of_task[0]:
+            cells = (_interval([rows[label][k] for rows in of_task]) for k in ("lds", "auroc"))
+            table.add_row(label, *cells)
+        console.print(table)
+    table = Table(title="R with leaving one sample out of a step and training on for K steps: mean, worst")
+    for column in ("task", "lr, beta2", *(f"K = {K}" for K in window_bench.HORIZONS)):
+        table.add_column(column, justify="right")
+    for name in tasks:
+        for lr, beta2 in settings:
+            rows = [r for r in reached if (r["task"], r["lr"], r["beta2"]) == (name, lr, beta2)]
+            each = [[x for r in rows for x in r[f"K={K}"]] for K in window_bench.HORIZONS]
+            table.add_row(name, f"{lr}, {beta2}", *(f"{sum(x) / len(x):.3f}, {min(x):.3f}" for x in each))
+    console.print(table)
+    _write(json, {"seeds": seeds, "halves": window_bench.HALVES, "runs": found, "horizons": reached})
+
+
+def _interval(values: list[float]) -> str:
+    """Mean and half the width of its 95% interval by Student's t."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(values), 2.0)
+    return f"{sum(values) / len(values):.3f} +- {t * stdev(values) / len(values) ** 0.5:.3f}"
+
+
+@app.command()
 def predictions(json: Json = None) -> None:
     """Variants of what lookahead predicts, against the scores of the true midpoint (medians over settings and steps)."""
     with Progress(console=console) as progress:
@@ -90,6 +143,7 @@ def throughput(
     gpt2: Annotated[bool, typer.Option(help="GPT-2 124M, T = 1024, bf16 autocast, fused AdamW.")] = False,
     compile: Annotated[bool, typer.Option(help="torch.compile the model; without midpoint, which cannot record it.")] = False,
     memory: Annotated[bool, typer.Option(help="Also measure the peak memory of each variant.")] = True,
+    windows: Annotated[bool, typer.Option(help="Also a cycle of each kind of windows: some ten minutes on a CPU.")] = False,
 ) -> None:
     """Training with attribution against training alone, and against training plus the bare validation pass."""
     setting = throughput_bench.Setting(device=device, compiled=compile)
@@ -111,8 +165,11 @@ def throughput(
         table.add_row(
             v, f"{share['of_plain']:.3f}", of_bound, f"{low:.3f} to {high:.3f}", f"{peaks[v] / 2**20:.0f} MiB" if peaks else ""
         )
+    of_windows = throughput_bench.measure_windows(setting) if windows else {}
+    for v, found in of_windows.items():
+        table.add_row(v, f"{found['of_plain']:.3f}", "", "", f"{found['peak_bytes'] / 2**20:.0f} MiB")
     console.print(table)
-    _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks})
+    _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks, "windows": of_windows})
 
 
 @app.command()

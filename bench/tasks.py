@@ -125,3 +125,6 @@ def texts(seed: int, lr: float = 1e-3, beta2: float = 0.999, epochs: int = 10) -
     samples, held_out = ((x[:, :-1], x[:, 1:]) for x in (corpus.tokens, corpus.target))
     bad = torch.tensor([d == "corrupted" for d in corpus.domains])
     return Task("texts", model, samples, held_out, losses, batches, bad, lr, beta2)
+
+
+TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "texts": texts}

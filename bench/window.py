@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import adam_ghost as ag
-from bench.tasks import Task
+from bench.tasks import TASKS, Task
 
 HALVES = 60  # trainings on random halves, for the linear datamodeling score
 LEFT_OUT = 16  # samples left out of a step
@@ -39,7 +39,7 @@ def train_on(task: Task, run: Callable[[torch.optim.Optimizer], Any], each: Call
     return attached
 
 
-def windows(task: Task, window: int, ahead: int, feedback: str | None = None) -> Tensor:
+def windows(task: Task, window: int, ahead: int, feedback: str = "differences") -> Tensor:
     """``[N]``: total credit of every sample."""
     run = train_on(
         task,
@@ -129,3 +129,44 @@ def halves(task: Task, seed: int) -> tuple[Tensor, Tensor]:
 def auroc(task: Task, total: Tensor) -> float:
     """How well low totals tell the bad samples."""
     return float((total[~task.bad][:, None] > total[task.bad][None]).double().mean())
+
+
+# what is compared on whole runs: window, steps ahead, feedback
+WINDOWS = {
+    "windows of 10": (10, 0, "differences"),
+    "windows of 30": (30, 0, "differences"),
+    "windows of 30, 30 ahead": (30, 30, "differences"),
+    "the same, Gauss-Newton": (30, 30, "gauss-newton"),
+    "the same, no feedback": (30, 30, "none"),
+    "the whole run": (10**6, 0, "differences"),
+}
+# learning rate, beta2
+SETTINGS = [(1e-3, 0.999), (3e-3, 0.999), (1e-2, 0.999), (3e-4, 0.95), (1e-2, 0.95)]
+HORIZONS = (1, 10, 30)
+STEPS = [41, 81, 121]  # past the first, in which the step is the gradient's sign and no linearization is exact
+
+
+def measure_run(name: str, seed: int, windows_of: list[str]) -> dict[str, Any]:
+    """LDS and AUROC of every way to score, on one task with one seed."""
+    torch.set_num_threads(1)
+    task = TASKS[name](seed)
+    keep, outcomes = halves(task, seed)
+    totals = one_step_rules(task)
+    for label in windows_of:
+        window, ahead, feedback = WINDOWS[label]
+        totals[label] = windows(task, min(window, len(task.batches)), ahead, feedback)
+    rows = {}
+    for label, total in totals.items():
+        predicted = keep.double() @ total
+        rows[label] = {"lds": correlation(predicted, outcomes, ranks=True), "auroc": auroc(task, total)}
+    return {"task": name, "seed": seed, "rows": rows}
+
+
+def measure_horizons(name: str, seed: int, lr: float, beta2: float) -> dict[str, Any]:
+    """R of credit with leaving one sample out and training on for K steps, per K, the worst and the mean of the steps."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"task": name, "seed": seed, "lr": lr, "beta2": beta2}
+    for K in HORIZONS:
+        pairs = leave_one_out(TASKS[name](seed, lr, beta2), STEPS, K).values()
+        found[f"K={K}"] = [correlation(*pair) for pair in pairs]
+    return found

@@ -76,5 +76,5 @@ noisy = [s for i, s in zip(found.ids, found.standardized, strict=True) if i % 8 
 clean = [s for i, s in zip(found.ids, found.standardized, strict=True) if i % 8]
 print(f"mean standardised score of {len(clean)} clean samples: {sum(clean) / len(clean):+.3f}")
 print(f"mean standardised score of {len(noisy)} half noise:    {sum(noisy) / len(noisy):+.3f}")
-print("most helpful:", ", ".join(f"{i} ({s:+.4f})" for i, s in run.top(3)))
-print("most harmful:", ", ".join(f"{i} ({s:+.4f})" for i, s in run.top(3, harmful=True)))
+print("most helpful:", ", ".join(f"{i} ({s:+.4f})" for i, s in run.top(3, value="total")))
+print("most harmful:", ", ".join(f"{i} ({s:+.4f})" for i, s in run.top(3, harmful=True, value="total")))

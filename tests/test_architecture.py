@@ -14,7 +14,7 @@ STAGES = {"capture", "scores", "optim", "step", "run"}
 VERBS = {"layer_cache", "attribution", "pairwise", "shapley", "inrun"}
 # what each wing, or module of the top, may import beside itself and the foundation
 MAY_IMPORT = {
-    "__init__": VERBS | {"ledger", "optim"},  # on demand, when a public name is asked for
+    "__init__": VERBS | {"capture", "ledger", "optim"},  # on demand, when a public name is asked for
     "extension": {"warn"},
     "extras": set(),
     "warn": set(),

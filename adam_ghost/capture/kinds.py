@@ -1,8 +1,9 @@
 """What is known of particular layers: their kind, and where they keep the samples of a batch apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -57,17 +58,19 @@ register_kind("norm", lambda module: _forward_of(module) in (nn.LayerNorm.forwar
 register_kind("affine", _is_affine)  # linear in its parameters: run with P in their place, it is its own derivative
 
 
-def keeps_apart(module: nn.Module, x: Tensor, axis: int) -> bool:
-    """Whether ``module`` never mixes what lies along dimension ``axis`` of its input ``x``; as far as it is known here."""
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
-        return x.ndim == 3  # with two, the first are tokens
-    if isinstance(module, _ConvNd):
-        return axis == 0 and x.ndim == module.weight.ndim  # with one less, the first are channels
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return axis < x.ndim - len(module.normalized_shape)
-    if isinstance(module, (nn.GroupNorm, _InstanceNorm)):
-        return axis == 0
-    return not isinstance(module, (nn.Linear, nn.Bilinear)) or axis < x.ndim - 1
+# forwards of torch.nn whose treatment of a batch is told by ``output_axis``; any other code is followed function by function
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _BatchNorm, _InstanceNorm)
+_SEQUENCES = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
+_OTHERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag)
+_KNOWN = {cls.forward for cls in (*_CONVOLUTIONS, *_NORMS, *_SEQUENCES, *_OTHERS)}
+_CONVOLVE = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether ``output_axis`` tells what the module does to a batch; a subclass with a forward of its own is another one."""
+    convolve = getattr(type(module), "_conv_forward", None)
+    return not has_own_forward(module) and type(module).forward in _KNOWN and (convolve is None or convolve in _CONVOLVE)
 
 
 def batch_axis(module: nn.Module, axis: int) -> int:
@@ -77,10 +80,39 @@ def batch_axis(module: nn.Module, axis: int) -> int:
     return axis
 
 
-def output_axes(module: nn.Module, index: int, axis: int) -> tuple[int, ...]:
-    """Where output ``index`` may have the batch that came in along ``axis``, likeliest first."""
-    if isinstance(module, nn.RNNBase) and index > 0:
-        return (1,)  # the final states, [layers, n, d]
-    if isinstance(module, nn.MultiheadAttention) and index > 0:
-        return (0,)  # the attention weights, [n, T, T]
-    return (axis,) if type(module).__module__.startswith("torch.nn.") else (axis, 0, 1)
+def output_axis(module: nn.Module, index: int, tensors: Sequence[Tensor], axes: Mapping[int, int]) -> int | None:
+    """Where output ``index`` of a known module has the batch; None if it mixes what lies along it.
+
+    ``tensors`` are the module's arguments, ``axes`` the dimension of the batch in those that carry it, by their index.
+    """
+    if isinstance(module, nn.RNNBase):
+        expected = {0: batch_axis(module, 0)} | dict.fromkeys(range(1, len(tensors)), 1)  # states are [layers, n, d]
+        apart = tensors[0].ndim == 3 and all(axis == expected[i] for i, axis in axes.items())
+        return (1 if index else expected[0]) if apart else None
+    if isinstance(module, nn.MultiheadAttention):
+        axis = batch_axis(module, 0)
+        # masks come after query, key and value, and count samples first
+        apart = all(at == (axis if i < 3 else 0) and (i >= 3 or tensors[i].ndim == 3) for i, at in axes.items())
+        return (0 if index else axis) if apart else None  # the attention weights are [n, T, T]
+    if len(set(axes.values())) != 1 or not (0 in axes or isinstance(module, nn.Bilinear)):
+        return None
+    axis, x = next(iter(axes.values())), tensors[0]
+    return (
+        axis if _keeps_apart(module, x, axis) and (len(axes) == 1 or isinstance(module, (nn.Bilinear, nn.EmbeddingBag))) else None
+    )
+
+
+def _keeps_apart(module: nn.Module, x: Tensor, axis: int) -> bool:
+    if isinstance(module, _ConvNd):
+        return axis == 0 and x.ndim == module.weight.ndim  # with one less, the first are channels
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return axis < x.ndim - len(module.normalized_shape)
+    if isinstance(module, _InstanceNorm):
+        return axis == 0 and x.ndim > module._get_no_batch_dim()
+    if isinstance(module, nn.GroupNorm):
+        return axis == 0
+    if isinstance(module, nn.EmbeddingBag):
+        return axis == 0 and x.ndim == 2  # with one, the bags are told by offsets
+    if isinstance(module, (nn.Embedding, _BatchNorm)):
+        return True
+    return axis < x.ndim - 1

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
+from adam_ghost.capture.declared import DECLARED, custom_function
 from adam_ghost.capture.hooks import FunctionMode, Hook
-from adam_ghost.capture.kinds import batch_axis, keeps_apart, layer_kind, output_axes
+from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
+from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.surroundings import Surroundings
 
@@ -45,6 +48,10 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 _TENSOR_PROPERTIES = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real", "imag")}
 
 
+# functions that return nothing, but write to their first argument
+_DATA: Any = Tensor.data
+_WRITING = {Tensor.__setitem__, _DATA.__set__}
+
 # functions that take but the shape or type of the tensors after the first
 _LIKE = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
 
@@ -55,13 +62,15 @@ def _in_backward() -> bool:
 
 def _writes(name: str) -> bool:
     """Whether the function of this name changes its first argument in place."""
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and f"__{name[3:]}" in dir(Tensor))  # __iadd__, of __add__
+    return name.endswith("_")
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensor arguments of a torch function, inside lists and tuples too."""
     found = []
-    for x in (*args, *kwargs.values()):
+    for x in (*args, *(x for name, x in kwargs.items() if name != "out")):
         if isinstance(x, Tensor):
             found.append(x)
         elif isinstance(x, (list, tuple)):
@@ -114,7 +123,11 @@ class Recorder:
         self.batch = Batch()
         self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
         self.inner = WeakIdKeyDictionary()  # the same, within the layer now running
-        self.entries: dict[tuple[nn.Module, int], set[Tag]] = {}  # where the batch was in a layer's i-th argument
+        self.aside = WeakIdKeyDictionary()  # the same again, made in a way that nothing shows: no call leads to them
+        self.constants = WeakIdKeyDictionary()  # tensors made of nothing else while gradients were off
+        # where the batch was, or that it was lost, in a layer's i-th argument and result
+        self.entries: dict[tuple[nn.Module, int], set[Tag | None]] = {}
+        self.exits: dict[tuple[nn.Module, int], set[Tag | None]] = {}
         self.follow = False  # whether the layer now running is followed function by function
         self.buffers: dict[str, Tensor] = {}
         self.surroundings: Surroundings | None = None
@@ -132,7 +145,14 @@ class Recorder:
     def end(self) -> None:
         """Records no longer; also after a forward pass that an interrupt (Ctrl-C) broke off, which no hook is told of."""
         self.open = False
+        self.batch.nodes.clear()
         self.mode.remove()
+
+    @property
+    def _into(self) -> Recording:
+        """The recording, where a hook has something for it."""
+        assert self.recording is not None
+        return self.recording
 
     @property
     def in_forward(self) -> bool:
@@ -151,7 +171,7 @@ class Recorder:
         self.inside_model += 1
         if self.inside_model == 1:
             new = self._untagged(pytree.tree_leaves((args, kwargs)))
-            if new and module is self.model and self.batch.n not in (None, new[0].shape[0]):
+            if new and module is self.model and self.batch.n not in (-1, new[0].shape[0]):
                 raise ValueError(
                     f"the model was called with batches of {self.batch.n} and {new[0].shape[0]} samples within one `with cache`"
                 )
@@ -163,7 +183,10 @@ class Recorder:
             return
         for x in pytree.tree_leaves(output):
             # made by ways that carry no tags (through numpy, say): exact all the same, as one long replay
-            if isinstance(x, Tensor) and x in self.sources and x.ndim and x.shape[0] == self.batch.n:
+            alone = (
+                isinstance(x, Tensor) and x.ndim and x.shape[0] == self.batch.n and (x.shape.count(x.shape[0]) == 1 or len(x) == 1)
+            )
+            if alone and x in self.sources:
                 call = Call("output", Tensor.clone, (self.sources[x],), {}, {}, self.names)
                 self._watch(call, 0, x, (0, 1))
 
@@ -174,13 +197,30 @@ class Recorder:
         return [x for x in leaves if isinstance(x, Tensor) and x.ndim and x not in self.batch and not self._is_source(x)]
 
     def _tag_by_size(self, tensors: list[Tensor]) -> None:
-        if tensors and self.batch.n is None:
-            self.batch.n = self.recording.batch_size = tensors[0].shape[0]
+        if tensors and self.batch.n < 0:
+            self.batch.n = self._into.batch_size = tensors[0].shape[0]
         for x in tensors:
-            self.batch.tag(x, (0, 1))
+            passed = x.grad_fn is not None and self.batch.reached_from(x)[0]  # samples came to it in a way that nothing shows
+            self.batch.tag(x, None if passed else (0, 1))
 
     def _is_source(self, x: Tensor) -> bool:
         return x.requires_grad and (x in self.names or x in self.sources or x in self.inner)
+
+    def _look_into(self, x: Tensor) -> None:
+        """A tensor with a graph that no function was seen to make: lost, unless its graph shows that no sample is in it."""
+        if x.grad_fn is None or x in self.batch or x in self.aside or self._is_source(x):
+            return
+        if x in self.constants and custom_function(x.grad_fn) is CheckpointFunction:
+            self.aside[x] = True  # its graph shows all that entered the checkpoint
+            return
+        passed, leaves = self.batch.reached_from(x)
+        if passed:
+            self.batch.tag(x, None)
+        elif self.inside_layer:
+            self.inner[x] = True
+        else:
+            self.aside[x] = True
+            self._into.unattributed.update(self.names[p] for p in leaves if p in self.names)
 
     # layers
 
@@ -193,37 +233,38 @@ class Recorder:
         new = self._untagged(leaves)
         if _in_backward():
             self._tag_again(module, leaves, new)
-        elif self.inside_model:
-            # the batch is followed from the model's arguments; a tensor with a graph but no tag took a way unseen
+        elif self.inside_model:  # the batch is followed from the model's arguments
             for x in new:
-                if x.requires_grad:
-                    self.batch.tag_unseen(x)
+                self._look_into(x)
         else:
-            self._tag_by_size(new)
-        if self.in_forward:
-            for i, x in enumerate(leaves):
-                if isinstance(x, Tensor) and self.batch[x]:
-                    self.entries.setdefault((module, i), set()).add(self.batch[x])
-        self.rng, self.buffers, self.surroundings, self.follow = None, {}, None, False
+            self._tag_by_size([x for x in new if x not in self.aside])
+        self._remember(self.entries, module, leaves)
+        self.rng, self.buffers, self.surroundings = None, {}, None
         if layer_kind(module) is None:
             self.rng = rng_state(next(module.parameters()).device)
             if module.training:
                 self.buffers = {k: x.clone() for k, x in module.named_buffers()}
-            # what torch.nn does to the batch is known; any other code is followed
-            self.follow = not type(module).__module__.startswith("torch.nn.")
-            if self.follow:
-                self.surroundings = Surroundings(module.modules())
-            self.inner = WeakIdKeyDictionary()
+        self.follow = not is_known(module)
+        if self.follow and layer_kind(module) is None:
+            self.surroundings = Surroundings(module.modules())
+        self.inner = WeakIdKeyDictionary()
+
+    def _remember(self, places: dict[tuple[nn.Module, int], set[Tag | None]], module: nn.Module, leaves: list[Any]) -> None:
+        if self.in_forward:
+            for i, x in enumerate(leaves):
+                if isinstance(x, Tensor) and x in self.batch:
+                    places.setdefault((module, i), set()).add(self.batch[x])
+
+    def _as_before(self, places: dict[tuple[nn.Module, int], set[Tag | None]], module: nn.Module, i: int, x: Tensor) -> Tag | None:
+        """Where the batch was when a checkpoint first ran; it runs again out of the function mode's sight."""
+        tags = [tag for tag in places.get((module, i), ()) if tag is None or self.batch.fits(x, tag)]
+        return tags[0] if len(tags) == 1 else None
 
     def _tag_again(self, module: nn.Module, leaves: list[Any], new: list[Tensor]) -> None:
-        """A checkpoint's recomputation, with functions out of sight: the batch is where it was when the checkpoint first ran."""
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor) and x.requires_grad and any(x is y for y in new):
-                tags = [tag for tag in self.entries.get((module, i), ()) if self.batch.fits(x, tag)]
-                if tags:
-                    self.batch.tag(x, tags[0] if len(tags) == 1 else None)
-                else:
-                    self.batch.tag_unseen(x)
+                hidden = self.batch.hidden_on_the_way_to(x)
+                self.batch.tag(x, None if hidden else self._as_before(self.entries, module, i, x))
 
     def _close_layer(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_layer -= self.active
@@ -231,7 +272,7 @@ class Recorder:
 
     @unseen
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if not self.active or self.batch.n is None:
+        if not self.active or self.batch.n < 0:
             return
         outs = pytree.tree_leaves(output)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -243,14 +284,21 @@ class Recorder:
             self.batch.tag(output, tag)
             return
 
+        if self.follow and self.in_forward:
+            for x in outs:
+                if isinstance(x, Tensor):
+                    self._look_into(x)
+
         def place(i: int, out: Tensor) -> Tag | None:
-            if out in self.batch:
-                return self.batch[out]
-            if tag is None or not keeps_apart(module, first, tag[0]):
+            if not is_known(module):
+                return self._as_before(self.exits, module, i, out) if _in_backward() else self.batch[out]
+            tagged = self.batch.tagged(tensors)
+            tags = {i: found for i, x in enumerate(tensors) for y, found in tagged if x is y}
+            rows = {rows for _, rows in tags.values()}
+            if len(rows) != 1:
                 return None
-            size = self.batch.n * tag[1]
-            axes = [x for x in output_axes(module, i, tag[0]) if x < out.ndim and out.shape[x] == size]
-            return (axes[0], tag[1]) if axes else None
+            axis = output_axis(module, i, tensors, {i: axis for i, (axis, _) in tags.items()})
+            return None if axis is None else (axis, rows.pop())
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
@@ -258,6 +306,7 @@ class Recorder:
         if any(isinstance(x, Tensor) and x.requires_grad for x in vars(module).values()):
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
         self._classify(call, tensors, outs, place)
+        self._remember(self.exits, module, outs)
 
     # torch functions outside of layers
 
@@ -265,20 +314,28 @@ class Recorder:
         if func is Tensor.__iter__ and not self.inside_layer:
             with self.mode:
                 return iter(args[0].unbind(0))
-        if (self.inside_layer and not self.follow) or self.batch.n is None:
+        if (self.inside_layer and not self.follow) or self.batch.n < 0:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        if name == "__get__" and func not in _TENSOR_PROPERTIES:
+        if func in FACTORIES or (name == "__get__" and func not in _TENSOR_PROPERTIES):
             return func(*args, **kwargs)
         tensors = _tensors(args[:1] if name in _LIKE else args, kwargs)
+        for x in tensors:
+            self._look_into(x)
         batched = any(x in self.batch for x in tensors)
         meets_parameters = torch.is_grad_enabled() and any(self._is_source(x) for x in tensors)
         if not batched and not meets_parameters:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self._keep_constants(tensors, pytree.tree_leaves(out))
+            return out
 
         call = None
+        inplace = _writes(name)
+        before = self.batch[args[0]] if inplace else None
+        if func in DECLARED:
+            axes = {i: tag[0] for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
+            DECLARED[func].try_out(args, axes, self.batch.n)
         if meets_parameters and not self.inside_layer:
-            inplace = _writes(name)
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
             rng = rng_state(tensors[0].device)
             recorded_args, recorded_kwargs = self._recorded(args, kwargs)
@@ -287,6 +344,8 @@ class Recorder:
             call = Call(name, func, recorded_args, recorded_kwargs, {}, self.names, rng=rng, inplace=inplace)
         tagged = any(self.batch[x] for x in tensors)
         out = func(*args, **kwargs)
+        if out is None and func not in _WRITING:  # backward, retain_grad and the like leave tensors as they were
+            return out
         outs = pytree.tree_leaves(args[0] if out is None else out)
 
         def place(i: int, x: Tensor) -> Tag | None:
@@ -301,9 +360,13 @@ class Recorder:
                     self.inner.pop(x, None)
                 elif isinstance(x, Tensor) and x.requires_grad and all(self._is_source(t) for t in tensors if t.requires_grad):
                     self.inner[x] = True
-        if batched and _writes(name) and args[0]._base is not None and args[0]._base in self.sources:
-            self._lose(args[0]._base)  # samples were written into it through a view
+        if batched and inplace and args[0]._base is not None and self.batch[args[0]] != before:
+            self._lose(args[0]._base)  # samples were written into it through a view, or mixed
         return out
+
+    def _keep_constants(self, tensors: list[Tensor], outs: list[Any]) -> None:
+        if not torch.is_grad_enabled() and all(x in self.constants or isinstance(x, nn.Parameter) for x in tensors):
+            self.constants.update((x, True) for x in outs if isinstance(x, Tensor))
 
     # what becomes of a call
 
@@ -317,8 +380,10 @@ class Recorder:
         """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up."""
         outs = [(i, x) for i, x in enumerate(outs) if isinstance(x, Tensor)]
         if any(self.batch.lost(x) for x in tensors):
-            # a penalty added to the loss takes nothing from what the samples' calls explain of its parameters
-            if self.inside_model or any(x.ndim for x in tensors if self.batch.lost(x)):
+            # a penalty added to the loss takes nothing from what the samples' calls explain of its parameters, and what a
+            # checkpoint loses with gradients off is given up when it runs again
+            inside = self.inside_model or any(x.ndim for x in tensors if self.batch.lost(x))
+            if inside and torch.is_grad_enabled():
                 self._give_up(call)
             for _, x in outs:
                 self._lose(x)
@@ -334,20 +399,25 @@ class Recorder:
             for i, x in outs:
                 if x.requires_grad:
                     self.sources[x] = Ref(call, i)
+        else:
+            self._keep_constants(tensors, [x for _, x in outs])
 
     def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
-        if out.requires_grad and tag is None:
+        if not out.requires_grad:
+            return
+        if tag is None:
             self._give_up(call)
-        elif out.requires_grad:
-            call.watch(index, out, tag, self.recording.receive)
-            if self.recording.outputs is not None:
-                self.recording.outputs.append(out)
+            return
+        recording = self._into
+        call.watch(index, out, tag, recording.receive)
+        if recording.outputs is not None:
+            recording.outputs.append(out)
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)
         self.batch.tag(x, None)
 
     def _give_up(self, call: Call) -> None:
-        self.recording.unattributed.update(call.parameters())
+        self._into.unattributed.update(call.parameters())

@@ -43,6 +43,10 @@ class Recording:
             call.grad_output = {}
         self.calls = []
 
+    def touched(self) -> set[str]:
+        """The names of the parameters of whose gradient the recorded calls explain a part, or all."""
+        return {name for call in self.calls for name in call.parameters()}
+
     def covered(self) -> set[str]:
         """The names of the parameters whose gradient the recorded calls explain."""
-        return {name for call in self.calls for name in call.parameters()} - self.unattributed
+        return self.touched() - self.unattributed

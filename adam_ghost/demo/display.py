@@ -11,6 +11,7 @@ from rich.text import Text
 
 from adam_ghost.demo.data import Corpus
 from adam_ghost.demo.train import METHODS, Progress, Result, auroc, summarize
+from adam_ghost.ledger.formulas import neutral
 
 _VALUES = ("window_standardized", "by_window", "standardized", "by_step", "summed_loss")  # of a Result: columns of scores.csv
 
@@ -175,11 +176,12 @@ def _by_credit(result: Result) -> np.ndarray:
 
 
 def save(path: Path, result: Result, corpus: Corpus) -> None:
-    """One line per sample, most helpful first."""
+    """One line per sample, most helpful first; a text that a spreadsheet would run as a formula gets an apostrophe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["id", "domain", "source", "steps", *_VALUES, "text"])
         for i in _by_credit(result).tolist():
             row = [f"{getattr(result, name)[i]:.8g}" for name in _VALUES]
-            writer.writerow([i, corpus.domains[i], corpus.sources[i], result.met[i], *row, corpus.texts[i]])
+            source, text = neutral(corpus.sources[i]), neutral(corpus.texts[i])
+            writer.writerow([i, corpus.domains[i], source, result.met[i], *row, text])

@@ -1,6 +1,6 @@
 """Sample ids on their way through somebody else's loader: a column of the data set that the model must not see."""
 
-from collections.abc import Hashable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from adam_ghost.ledger.books import StepRecord
@@ -8,8 +8,8 @@ from adam_ghost.ledger.books import StepRecord
 ID = "sample_id"
 
 
-def take_ids(batch: Any, column: str = ID, cure: str = "") -> list[Hashable]:
-    """Takes the ids out of ``batch`` and returns them; ``cure`` ends the message where there are none.
+def take_ids(batch: Any, column: str = ID, cure: str = "") -> Any:
+    """Takes the ids out of ``batch`` and returns them, as ``run.batch`` takes them; ``cure`` ends the message where there are none.
 
     Raises:
         KeyError: the batch has no such column.
@@ -17,8 +17,7 @@ def take_ids(batch: Any, column: str = ID, cure: str = "") -> list[Hashable]:
     if not isinstance(batch, MutableMapping) or column not in batch:
         there = f"it has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"it is a {type(batch).__name__}"
         raise KeyError(f"the batch has no column {column!r} with the samples' ids, {there}{cure}")
-    ids = batch.pop(column)
-    return ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    return batch.pop(column)
 
 
 def logged(record: StepRecord) -> dict[str, float]:

@@ -1,9 +1,50 @@
-"""What a ledger can hold of a sample's name: integers of 64 bits, or valid Unicode."""
+"""What names a sample: an integer, a string or a tuple of these; a ledger holds integers of 64 bits, or valid Unicode."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+import numpy as np
+
+Id = int | str | tuple
+
 _LOW, _HIGH = -(2**63), 2**63
+
+
+def normalise(ids: Any) -> list[Id]:
+    """The ids of a batch as Python's integers, strings or tuples of these, one per sample.
+
+    Args:
+        ids: a list, or a tensor or array ``[n]`` or ``[n, 1]`` of integers; a list may hold NumPy's scalars and 0-d tensors.
+
+    Raises:
+        TypeError: not a list, or an id is a boolean, a float or anything else; named.
+        ValueError: a tensor or array of another shape.
+    """
+    if isinstance(ids, (str, bytes, Mapping, Set)) or not isinstance(ids, Iterable) or getattr(ids, "shape", None) == ():
+        raise TypeError(f"ids must be a list or a tensor of one id per sample, got {_named(ids)}")
+    shape: tuple[int, ...] = getattr(ids, "shape", (0,))
+    if len(shape) != 1 and (len(shape) != 2 or shape[1] != 1):
+        raise ValueError(f"ids must be one per sample, [n], got a {type(ids).__name__} {list(shape)}")
+    listed = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if len(shape) == 2:
+        listed = [row[0] for row in listed]
+    return listed if set(map(type, listed)) <= {int, str} else [_plain(i) for i in listed]
+
+
+def _plain(i: Any) -> Id:
+    """One id out of NumPy's or a 0-d tensor's wrapping."""
+    value = i.item() if getattr(i, "shape", None) == () and hasattr(i, "item") else i
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, tuple):
+        return tuple(_plain(x) for x in value)
+    raise TypeError(f"an id must be an integer, a string or a tuple of these, got {_named(i)}")
+
+
+def _named(x: Any) -> str:
+    return f"{type(x).__name__} {str(x)[:40]}"
 
 
 def check_ids(ids: Sequence[Any], kind: type | None) -> type | None:

@@ -4,6 +4,7 @@ Linear layers score in the weight gradient's product. A layer that is linear in 
 which is zero and whose derivative by ``slot`` is the score. What it takes from Python is constant while the model runs.
 """
 
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from adam_ghost.capture.hooks import StandIn
+from adam_ghost.capture.hooks import Hook, StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.run.lookahead import ContractingRecording
+from adam_ghost.run.plan import Plan, kind_of_step
 from adam_ghost.scores.linear import own_parameters, scored_linear
 
 
@@ -32,37 +34,93 @@ class _Site:
         self.stand_in = StandIn(layer, partial(_forward, self))
         self.slot: Tensor | None = None
         self.P: tuple[Tensor | None, ...] = ()
-        self.seen = False  # whether it scored
+        self.led = False  # whether its samples are known to be the leading dimension
+        self.seen = self.missed = False  # whether it scored, and whether a call went without
 
 
 class CompiledLayers:
-    """While attached, the layers of a compiled model score their samples, if these are the leading dimension."""
+    """While attached, the layers of a compiled model score their samples, where a plan shows these to be the leading dimension.
+
+    Before the first forward pass of each kind (modes, shapes) the model runs once in eager mode, for the plan.
+    """
 
     def __init__(self, model: nn.Module):
+        self.model = model
         layers = [m for m in model.modules() if _has_form(m)]
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.sites = [_Site(m, names) for m in layers if any(p is not None for p in own_parameters(m))]
+        self._plans: dict[Hashable, Plan] = {}
+        self._planning = False
+        self._recording: ContractingRecording | None = None
+        self._handle: Any = None
+        self._compiled_call: Any = None
 
     def attach(self) -> None:
         for site in self.sites:
             site.stand_in.attach()
+        self._compiled_call = self.model._compiled_call_impl
+        if self._compiled_call is None:
+            self._handle = self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
+        else:  # by ``model.compile()``, which compiles the model's hooks as well
+            self.model._compiled_call_impl = self._call
 
     def detach(self) -> None:
         for site in self.sites:
             site.stand_in.detach()
+        if self._compiled_call is None:
+            self._handle.remove()
+        else:
+            self.model._compiled_call_impl = self._compiled_call
 
     def begin(self, recording: ContractingRecording) -> None:
         """The forward passes from now on belong to ``recording``."""
+        self._recording = recording
         for site in self.sites:
-            site.slot, site.seen = recording.slot, False
+            site.slot, site.seen, site.missed, site.led = recording.slot, False, False, False
             site.P = tuple(None if name is None else recording.P[name] for name in site.names)
 
     def end(self, recording: ContractingRecording) -> None:
         """No forward pass is scored from now on."""
+        self._recording = None
         for site in self.sites:
             site.slot = None
+            names = {name for name in site.names if name is not None}
             if site.seen:
-                recording.scored.update(name for name in site.names if name is not None)
+                recording.scored |= names
+            if site.missed:
+                recording.unattributed |= names
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self._before_forward(self.model, args, kwargs)
+        return self._compiled_call(*args, **kwargs)
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        recording = self._recording
+        if recording is None or self._planning or not torch.is_grad_enabled():
+            return
+        kind = kind_of_step(self.model, args, kwargs)
+        if kind not in self._plans:
+            self._plans[kind] = self._plan(args, kwargs)
+        plan, rows = self._plans[kind], len(recording.slot)
+        if plan.batch_size != rows:
+            raise ValueError(f"run.batch got {rows} ids, but the model was called with a batch of {plan.batch_size}")
+        recording.unattributed |= plan.unattributed
+        for site in self.sites:
+            site.led = plan.led.get(site.layer, False)
+        if not any(site.led for site in self.sites):
+            raise ValueError("in no layer of the compiled model can its samples be told apart: there is nothing to attribute")
+
+    def _plan(self, args: tuple, kwargs: dict) -> Plan:
+        slots = [site.slot for site in self.sites]
+        self._planning = True
+        try:
+            for site in self.sites:
+                site.slot = None
+            return Plan(self.model, args, kwargs)
+        finally:
+            self._planning = False
+            for site, slot in zip(self.sites, slots, strict=True):
+                site.slot = slot
 
 
 def _has_form(module: nn.Module) -> bool:
@@ -80,9 +138,10 @@ def _has_form(module: nn.Module) -> bool:
 def _forward(site: _Site, x: Tensor) -> Tensor:
     layer: Any = site.layer  # nn.Module types its attributes as modules too
     slot = site.slot
-    # an embedding of a plain list of indices may be one of positions, without samples: it is left to be named as not covered
-    without = x.shape[0] != (0 if slot is None else len(slot)) or (site.kind == "embedding" and x.ndim == 1)
-    if slot is None or without or not torch.is_grad_enabled():
+    if slot is None or not torch.is_grad_enabled():
+        return type(layer).forward(layer, x)
+    if not site.led:
+        site.missed = True
         return type(layer).forward(layer, x)
     site.seen = True
     if site.kind == "linear":

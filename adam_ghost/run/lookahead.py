@@ -58,8 +58,8 @@ class ContractingRecording(Recording):
         super().forget()
         self._arrived = self.slot.grad = None
 
-    def covered(self) -> set[str]:
-        return self.scored - self.unattributed
+    def touched(self) -> set[str]:
+        return self.scored
 
 
 class ScoredLinears:
@@ -78,18 +78,26 @@ class ScoredLinears:
         for stand_in in self.stand_ins:
             stand_in.detach()
 
-    @unseen
     def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        scored = self._scored(layer, x)
+        return type(layer).forward(layer, x) if scored is None else scored
+
+    @unseen
+    def _scored(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output with its scores to come; None where it goes the way of all layers, in the recorder's sight."""
         recorder = self.recorder
         recording = recorder.recording
+        if not isinstance(recording, ContractingRecording) or recording.keep:
+            return None
+        if not recorder.active or not torch.is_grad_enabled():
+            return None
         own = own_parameters(layer)
-        names = [recorder.names.get(p) for p in own if p is not None]
-        ours = isinstance(recording, ContractingRecording) and not recording.keep and recorder.active and torch.is_grad_enabled()
-        tag = recorder.batch[x] if ours and names else None
-        if tag is None or tag[0] != 0 or any(name not in recording.P for name in names):
-            return type(layer).forward(layer, x)
+        names = {p: recorder.names.get(p, "") for p in own if p is not None}
+        tag = recorder.batch[x] if names else None
+        if tag is None or tag[0] != 0 or x.ndim < 2 or any(name not in recording.P for name in names.values()):
+            return None
         recorder.scored = True
-        recording.scored.update(names)
-        P = tuple(None if p is None else recording.P[recorder.names[p]] for p in own)
+        recording.scored.update(names.values())
+        P = tuple(None if p is None else recording.P[names[p]] for p in own)
         offsets = None if recording.packing is None else recording.packing.offsets
         return scored_linear(layer, x, recording.slot, P, offsets)

@@ -44,8 +44,9 @@ class Pending:
     ids: Sequence[Hashable]
     record: StepRecord
     scores: Readback  # [n, K]
-    numbers: Readback  # [4, K]: val_loss, total, history, 1 where the step is void
+    numbers: Readback  # [5, K]: val_loss, total, history, 1 where the step is void, what the scores must add up to
     edited: Readback  # bool, per gradient
+    checked: bool  # whether it is known what the scores must add up to
     losses: Readback | None = None  # [n]
     at: float | None = None  # where val_loss was taken: 0 after history alone, 1 at the step's end; None: in another step
 
@@ -95,15 +96,15 @@ class Books:
                     return
                 self._pending.pop(0)
                 book(self._read(step) if isinstance(step, Pending) else step)
-                if isinstance(step, Pending) and not step.record.skipped:
-                    scores = step.scores.get().astype(np.float64)
-                    self.coverage.check(scores, np.array(step.record.total), f"step {step.record.step}: ")
+                if isinstance(step, Pending) and step.checked and not step.record.skipped:
+                    scores, accounted = (x.get().astype(np.float64) for x in (step.scores, step.numbers))
+                    self.coverage.check(scores, accounted[-1], f"step {step.record.step}: ")
         finally:
             self._draining = False
 
     def _read(self, step: Pending) -> Arrived:
         record, scores = step.record, step.scores.get().astype(np.float64)
-        val_loss, total, history, void = step.numbers.get().astype(np.float64)
+        val_loss, total, history, void, _ = step.numbers.get().astype(np.float64)
         record.skipped = bool(void.any())
         last, self._last = self._last, None
         if record.skipped:
@@ -117,7 +118,7 @@ class Books:
             record.skipped = True
             return Arrived(record)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
-        record.score_sum = scores.sum(0).tolist()
+        record.score_sum, record.val_loss_at = scores.sum(0).tolist(), step.at
         if step.at is not None:
             self._last = Mark(record.step, step.at, record.val_loss, record.total)
             if last is not None and last.step == record.step - 1:

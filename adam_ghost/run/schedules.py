@@ -3,8 +3,9 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.alone import WholePass
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
-from adam_ghost.step.step import Step
+from adam_ghost.step.step import Step, inner
 from adam_ghost.step.validation import Validation
 
 SCHEDULES = ("midpoint", "gauss", "lookahead", "window")
@@ -71,9 +72,11 @@ class Scored(NamedTuple):
     scores: Tensor  # [n, K]
     val_loss: Tensor  # [] or [K]
     total: Tensor  # [K]: < P , g(B) >
+    accounted: Tensor | None  # [K]: of that, what the scores have to add up to; None where nothing says
     history: Tensor  # [K]
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
     at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
+    unexplained: Callable[[], list[str]] | None = None  # the parameters whose calls do not explain their gradient
 
 
 @dataclass
@@ -115,11 +118,14 @@ class Schedule(Protocol):
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
 
-    def swept(self) -> "list[tuple[Entry, Scored]]":
-        """Called when the optimizer has stepped: earlier steps that can be scored now."""
+    def swept(self) -> "list[tuple[Entry, Scored | None]]":
+        """Called when the optimizer has stepped: earlier steps that can be scored now; None: it turns out to have skipped one."""
 
-    def finish(self) -> "list[tuple[Entry, Scored]]":
+    def finish(self) -> "list[tuple[Entry, Scored | None]]":
         """Called when the run ends: earlier steps that have not been scored."""
+
+    def waiting(self) -> int | None:
+        """The first step whose scores are still to come."""
 
     def state_dict(self) -> Any: ...
 
@@ -197,10 +203,13 @@ class After(Collecting):
     def due(self) -> bool:
         return self.loop.step % self.loop.every == 0
 
-    def swept(self) -> list[tuple[Entry, Scored]]:
+    def swept(self) -> list[tuple[Entry, Scored | None]]:
         return []
 
     finish = swept
+
+    def waiting(self) -> int | None:
+        return None
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         self._arm(micro, Recording(micro.packing))
@@ -245,7 +254,9 @@ class After(Collecting):
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
         at = 0.5 if self.loop.refreshes else None
-        return Scored(scores, direction.val_loss, direction.total, direction.history, edited, at)
+        accounted = step.accounted(direction.P, direction.total)
+        why = partial(step.unexplained, direction.P)
+        return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
@@ -319,7 +330,9 @@ class Ahead(After):
         recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
         scores = torch.cat([r.scores for r in recordings]) * scale.mean()
         at = 0.0 if self.loop.refreshes else None
-        return Scored(scores, direction.val_loss, direction.reach(step.grads), direction.history, edited, at)
+        total = inner(direction.P, step.grads)
+        accounted = step.accounted(direction.P, total)
+        return Scored(scores, direction.val_loss, total, accounted, direction.history, edited, at)
 
 
 class AheadCompiled(Ahead):

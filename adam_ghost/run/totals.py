@@ -15,6 +15,22 @@ class SampleScores(NamedTuple):
     standardized: np.ndarray  # mean over steps of (score - step's mean) / step's standard deviation: for finding bad samples
     steps: np.ndarray  # how many attributed steps the sample was part of
 
+    def top(self, k: int, harmful: bool, target: int, value: str) -> list[tuple[Hashable, float]]:
+        """The ``k`` ids with the largest (or smallest) ``value``, ``total`` or ``standardized``, of one target.
+
+        Raises ValueError where ``value`` or ``target`` is not there.
+        """
+        if value not in ("standardized", "total"):
+            raise ValueError(f"value must be standardized or total, got {value!r}")
+        if not self.ids:
+            return []
+        values = getattr(self, value)
+        values = values if values.ndim == 2 else values[:, None]
+        if not 0 <= target < values.shape[1]:
+            raise ValueError(f"target must be below {values.shape[1]}, the number of validation losses, got {target}")
+        order = np.argsort(values[:, target] if harmful else -values[:, target], kind="stable")[:k]
+        return [(self.ids[i], float(values[i, target])) for i in order]
+
 
 class Totals:
     """Running sums per sample id for ``K`` targets, float64."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.calls import Call
+from adam_ghost.capture.declared import FOLLOWED
 from adam_ghost.capture.kinds import is_transposed
 from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
@@ -101,6 +102,9 @@ class _ScoredLinear(torch.autograd.Function):
             scores.append(sums @ P_bias.mT)
             d_bias = sums.sum(0)
         return d_input, d_weight, d_bias, add(scores) if scores else None, None, None, None
+
+
+FOLLOWED.add(_ScoredLinear)
 
 
 def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | None, ...], offsets: Tensor | None) -> Tensor:

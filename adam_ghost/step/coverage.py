@@ -1,5 +1,7 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,24 +17,31 @@ class Coverage:
 
     def __init__(self, strict: bool):
         self.strict, self.share = strict, 1.0
+        self.blamed: list[str] = []  # parameters whose calls do not explain their gradient
         self._told: set[str] = set()
 
-    def check(self, scores: np.ndarray, total: np.ndarray, where: str = "") -> None:
-        """Whether scores ``[..., K]`` add up to the step's ``total [K]``, where parameters left out do not explain it.
-
-        Raises RuntimeError under ``strict``; NaN fails.
-        """
-        if self.share < 1:
-            return
+    def misses(self, scores: np.ndarray, total: np.ndarray) -> bool:
+        """Whether scores ``[..., K]`` do not add up to the step's ``total [K]``; NaN never does."""
         scores = scores.reshape(-1, scores.shape[-1])
         size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
-        gap = np.abs(scores.sum(0) - total)
-        if not np.all(gap <= SELF_CHECK * size):
+        return not np.all(np.abs(scores.sum(0) - total) <= SELF_CHECK * size)
+
+    def blame(self, scores: np.ndarray, total: np.ndarray, why: Callable[[], list[str]]) -> None:
+        """Has ``why`` name the parameters at fault, if ``check`` will have something new to tell."""
+        if "sum" not in self._told and self.misses(scores, total):
+            self.blamed = why()
+
+    def check(self, scores: np.ndarray, total: np.ndarray, where: str = "") -> None:
+        """Tells if the scores do not add up to the covered parameters' ``total``. Raises RuntimeError under ``strict``."""
+        if self.misses(scores, total):
+            blamed = f", of {', '.join(self.blamed[:6])}," if self.blamed else ""
+            found = scores.reshape(-1, scores.shape[-1]).sum(0).tolist()
+            of = "the step's gradient" if self.share == 1 else "the covered parameters' gradient"
             self.tell(
                 "sum",
-                f"{where}the scores add up to {scores.sum(0).tolist()}, but the step's gradient to {total.tolist()}: part of the"
-                " gradient did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from"
-                " before)",
+                f"{where}the scores add up to {found}, but {of} to {total.tolist()}: part of the gradient{blamed}"
+                " did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from before, a"
+                " weight that the loss uses outside of the model)",
             )
 
     def report(self, missing: list[str], share: float) -> None:

@@ -35,11 +35,6 @@ class Direction:
     history: Tensor  # [K]: what history alone took off the validation loss, to first order
     total: Tensor  # [K]: < P , g > with the gradients that P was formed for
 
-    def reach(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """``< P , g >`` for other gradients, ``[K]``: what the scores of all samples add up to."""
-        P = {name: self.P[name].flatten(1) for name in grads}
-        return torch.stack([P[name] @ g.flatten().to(P[name].dtype) for name, g in grads.items()]).sum(0)
-
 
 def validation_gradient(
     opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, validation: Validation, at: str

@@ -12,6 +12,7 @@ from adam_ghost.scores.contract import contract_all
 from adam_ghost.scores.forms import Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.step.coverage import Coverage
+from adam_ghost.step.fingerprint import Fingerprint
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Step:
     grads: dict[str, Tensor]
     recordings: list[Recording]
     scale: dict[str, Tensor] = field(default_factory=dict)  # what gradients were multiplied by since they were recorded
+    missing: list[str] = field(default_factory=list)  # parameters whose gradient no recorded call explains
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
@@ -39,6 +41,38 @@ class Step:
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
         return contract_all(self.recordings, P, per_token, half)
+
+    def touched(self) -> set[str]:
+        """The parameters of whose gradient recorded calls explain a part, or all."""
+        return {name for r in self.recordings for name in r.touched()}
+
+    def accounted(self, P: Directions, total: Tensor) -> Tensor | None:
+        """``[K]``, of ``total = < P , g >``: what the scores have to add up to, without the parameters that no call explains.
+
+        None where a call explains a part of one of these: how large a part, nothing says.
+        """
+        if not self.missing:
+            return total
+        if not self.touched().isdisjoint(self.missing):
+            return None
+        return inner(P, {name: g for name, g in self.grads.items() if name not in self.missing})
+
+    def unexplained(self, P: Directions) -> list[str]:
+        """The names of parameters whose samples' shares do not add up to their gradient, as far as ``P`` sees it; worst first."""
+        off = {}
+        for name in self.touched() & self.grads.keys():
+            total = inner(P, {name: self.grads[name]})
+            gap = (self.scores({name: P[name]}).sum(0) - total).abs().max()
+            if not gap <= 1e-3 * total.abs().max():
+                off[name] = float(gap)
+        worst = max(off.values(), default=0.0)
+        return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
+
+
+def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
+    """``< P , g >``, ``[K]``, over the parameters of ``grads``."""
+    found = [P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in grads.items()]
+    return torch.stack(found).sum(0) if found else next(iter(P.values())).flatten(1).sum(1) * 0
 
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
@@ -55,20 +89,42 @@ def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recordin
     for name, p in model.named_parameters():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
+    step = Step(opt_state, params, grads, recordings)
     if recordings:
         inside = set(model.parameters())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
-        report_coverage(grads, recordings, coverage, outside)
-    return Step(opt_state, params, grads, recordings)
+        step.missing = report_coverage(grads, recordings, coverage, outside)
+    return step
 
 
 def report_coverage(
     grads: Mapping[str, Tensor], recordings: Sequence[Recording], coverage: Coverage, outside: Sequence[Tensor] = ()
-) -> None:
-    """Tells ``coverage`` which gradients no recorded call explains; ``outside``: trained parameters that are not the model's."""
+) -> list[str]:
+    """Tells ``coverage`` which gradients no recorded call explains, and returns their names.
+
+    ``outside``: trained parameters that are not the model's.
+    """
     covered = {name for r in recordings for name in r.covered()}
     # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
     missing = [name for name, g in grads.items() if name not in covered and bool(g.any())]
     total = sum(x.numel() for x in (*grads.values(), *outside))
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
+    return missing
+
+
+def follow_scaling(step: Step, before: Fingerprint, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+    """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
+
+    Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
+    """
+    scale, edited, void = before.changes(step.grads)
+    # a fused optimizer unscales inside its step, on what the scaler leaves with it
+    if (factor := getattr(optimizer, "grad_scale", None)) is not None:
+        inverse = factor.to(void.device).reciprocal()
+        scale = {name: x * inverse for name, x in scale.items()}
+        step.grads = {name: g * inverse.to(g.dtype) for name, g in step.grads.items()}
+    if (found := getattr(optimizer, "found_inf", None)) is not None:
+        void = void | (found.to(void.device) > 0).any()
+    step.scale = {name: scale[name] for name in step.params}
+    return edited & ~void, void

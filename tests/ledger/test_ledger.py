@@ -83,6 +83,9 @@ def test_ranges_and_top(tmp_path):
         theirs = made.run.top(4, harmful=harmful, value="total")
         assert [i for i, _ in ours] == [i for i, _ in theirs]
         np.testing.assert_allclose([v for _, v in ours], [v for _, v in theirs])
+    asked = made.run.top(4, value="total", steps=(11, 15))
+    assert [i for i, _ in asked] == expected.sort_values(ascending=False).index[:4].tolist()
+    np.testing.assert_allclose([v for _, v in asked], expected.sort_values(ascending=False)[:4])
     found = made.run.scores()
     best = np.argsort(-found.standardized)[:4]
     rows = made.ledger.top(4).to_pylist()

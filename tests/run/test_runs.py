@@ -243,6 +243,8 @@ def test_before_the_first_step():
     assert run.scores().ids == []
     with pytest.raises(ValueError, match="value must be standardized or total, got 'share'"):
         run.top(value="share")
+    with pytest.raises(ValueError, match=r"steps=\(11, 20\) needs a run with ledger="):
+        run.top(steps=(11, 20))
     with pytest.raises(ValueError, match=r"what InRun.state_dict\(\) returned"):
         run.load_state_dict({})
 
@@ -301,3 +303,29 @@ def test_a_custom_layer_is_called_as_often_as_without(schedule):
     if run:
         for s in run.steps:
             np.testing.assert_allclose(s.score_sum, s.total, rtol=1e-3, atol=1e-6)
+
+
+class TiedHead(nn.Module):
+    """Gives hidden states; the loss multiplies them by the embedding's weight itself, as TRL does with a language model's head."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.layer = nn.Embedding(7, 5), nn.Linear(5, 5)
+
+    def forward(self, ids):
+        return torch.tanh(self.layer(self.tokens(ids)))
+
+
+def test_a_weight_that_the_loss_uses_outside_of_the_model_is_named():
+    torch.manual_seed(0)
+    model = TiedHead()
+    ids = torch.randint(0, 7, (N, 4))
+    loss = lambda: F.cross_entropy((model(ids) @ model.tokens.weight.T).flatten(0, 1), ids.flatten())  # noqa: E731
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.warns(UserWarning, match=r"add up to .*part of the gradient, of tokens.weight, did not come from") as caught:
+        run = ag.InRun(model, optimizer, loss)
+        run.batch(range(N))
+        loss().backward()
+        optimizer.step()
+    assert all(w.filename == __file__ for w in caught if "adam_ghost" in str(w.message))
+    assert run.steps[0].coverage == 1  # every parameter has calls

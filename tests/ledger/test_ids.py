@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from adam_ghost.run.ids import normalise
+from adam_ghost.ledger.ids import normalise
 
 MEANT = {
     "list": ([3, 1], [3, 1]),

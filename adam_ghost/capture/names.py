@@ -1,0 +1,23 @@
+"""The functions that torch hands to a function mode, found by their public names."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+_HOMES = {
+    "torch": torch,
+    "Tensor": torch.Tensor,
+    "F": F,
+    "linalg": torch.linalg,
+    "special": torch.special,
+    "fft": torch.fft,
+}
+
+
+def functions(name: str) -> list[Callable]:
+    """Every function called ``name``, wherever it is; ``F.unfold`` is that of one place. Absent names are no error."""
+    home, _, bare = name.rpartition(".")
+    homes = [_HOMES[home]] if home else [torch.Tensor] if name.startswith("__") else _HOMES.values()
+    found = (getattr(place, bare, None) for place in homes)
+    return [f for f in found if callable(f) and not isinstance(f, type)]
