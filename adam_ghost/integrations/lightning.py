@@ -118,8 +118,11 @@ def _train_loss(trainer: Trainer, module: LightningModule, given: tuple[Any, int
     """A batch's loss once more, without a trace in the logs."""
     batch, index = given
     with _unlogged(trainer, module):
-        found: Any = module.training_step(copy.copy(batch), index)  # which may take things out of it
-    return found["loss"] if isinstance(found, Mapping) else found
+        found = module.training_step(copy.copy(batch), index)  # which may take things out of it
+    loss = found["loss"] if isinstance(found, Mapping) else found
+    if not isinstance(loss, Tensor):
+        raise ValueError("schedule='window': training_step returned no loss when the batch was run again")
+    return loss
 
 
 @contextmanager
@@ -127,15 +130,14 @@ def _unlogged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """What the module logs inside the block, by itself or by its loggers, goes nowhere."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
-    own: dict[str, Any] = vars(module)
-    held: dict[str, Any] = {name: own[name] for name in ("log", "log_dict") if name in own}
-    own |= {"log": _ignored, "log_dict": _ignored}
+    held: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    vars(module).update(dict.fromkeys(("log", "log_dict"), _ignored))
     try:
         yield
     finally:
         for name in ("log", "log_dict"):
-            del own[name]
-        own |= held
+            del vars(module)[name]
+        vars(module).update(held)
         trainer.loggers = loggers
 
 
