@@ -46,11 +46,11 @@ def main(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 400,
+    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 256,
     samples: Annotated[int, typer.Option(min=64, help="Training samples.")] = 640,
-    audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played.")] = 4,
+    audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the corpus, the model and the order.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for scores.csv, the ledger and report.html.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for scores.csv, the ledgers and reports.")] = Path("runs/demo"),
 ) -> None:
     """Train a small GPT on this machine's own texts, and see which of them helped it with a held-out target."""
     from adam_ghost.demo import display, train
@@ -61,20 +61,23 @@ def demo(
     console = _console()
     corpus = load_corpus(samples, targets=16, length=65, seed=seed)
     console.print(f"{samples} samples of 64 characters: Python's documentation, its sources, and documentation garbled.")
-    ledger = train.open_ledger(out / "ledger", corpus)
+    parts = {"ledger": "report.html", "windows": "windows.html"}  # one run by steps, one by windows
+    ledgers = train.open_ledger(out / "ledger", corpus), train.open_ledger(out / "windows", corpus)
     with display.Display(console) as shown:
-        result = train.train(corpus, steps, audits, seed, shown.update, ledger)
+        result = train.train(corpus, steps, audits, seed, shown.update, ledgers)
     share = train.throughput(corpus, rounds=max(5, steps // 10), seed=seed)
     display.show(console, result, corpus, share, train.BATCH)
     display.save(out / "scores.csv", result, corpus)
     console.print(f"All scores: {out / 'scores.csv'}")
-    if ledger is None:
-        console.print(Text(f"For a ledger and a report: {how_to_install('report')}"))
+    if ledgers[0] is None:
+        console.print(Text(f"For ledgers and reports: {how_to_install('report')}"))
     else:
         from adam_ghost.report import write_report
 
-        write_report(out / "ledger", out / "report.html", title="adam_ghost demo")
-        console.print(f"Ledger: {out / 'ledger'}   (adam-ghost top {out / 'ledger'})", f"Report: {out / 'report.html'}", sep="\n")
+        for name, page in parts.items():
+            write_report(out / name, out / page, title=f"adam_ghost demo: {'one step' if name == 'ledger' else 'windows'}")
+            console.print(f"Ledger: {out / name}   (adam-ghost top {out / name})   Report: {out / page}")
+    console.print(Text(display.take_away(result, corpus)))
 
 
 @app.command()
@@ -166,16 +169,18 @@ def audit(
     minimum: Annotated[float, typer.Option("--min-r", help="Fail if an audited step's correlation is below this.")] = 0.9,
     largest: Annotated[
         float,
-        typer.Option("--max-gap", help="Fail if a step whose scores cover all parameters misses more of its gradient than this."),
+        typer.Option("--max-gap", help="Fail if a step's scores miss more of its gradient than this share."),
     ] = 0.05,
+    least: Annotated[
+        float, typer.Option("--min-coverage", help="Fail if a step's scores explain a smaller share of the parameters than this.")
+    ] = 0.99,
     as_json: AsJson = False,
 ) -> None:
     """Can the scores be trusted: audited steps against their exact Shapley values, and every step's sum against its gradient."""
-    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS true_loss_drop,
+    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS loss_drop,
                abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
                WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
-    books = """SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped, min(coverage) AS least_coverage
-               FROM steps WHERE target = ?"""
+    books = "SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped FROM steps WHERE target = ?"
 
     def ask(ledger: Any) -> Any:
         from adam_ghost.ledger.gap import find_gap
@@ -183,19 +188,24 @@ def audit(
         found = find_gap(ledger, target)  # which refuses a target that is not there
         return ledger.sql(query, [target]).to_pylist(), ledger.sql(books, [target]).to_pylist()[0], found
 
-    audited, summary, (gap, line) = _read(folder, ask)
-    summary["largest_gap"] = gap
+    audited, summary, (gap, coverage, line) = _read(folder, ask)
+    summary |= {"least_coverage": coverage, "largest_gap": gap}
     if as_json:
         _print({"audited": audited, **summary}, True)
     else:
         _print(audited, False, empty="No step was audited: InRun(..., audit_every=N) does.")
         _print([summary], False)
         _console().print(Text(line))
+    reasons = []
     bad = [row["step"] for row in audited if not row["r"] >= minimum]
     if bad:
-        _fail(f"the correlation is below {minimum:g} in steps {', '.join(map(str, bad[:6]))}", 1)
+        reasons.append(f"the correlation is below {minimum:g} in steps {', '.join(map(str, bad[:6]))}")
     if gap is not None and not gap <= largest:
-        _fail(f"a step's scores miss {gap:.1%} of its gradient, more than {largest:.1%}", 1)
+        reasons.append(f"a step's scores miss {gap:.1%} of its gradient, more than {largest:.1%}")
+    if coverage is not None and not coverage >= least:
+        reasons.append(f"a step's scores explain {coverage:.1%} of the parameters, less than {least:.1%}")
+    if reasons:
+        _fail("; ".join(reasons), 1)
 
 
 @app.command()

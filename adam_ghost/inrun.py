@@ -120,7 +120,7 @@ class InRun:
         check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
             windows = window_options(train_loss, window, ahead, feedback, memory, audit_every, audit_samples, refresh, model)
-        for name, value in (("every", every), ("refresh", refresh), ("audit_every", audit_every or 1)):
+        for name, value in (("every", every), ("refresh", refresh), ("audit_every", 1 if audit_every is None else audit_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.model, self.optimizer = model, optimizer
@@ -142,6 +142,7 @@ class InRun:
             self._schedule = _step_schedule(schedule, self._loop)
         self._totals = Totals()
         self._books = Books(self.coverage)
+        self._skipped: list[Arrived] = []  # which wait for the scores of steps before them
         self._squeeze = True  # whether the validation loss is a scalar
         self._seconds = 0.0  # of the host, in this step
         self.ledger = _open_writer(ledger)
@@ -373,9 +374,15 @@ class InRun:
                 )
         return play(step, validation, self.audit_permutations, self.step), apart
 
-    def _finish(self, found: list[tuple[Entry, Scored]]) -> None:
+    def _finish(self, found: list[tuple[Entry, Scored | None]]) -> None:
         for entry, scored in found:
-            self._enter(entry, scored, torch.zeros((), device=scored.total.device))
+            self._book_skipped(entry.record.step)
+            if scored is None:
+                entry.record.skipped = True
+                self._books.add(Arrived(entry.record))
+            else:
+                self._enter(entry, scored, torch.zeros((), device=scored.total.device))
+        self._book_skipped(self._schedule.waiting())
         self._books.drain(self._book)
 
     def _enter(self, entry: Entry, found: Scored, void: Tensor) -> None:
@@ -397,7 +404,13 @@ class InRun:
         return record
 
     def _skip(self, micro: list[MicroBatch]) -> None:
-        self._books.add(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
+        self._skipped.append(Arrived(self._record(sum(len(m.ids) for m in micro), skipped=True)))
+        self._book_skipped(self._schedule.waiting())
+
+    def _book_skipped(self, before: int | None) -> None:
+        """Books the steps that were skipped before step ``before``, whose turn it is; all where that is None."""
+        while self._skipped and (before is None or self._skipped[0].record.step < before):
+            self._books.add(self._skipped.pop(0))
 
     def _book(self, step: Arrived) -> None:
         self.steps.append(step.record)

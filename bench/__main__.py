@@ -143,6 +143,7 @@ def throughput(
     gpt2: Annotated[bool, typer.Option(help="GPT-2 124M, T = 1024, bf16 autocast, fused AdamW.")] = False,
     compile: Annotated[bool, typer.Option(help="torch.compile the model; without midpoint, which cannot record it.")] = False,
     memory: Annotated[bool, typer.Option(help="Also measure the peak memory of each variant.")] = True,
+    windows: Annotated[bool, typer.Option(help="Also a cycle of each kind of windows: some ten minutes on a CPU.")] = False,
 ) -> None:
     """Training with attribution against training alone, and against training plus the bare validation pass."""
     setting = throughput_bench.Setting(device=device, compiled=compile)
@@ -164,8 +165,11 @@ def throughput(
         table.add_row(
             v, f"{share['of_plain']:.3f}", of_bound, f"{low:.3f} to {high:.3f}", f"{peaks[v] / 2**20:.0f} MiB" if peaks else ""
         )
+    of_windows = throughput_bench.measure_windows(setting) if windows else {}
+    for v, found in of_windows.items():
+        table.add_row(v, f"{found['of_plain']:.3f}", "", "", f"{found['peak_bytes'] / 2**20:.0f} MiB")
     console.print(table)
-    _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks})
+    _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks, "windows": of_windows})
 
 
 @app.command()

@@ -27,7 +27,7 @@ def write(folder: Path, rows: int, samples: int) -> dict[str, float]:
     for step in range(steps):
         names = ids[step].tolist()
         total = totals[step]
-        record = StepRecord(step + 1, BATCH, [1e-3], [1.0], True, total, total, [0.0], 1.0, False, 1e-3, epoch=0)
+        record = StepRecord(step + 1, BATCH, [1e-3], [1.0], True, total, total, [0.0], 1.0, False, 1e-3, epoch=0, val_loss_at=0.5)
         started = time.perf_counter()
         writer.add(Arrived(record, names, scores[step]))
         handed += time.perf_counter() - started

@@ -3,6 +3,7 @@
 All variants take their steps in turn within one run, and the medians of their times are compared.
 """
 
+import json
 import re
 import statistics
 import subprocess
@@ -19,6 +20,13 @@ import adam_ghost as ag
 from adam_ghost.demo.model import GPT
 
 VARIANTS = ("plain", "bound", "lookahead", "midpoint")
+# window, steps ahead, every which window, feedback
+WINDOWS = {
+    "window 32": (32, 0, 1, "differences"),
+    "window 32, 32 ahead, every 4th": (32, 32, 4, "differences"),
+    "the same, Gauss-Newton": (32, 32, 4, "gauss-newton"),
+}
+_BETWEEN = 4  # steps of a window's run between two plain steps that it is compared with
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Setting:
 
 
 def stepper(variant: str, s: Setting) -> Callable[[], None]:
-    """A function that takes one training step of its own model, in the way of ``variant``."""
+    """A function that takes one training step of its own model, in the way of ``variant``, also of ``WINDOWS``."""
     torch.manual_seed(0)
     model = GPT(s.vocabulary, s.context, s.layers, s.width, s.heads).to(s.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=s.fused)
@@ -56,22 +64,28 @@ def stepper(variant: str, s: Setting) -> Callable[[], None]:
 
     if s.compiled:
         model.compile()
-    attributed = variant in ("lookahead", "midpoint")
-    run = ag.InRun(model, optimizer, lambda: loss(x_val), variant) if attributed else None
+    run, x = None, tokens[: s.batch]
+    if variant in ("lookahead", "midpoint"):
+        run = ag.InRun(model, optimizer, lambda: loss(x_val), variant)
+    elif variant in WINDOWS:
+        window, ahead, every, feedback = WINDOWS[variant]
+        options = {"window": window, "ahead": ahead, "every": every, "feedback": feedback, "train_loss": loss}
+        run = ag.InRun(model, optimizer, lambda: loss(x_val), "window", **options)
     params = list(model.parameters())
 
     def step() -> None:
         if run:
-            run.batch(range(s.batch))
-        loss(tokens[: s.batch]).backward()
+            run.batch(range(s.batch), inputs=x)
+        loss(x).backward()
         if variant == "bound":
             torch.autograd.grad(loss(x_val), params)
         optimizer.step()
         optimizer.zero_grad()
 
-    step()
-    for state in optimizer.state.values():
-        state["step"] += 100  # as in the midst of a run: lookahead needs a past
+    if variant not in WINDOWS:  # whose cycles are counted from the first step
+        step()
+        for state in optimizer.state.values():
+            state["step"] += 100  # as in the midst of a run: lookahead needs a past
     return step
 
 
@@ -90,6 +104,32 @@ def measure(s: Setting, rounds: int, progress: Callable[[int], None] = lambda k:
             if k >= 0:
                 times[v].append(time.perf_counter() - started)
     return times
+
+
+def measure_window(variant: str, s: Setting) -> dict[str, float]:
+    """One whole cycle of windows, sweep included, as a share of as many plain steps, taken in between; and the peak of memory."""
+    plain, step = stepper("plain", s), stepper(variant, s)
+    window, _, every, _ = WINDOWS[variant]
+    spent, compared = 0.0, []
+    for k in range(window * every):
+        started = time.perf_counter()
+        step()
+        spent += time.perf_counter() - started
+        if k % _BETWEEN == 0:
+            started = time.perf_counter()
+            plain()
+            compared.append(time.perf_counter() - started)
+    return {"of_plain": statistics.median(compared) * window * every / spent, "peak_bytes": resident()}
+
+
+def measure_windows(s: Setting) -> dict[str, dict[str, float]]:
+    """``measure_window`` of every variant, each in a process of its own."""
+    found = {}
+    for variant in WINDOWS:
+        code = f"import json; from bench import throughput as t; print(json.dumps(t.measure_window({variant!r}, t.{s!r})))"
+        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        found[variant] = json.loads(made.stdout.splitlines()[-1])
+    return found
 
 
 def peak_memory(variant: str, s: Setting) -> int:

@@ -39,7 +39,7 @@ def train_on(task: Task, run: Callable[[torch.optim.Optimizer], Any], each: Call
     return attached
 
 
-def windows(task: Task, window: int, ahead: int, feedback: str | None = None) -> Tensor:
+def windows(task: Task, window: int, ahead: int, feedback: str = "differences") -> Tensor:
     """``[N]``: total credit of every sample."""
     run = train_on(
         task,

@@ -45,6 +45,10 @@ for g in groups:
     print(
         f"{g['group']:10} standardised score {g['value']:+.3f}  (95%: {g['low']:+.3f} to {g['high']:+.3f}), {g['samples']} samples"
     )
-weights = torch.tensor([max(g["value"], 0.0) for g in groups])
-weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(groups))
-print("suggested weights:", ", ".join(f"{g['group']} {w:.2f}" for g, w in zip(groups, weights.tolist(), strict=True)))
+unclear = [g["group"] for g in groups if g["low"] <= 0 <= g["high"]]
+if unclear:
+    print(f"no weights suggested: the interval of {', '.join(unclear)} holds zero; train for more steps")
+else:
+    weights = torch.tensor([max(g["value"], 0.0) for g in groups])
+    weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(groups))
+    print("suggested weights:", ", ".join(f"{g['group']} {w:.2f}" for g, w in zip(groups, weights.tolist(), strict=True)))

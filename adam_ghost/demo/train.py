@@ -1,11 +1,12 @@
-"""The demo's main job: train, attribute every step, audit some, and compare with training alone."""
+"""The demo's main job: train twice from the same start with the same batches, scored step by step and by windows; audit both."""
 
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from adam_ghost.demo.data import DOMAINS, VOCABULARY, Corpus
 from adam_ghost.demo.model import GPT
 from adam_ghost.inrun import InRun
 from adam_ghost.layer_cache import LayerCache
-from adam_ghost.run.totals import SampleScores
 from adam_ghost.shapley import exact_shapley
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ METHODS = {
     "SGD (sgd/current)": ("sgd", "current"),
 }
 BATCH = 32
+WINDOW, AHEAD = 32, 32  # steps
+AUDITED_SAMPLES = 6  # of an audited window's first step
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,42 @@ class Audited:
     step: int
     agreement: dict[str, tuple[float, float]]
     sampling_error: float  # of the exact values themselves, relative L2
-    loss_drop: float  # U(B), against the step without the batch
+    loss_drop: float  # U(B): against the step that history alone would have taken
     score_sum: float
 
 
 @dataclass(frozen=True)
+class AuditedWindow:
+    """A window's credit against leaving a few samples out of its first step and training on to its end."""
+
+    step: int  # its first
+    ahead: int  # steps from there to its end
+    r: float
+    relative_l2: float
+
+
+@dataclass(frozen=True)
 class Progress:
+    schedule: str
     step: int
     steps: int
     loss: float
     steps_per_second: float
-    by_domain: dict[str, tuple[float, float, int]]  # mean total score, standard error, samples
+    by_domain: dict[str, tuple[float, float, int]]  # mean total so far, standard error, samples
 
 
 @dataclass(frozen=True)
 class Result:
-    scores: SampleScores
+    """Of every training sample ``[N]``, in the corpus' order, where it was met; NaN where it was not."""
+
+    by_step: np.ndarray  # sum of its one-step scores
+    standardized: np.ndarray  # their mean, standardised within steps
+    by_window: np.ndarray  # sum of its credit
+    window_standardized: np.ndarray  # mean of its credit, standardised within steps
+    summed_loss: np.ndarray  # sum of its own training loss, whenever it was met
+    met: np.ndarray  # in how many steps
     audits: list[Audited]
-    by_domain: dict[str, tuple[float, float, int]]
-    auroc: dict[str, float]  # clean prose above corrupted, by aggregate
+    windows: list[AuditedWindow]
     target_loss: tuple[float, float]  # before and after training
     booked: tuple[float, float]  # what samples' own steps, and what history took off it
 
@@ -71,9 +90,14 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3)
         self._order: list[int] = []
         self._shuffle = torch.Generator().manual_seed(seed)
+        self.summed_loss = np.zeros(len(corpus.tokens))
+
+    def losses(self, x: Tensor) -> Tensor:
+        """``[n]``"""
+        return F.cross_entropy(self.model(x[:, :-1]).transpose(1, 2), x[:, 1:], reduction="none").mean(1)
 
     def loss(self, x: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        return self.losses(x).mean()
 
     def target_loss(self) -> Tensor:
         return self.loss(self.corpus.target)
@@ -85,13 +109,15 @@ class Trainer:
         return ids
 
     def step(self, ids: list[int], run: InRun | None) -> float:
+        x = self.corpus.tokens[ids]
         if run:
-            run.batch(ids)
-        loss = self.loss(self.corpus.tokens[ids])
-        loss.backward()
+            run.batch(ids, inputs=x)
+        losses = self.losses(x)
+        losses.mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        self.summed_loss[ids] += losses.detach().numpy()
+        return losses.mean().item()
 
 
 def open_ledger(folder: Path, corpus: Corpus) -> "LedgerWriter | None":
@@ -113,39 +139,88 @@ def train(
     audits: int,
     seed: int,
     report: Callable[[Progress], None],
-    ledger: "LedgerWriter | None" = None,
+    ledgers: "tuple[LedgerWriter | None, LedgerWriter | None]" = (None, None),
 ) -> Result:
-    """Trains for ``steps``, calls ``report`` now and then, plays the exact game in ``audits`` steps spread over the run."""
-    trainer = Trainer(corpus, seed)
+    """Trains for ``steps``, first scored step by step and then by windows, and calls ``report`` now and then.
+
+    Plays the exact game in ``audits`` steps spread over the first run, and leaves samples out in at most two windows of the second.
+    """
+    trainer, again = Trainer(corpus, seed), Trainer(corpus, seed)
     audited: list[Audited] = []
     due = {max(2, round((k + 1) * steps / audits)) for k in range(audits)}
     with torch.no_grad():
         before = trainer.target_loss().item()
-    busy = 0.0
-    # the ledger has audits of its own, of the run's scores; those above compare the methods
-    every = max(1, steps // min(audits, 2)) if ledger else None
-    with InRun(trainer.model, trainer.optimizer, trainer.target_loss, audit_every=every, ledger=ledger) as run:
-        for step in range(1, steps + 1):
-            run.epoch = (step - 1) * BATCH // len(corpus.tokens)
-            ids = trainer.next_batch()
-            if step in due:
-                audited.append(audit(trainer, ids, step))
-            started = time.perf_counter()
-            loss = trainer.step(ids, run)
-            busy += time.perf_counter() - started
-            if step % max(1, steps // 40) == 0 or step == steps:
-                report(Progress(step, steps, loss, step / busy, summarize(run.scores(), corpus)))
-        scores = run.scores()
-        booked = sum(s.score_sum[0] for s in run.steps), sum(s.history[0] for s in run.steps)
+
+    def game(step: int, ids: list[int]) -> None:
+        if step in due:
+            audited.append(audit(trainer, ids, step))
+
+    # the ledger has an audit of its own, of the run's scores; those above compare the methods
+    options: dict[str, Any] = {"audit_every": steps if ledgers[0] else None, "ledger": ledgers[0]}
+    with InRun(trainer.model, trainer.optimizer, trainer.target_loss, **options) as run:
+        _run(trainer, run, "one step", steps, report, game)
     with torch.no_grad():
         after = trainer.target_loss().item()
-    domains = np.array([corpus.domains[int(str(i))] for i in scores.ids])
-    clean, bad = domains == "prose", domains == "corrupted"
-    auroc = {
-        "mean score standardised within steps": _auroc(scores.standardized[clean], scores.standardized[bad]),
-        "sum of scores": _auroc(scores.total[clean], scores.total[bad]),
-    }
-    return Result(scores, audited, summarize(scores, corpus), auroc, (before, after), booked)
+
+    options = {"window": WINDOW, "ahead": AHEAD, "train_loss": again.loss, "ledger": ledgers[1]}
+    options |= {"audit_every": max(1, steps // WINDOW // 2), "audit_samples": AUDITED_SAMPLES}
+    with warnings.catch_warnings():
+        # the last windows end where the training does, and look less far ahead: this is said below the audit
+        warnings.filterwarnings("ignore", "adam_ghost: the run ended", UserWarning)
+        with InRun(again.model, again.optimizer, again.target_loss, "window", **options) as windows:
+            _run(again, windows, "windows", steps, report)
+
+    by_step, by_window = run.scores(), windows.scores()
+    return Result(
+        by_step=_in_order(by_step.ids, by_step.total, corpus),
+        standardized=_in_order(by_step.ids, by_step.standardized, corpus),
+        by_window=_in_order(by_window.ids, by_window.total, corpus),
+        window_standardized=_in_order(by_window.ids, by_window.standardized, corpus),
+        summed_loss=np.where(trainer.summed_loss > 0, trainer.summed_loss, np.nan),
+        met=np.nan_to_num(_in_order(by_step.ids, by_step.steps, corpus)).astype(int),
+        audits=audited,
+        windows=[AuditedWindow(s.step, s.horizon, s.audit.r, s.audit.relative_l2) for s in windows.steps if s.audit and s.horizon],
+        target_loss=(before, after),
+        booked=(sum(s.score_sum[0] for s in run.steps), sum(s.history[0] for s in run.steps)),
+    )
+
+
+def _run(
+    trainer: Trainer,
+    run: InRun,
+    schedule: str,
+    steps: int,
+    report: Callable[[Progress], None],
+    before: Callable[[int, list[int]], None] = lambda step, ids: None,
+) -> None:
+    """The training loop; ``before`` is called before each step."""
+    busy = 0.0
+    for step in range(1, steps + 1):
+        run.epoch = (step - 1) * BATCH // len(trainer.corpus.tokens)
+        ids = trainer.next_batch()
+        before(step, ids)
+        started = time.perf_counter()
+        loss = trainer.step(ids, run)
+        busy += time.perf_counter() - started
+        if step % max(1, steps // 40) == 0 or step == steps:
+            found = run.scores()
+            report(
+                Progress(
+                    schedule,
+                    step,
+                    steps,
+                    loss,
+                    step / busy,
+                    summarize(_in_order(found.ids, found.total, trainer.corpus), trainer.corpus),
+                )
+            )
+
+
+def _in_order(ids: Sequence[Hashable], values: np.ndarray, corpus: Corpus) -> np.ndarray:
+    """``[N]`` of the values of samples ``ids``; NaN for the others."""
+    found = np.full(len(corpus.tokens), np.nan)
+    found[[int(str(i)) for i in ids]] = values
+    return found
 
 
 def audit(trainer: Trainer, ids: list[int], step: int) -> Audited:
@@ -165,19 +240,21 @@ def audit(trainer: Trainer, ids: list[int], step: int) -> Audited:
     )
 
 
-def summarize(scores: SampleScores, corpus: Corpus) -> dict[str, tuple[float, float, int]]:
-    """Mean total score of each domain's samples, its standard error, and their number."""
+def summarize(values: np.ndarray, corpus: Corpus) -> dict[str, tuple[float, float, int]]:
+    """Mean of each domain's samples that have a value, its standard error, and their number."""
     found = {}
-    domains = np.array([corpus.domains[int(str(i))] for i in scores.ids])
+    domains = np.array(corpus.domains)
     for domain in DOMAINS:
-        x = scores.total[domains == domain]
+        x = values[(domains == domain) & ~np.isnan(values)]
         error = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else float("nan")
         found[domain] = (float(x.mean()) if len(x) else float("nan"), error, len(x))
     return found
 
 
-def _auroc(high: np.ndarray, low: np.ndarray) -> float:
-    """The probability that a draw from ``high`` is above one from ``low``."""
+def auroc(values: np.ndarray, corpus: Corpus) -> float:
+    """The probability that a clean text of prose has a higher value than a corrupted one."""
+    domains, known = np.array(corpus.domains), ~np.isnan(values)
+    high, low = values[(domains == "prose") & known], values[(domains == "corrupted") & known]
     if not len(high) or not len(low):
         return float("nan")
     pairs = np.sign(high[:, None] - low[None])

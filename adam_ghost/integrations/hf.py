@@ -5,8 +5,10 @@ AttributionCallback(val_loss, ledger="runs/today").attach(trainer)
 trainer.train()
 """
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from adam_ghost.inrun import InRun
 from adam_ghost.integrations.ids import ID, logged, take_ids
 
 _STATE = "adam_ghost.pt"
+_COUNTED = ("_metrics", "_total_train_tokens")  # in which TRL's trainers count what their compute_loss sees
 
 
 class AttributionCallback(TrainerCallback):
@@ -27,20 +30,34 @@ class AttributionCallback(TrainerCallback):
     ``/gap`` (how far the scores miss ``/total``) and ``/coverage`` go where the Trainer reports to, and the run's state into
     every checkpoint. A collator that packs samples into rows, as TRL's ``packing=True`` does, drops their ids: train unpacked.
 
+    ``schedule="window"`` needs nothing more: batches are run again by the Trainer's own ``compute_loss``, of the same inputs and
+    ``num_items_in_batch``, with its logging silenced. These inputs are kept until their window is swept.
+
     Args:
         val_loss: called with the model; returns the validation loss, ``[]`` or ``[K]``, with a graph.
         column: of the data set, with the ids: integers, or strings.
-        options: of ``InRun``: ``schedule``, ``ledger``, ``every`` and so on.
+        options: of ``InRun``: ``schedule``, ``ledger``, ``every`` and so on, but ``train_loss``, which is the Trainer's.
+
+    Raises:
+        ValueError: where training begins, with ``schedule="window"`` and a Trainer that ``attach`` was not told of.
     """
 
     def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, column: str = ID, **options: Any):
         self.val_loss, self.column, self.options = val_loss, column, options
         self.run: InRun | None = None
         self._forward: Any = None
-        self._validating = False
+        self._inside = False  # a validation pass, or a batch that is run again
+        self._windows = options.get("schedule") == "window"
+        self._trainer: Any = None
+        self._compute_loss: Any = None  # the Trainer's own
+        self._computing: nn.Module | None = None  # the model as the Trainer calls it
+        self._inputs: tuple[dict, tuple, dict] | None = None  # what compute_loss was given, from there to the forward pass
 
     def attach(self, trainer: Any) -> "AttributionCallback":
         """Adds itself to ``trainer``, before what reports its logs, and lets the ids through its loader."""
+        self._trainer, self._compute_loss = trainer, trainer.compute_loss
+        if self._windows:
+            trainer.compute_loss = self._follow_loss
         trainer.data_collator = self.collator(trainer.data_collator)
         trainer.args.remove_unused_columns = False
         trainer.callback_handler.callbacks.insert(0, self)
@@ -60,7 +77,13 @@ class AttributionCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-        self.run = InRun(model, optimizer, lambda: self._val_loss(model), **self.options)
+        if self._windows and self._trainer is None:
+            raise ValueError(
+                "schedule='window' runs batches again by the Trainer's compute_loss: give the callback to the Trainer with"
+                " callback.attach(trainer)"
+            )
+        val_loss = lambda: self._val_loss(model)  # noqa: E731
+        self.run = InRun(model, optimizer, val_loss, train_loss=self._train_loss, **self.options)
         saved = os.path.join(args.output_dir, f"checkpoint-{state.global_step}", _STATE)
         if state.global_step and os.path.exists(saved):
             self.run.load_state_dict(torch.load(saved, weights_only=True))
@@ -71,7 +94,7 @@ class AttributionCallback(TrainerCallback):
         self._forward = model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True, prepend=True)
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        training = model.training and torch.is_grad_enabled() and not self._validating
+        training = self._in_training(model)
         if self.column not in kwargs:
             if training:
                 raise KeyError(
@@ -83,15 +106,44 @@ class AttributionCallback(TrainerCallback):
         kwargs = dict(kwargs)
         ids = take_ids(kwargs, self.column)
         if training and self.run is not None:
-            self.run.batch(ids)
+            inputs, self._inputs = self._inputs, None
+            if self._windows and inputs is None:
+                raise ValueError(
+                    "schedule='window' runs batches again by the Trainer's compute_loss, which this Trainer did not call before the"
+                    " model: use another schedule, or InRun in a loop of your own"
+                )
+            self.run.batch(ids, inputs=inputs)
         return args, kwargs
 
+    def _in_training(self, model: nn.Module) -> bool:
+        return model.training and torch.is_grad_enabled() and not self._inside
+
+    def _follow_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's ``compute_loss``, whose arguments are kept on the way."""
+        if self._in_training(model):
+            self._computing = model
+            self._inputs = {k: x for k, x in inputs.items() if k != self.column}, args, kwargs
+        return self._compute_loss(model, inputs, *args, **kwargs)
+
+    def _train_loss(self, given: tuple[dict, tuple, dict]) -> Tensor:
+        """A batch's loss once more, by what the Trainer computed it from."""
+        inputs, args, kwargs = given
+        with self._entered(), _unlogged(self._trainer):
+            # a copy: the Trainer takes the labels out
+            return self._compute_loss(self._computing, dict(inputs), *args, **kwargs)
+
     def _val_loss(self, model: nn.Module) -> Tensor:
-        self._validating = True
-        try:
+        with self._entered():
             return self.val_loss(model)
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """The model's calls inside the block are not the training's."""
+        self._inside = True
+        try:
+            yield
         finally:
-            self._validating = False
+            self._inside = False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run is not None:
@@ -114,3 +166,16 @@ class AttributionCallback(TrainerCallback):
         if self.run is not None:
             self._forward.remove()
             self.run.close()
+
+
+@contextmanager
+def _unlogged(trainer: Any) -> Iterator[None]:
+    """What the Trainer's ``compute_loss`` logs and counts inside the block is forgotten."""
+    held = {name: copy.deepcopy(x) for name, x in vars(trainer).items() if name in _COUNTED}
+    log = {name: x for name, x in vars(trainer).items() if name == "log"}  # the class has one, too
+    trainer.log = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del trainer.log
+        vars(trainer).update(held | log)

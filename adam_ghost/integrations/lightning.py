@@ -3,11 +3,14 @@
 Trainer(callbacks=[AttributionCallback(val_loss, ledger="runs/today")]).fit(module, loader)
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from adam_ghost.inrun import InRun
@@ -21,11 +24,17 @@ class AttributionCallback(Callback):
     ``/coverage`` go to the Trainer's loggers every ``log_every_n_steps``, the run's state into its checkpoints.
     ``training_step`` must call ``net`` once per batch.
 
+    ``schedule="window"`` needs nothing more: batches are run again by ``training_step(batch, batch_idx)``, with its logging
+    silenced, and kept until their window is swept.
+
     Args:
         val_loss: called with the module; returns the validation loss, ``[]`` or ``[K]``, with a graph.
         net: the name of the module's network, of which ``training_step`` makes the forward pass; empty: the module's own call.
         column: of the batch, with the ids; or ``ids``, a function of the batch that returns them.
-        options: of ``InRun``.
+        options: of ``InRun``, but ``train_loss``, which is the module's.
+
+    Raises:
+        TypeError, ValueError: where training begins: several optimizers, or ``schedule="window"`` with manual optimization.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class AttributionCallback(Callback):
         self.val_loss, self.net, self.options = val_loss, net, options
         cure = ": let it be a dict with that column, or give the callback ids=, a function that returns a batch's ids"
         self.ids = ids or (lambda batch: take_ids(batch, column, cure))
+        self._windows = options.get("schedule") == "window"
         self._logged = 0  # the last step that was
         self.run: InRun | None = None
         self._loaded: dict | None = None
@@ -48,18 +58,25 @@ class AttributionCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if len(trainer.optimizers) != 1:
             raise TypeError(f"one Adam or AdamW must train the module, configure_optimizers returned {len(trainer.optimizers)}")
+        if self._windows and not pl_module.automatic_optimization:
+            raise ValueError(
+                "schedule='window' runs batches again by training_step, which must return the loss and leave the optimizer to"
+                " Lightning: automatic_optimization is off"
+            )
         # Lightning runs the forward and the backward pass inside the step, as its closure. Gradients must be final when the
         # run looks at them: a hook before the run's own calls the closure
         self._hook = trainer.optimizers[0].register_step_pre_hook(_call_closure)
         model = pl_module.get_submodule(self.net)
-        self.run = InRun(model, trainer.optimizers[0], lambda: self.val_loss(pl_module), **self.options)
+        val_loss, train_loss = lambda: self.val_loss(pl_module), lambda given: _train_loss(trainer, pl_module, given)
+        self.run = InRun(model, trainer.optimizers[0], val_loss, train_loss=train_loss, **self.options)
         if self._loaded is not None:
             self.run.load_state_dict(self._loaded)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.run is not None:
             self.run.epoch = trainer.current_epoch
-            self.run.batch(self.ids(batch))
+            ids = self.ids(batch)  # which takes them out of it
+            self.run.batch(ids, inputs=(copy.copy(batch), batch_idx) if self._windows else None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         steps = self.run.steps if self.run is not None else []
@@ -95,3 +112,31 @@ def _call_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -
     with torch.enable_grad():
         closure()
     return args[:1], {k: v for k, v in kwargs.items() if k != "closure"}
+
+
+def _train_loss(trainer: Trainer, module: LightningModule, given: tuple[Any, int]) -> Tensor:
+    """A batch's loss once more, without a trace in the logs."""
+    batch, index = given
+    with _unlogged(trainer, module):
+        found = module.training_step(copy.copy(batch), index)  # which may take things out of it
+    return found["loss"] if isinstance(found, Mapping) else found
+
+
+@contextmanager
+def _unlogged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """What the module logs inside the block, by itself or by its loggers, goes nowhere."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    held = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    vars(module).update(log=_ignored, log_dict=_ignored)
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            del vars(module)[name]
+        vars(module).update(held)
+        trainer.loggers = loggers
+
+
+def _ignored(*args: Any, **kwargs: Any) -> None:
+    pass

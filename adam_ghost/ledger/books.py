@@ -45,6 +45,7 @@ class StepRecord:
     refresh: int = 1  # attributed steps from one validation gradient to the next
     train_loss: float | None = None  # sum of the losses that the loop told
     time: float | None = None  # of booking, seconds since 1970
+    val_loss_at: float | None = None  # of the way from the weights after history alone (0) to the step's end; None: elsewhere
     window: int | None = None  # the first step of the window that the scores come from; None: they are the step's own
     horizon: int | None = None  # how many steps after this one their validation loss was looked at
 

@@ -1,17 +1,18 @@
 """A ledger's tables for spreadsheets."""
 
+import re
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
 from adam_ghost.ledger import layout
+from adam_ghost.ledger.formulas import BEGINNINGS
 from adam_ghost.ledger.layout import pa
 
 import pyarrow.compute as pc  # isort: skip  (after layout, which says what to install where pyarrow is missing)
 import pyarrow.csv  # isort: skip
 
-# what spreadsheets take for a formula, the wide forms included, or drop before they look for one
-_FORMULA = r"^([=+\-@\t\r\n\x{ff1d}\x{ff0b}\x{ff0d}\x{ff20}])"
+_FORMULA = f"^([{re.escape(BEGINNINGS)}])"
 
 
 def write_csv(table: pa.Table, to: Path | BinaryIO, *, raw: bool = False) -> None:

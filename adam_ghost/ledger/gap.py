@@ -6,7 +6,8 @@ from adam_ghost.ledger.reader import LedgerReader
 
 
 class Gap(NamedTuple):
-    largest: float | None  # of the steps whose scores cover all parameters; None where there are none
+    largest: float | None  # None where no step has one
+    coverage: float | None  # the least share of the parameters that a step's scores explain
     line: str
 
 
@@ -14,15 +15,13 @@ def find_gap(ledger: LedgerReader, target: int = 0) -> Gap:
     """The largest gap between a step's scores and its gradient, as ``LedgerReader.gaps`` defines it."""
     rows = [row for row in ledger.gaps(target).to_pylist() if row["gap"] is not None]
     if not rows:
-        return Gap(None, "No step has scores that could be held against its gradient.")
-    covered = [row for row in rows if row["coverage"] >= 1]
-    largest = max(covered, key=_size) if covered else None
+        return Gap(None, None, "No step has scores that could be held against its gradient.")
     worst = max(rows, key=_size)
     line = f"Scores add up to their steps' gradients within {worst['gap']:.1%} (step {worst['step']})"
     least = min(row["coverage"] for row in rows)
     if least < 1:
         line += f"; they cover {least:.1%} of the parameters"
-    return Gap(None if largest is None else largest["gap"], line + ".")
+    return Gap(worst["gap"], least, line + ".")
 
 
 def _size(row: dict) -> float:

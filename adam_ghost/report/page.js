@@ -72,7 +72,7 @@ data.groups, "Sum of scores by group, with the middle 95% over resamplings of th
 if (data.audits.length) {
   document.getElementById("audit-table").append(table([
     { key: "step", title: "Step", number: true }, { key: "r", title: "Pearson R", number: true }, { key: "l2", title: "Relative L2 error", number: true },
-    { key: "score_sum", title: "Sum of scores", number: true }, { key: "loss_drop", title: "True loss drop", number: true }],
+    { key: "score_sum", title: "Sum of scores", number: true }, { key: "loss_drop", title: "The batch's own drop", number: true }],
   data.audits, "Audited steps against their exact Shapley values"));
 }
 

@@ -21,6 +21,7 @@ from adam_ghost.ledger.export import refuse_links
 from adam_ghost.ledger.gap import find_gap
 from adam_ghost.ledger.layout import pa
 from adam_ghost.ledger.reader import VALUES, LedgerReader, open_ledger
+from adam_ghost.report.balance import balance, in_words
 
 import pyarrow.compute as pc  # isort: skip  (after layout, which says what to install where pyarrow is missing)
 
@@ -30,6 +31,12 @@ _GROUPS = 12  # curves
 _POINTS = 400  # of a curve over steps
 # an Okabe-Ito palette: told apart with the common forms of colour blindness, on light and on dark
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C8C8C")
+_COMPLETENESS = (
+    "What the validation loss lost, and who took it off.",
+    "The distance from the first curve to the second is history: what momentum and weight decay did without the batch."
+    " Where successive steps measured the loss, history is booked from it as what the scores do not explain, so that the sum"
+    " meets the drop by its making; whether the scores are right is for the audit to say.",
+)
 _IMAGES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
@@ -94,7 +101,7 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
         samples[i]["image"] = _image(described.get(names[i], {}).get("image"))
     steps = ledger.sql(
         """SELECT step, sum(score_sum) AS score_sum, sum(history) AS history, avg(val_loss) AS val_loss,
-           bool_or(skipped) AS skipped,
+           bool_or(skipped) AS skipped, min(val_loss_at) AS val_loss_at, max(horizon) AS horizon,
            max(seconds) AS seconds, min(time) AS time, sum(samples) AS samples, max(audit_r) AS r, max(audit_relative_l2) AS l2,
            max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
         [target],
@@ -109,6 +116,7 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
         "groups": groups,
         "audits": [{k: s[k] for k in ("step", "r", "l2", "score_sum", "loss_drop")} for s in steps if s["r"] is not None],
         "charts": _charts(ledger, target, booked, groups, value),
+        "balance": in_words(booked, *(ledger.run.get("settings", {}).get(k) or 1 for k in ("every", "refresh"))),
     }
     facts = _facts(ledger, steps, booked, totals.num_rows)
     return _finite(data), facts | {"Completeness": find_gap(ledger, target).line}
@@ -130,33 +138,21 @@ def _charts(ledger: LedgerReader, target: int, steps: list[dict], groups: list[d
     low, high = np.quantile(value, [0.005, 0.995])
     heights, edges = np.histogram(value[(value >= low) & (value <= high)], bins=60)
     middle = ((edges[1:] + edges[:-1]) / 2).tolist()
-    thin = steps[:: max(1, len(steps) // _POINTS)]
-    step = [s["step"] for s in thin]
-    # the validation loss was measured in the middle of each step: sums up to there, from the first measurement on
-    scored, history = (np.array([s[k] for s in steps]) for k in ("score_sum", "history"))
-    sums = np.cumsum(scored) - (scored + scored[:1]) / 2
-    both = sums + np.cumsum(history) - (history + history[:1]) / 2
-    kept = slice(None, None, max(1, len(steps) // _POINTS))
-    loss = [s["val_loss"] for s in thin]
-    drop = [loss[0] - v for v in loss] if loss else []
-    lines = (("scores", sums[kept]), ("scores and history", both[kept]), ("measured drop of the validation loss", drop))
-    balance = [
-        {"type": "scatter", "mode": "lines", "name": name, "x": step, "y": list(map(float, y)), "line": {"color": c, "dash": d}}
-        for (name, y), c, d in zip(lines, _COLOURS, ("solid", "dash", "dot"), strict=False)
-    ]
     rates = []
     width = max(1, len(steps) // 100)
     for a, b in zip(steps[::width], steps[width::width], strict=False):
         if b["time"] > a["time"]:
             rates.append((b["step"], (b["step"] - a["step"]) / (b["time"] - a["time"])))
     unit = "validation loss"
+    lines = _balance_lines(steps)
+    completeness = {"data": lines, "layout": _layout("step", f"taken off since the start ({unit})")}
     return {
         "over-steps": {"data": curves, "layout": _layout("step", f"cumulative score ({unit})")},
         "distribution": {
             "data": [{"type": "bar", "x": middle, "y": heights.tolist(), "marker": {"color": _COLOURS[0]}, "name": "samples"}],
             "layout": _layout(f"sum of a sample's scores ({unit})", "samples") | {"bargap": 0.05},
         },
-        "completeness": {"data": balance, "layout": _layout("step", f"taken off since the start ({unit})")},
+        **({"completeness": completeness} if lines else {}),
         "throughput": {
             "data": [
                 {"type": "scatter", "mode": "lines", "x": [r[0] for r in rates], "y": [r[1] for r in rates], "name": "steps/s"}
@@ -164,6 +160,20 @@ def _charts(ledger: LedgerReader, target: int, steps: list[dict], groups: list[d
             "layout": _layout("step", "steps per second"),
         },
     }
+
+
+def _balance_lines(steps: list[dict]) -> list[dict[str, Any]]:
+    """Curves; none where the samples' part is not apart from history's."""
+    found = balance(steps)
+    if found is None or len(found.step) < 2:
+        return []
+    kept = np.unique(np.linspace(0, len(found.step) - 1, min(len(found.step), _POINTS)).round().astype(int))
+    lines = {"samples' own steps": found.own, "with history": found.own + found.history, "measured drop": found.drop}
+    return [
+        {"type": "scatter", "mode": "lines", "name": name, "x": found.step[kept].tolist(), "y": y[kept].tolist()}
+        | {"line": {"color": colour, "dash": dash}}
+        for (name, y), colour, dash in zip(lines.items(), _COLOURS, ("solid", "dash", "dot"), strict=False)
+    ]
 
 
 def _layout(x: str, y: str) -> dict[str, Any]:
@@ -226,10 +236,14 @@ def _page(title: str, facts: dict[str, str], data: dict[str, Any], plotly: str) 
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
     title = html.escape(title)
     listed = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
-    audited = "The validation loss's true change and the exact values, in the steps that were audited."
+    audited = (
+        "Steps whose scores were held against their exact Shapley values; the batch's own drop is what its gradient took off the"
+        " validation loss, against the step that momentum and weight decay would have taken without it."
+    )
     if not data["audits"]:
         audited = "No step was audited; InRun(..., audit_every=N) does."
     best = html.escape(str(max(data["groups"], key=lambda g: g["value"])["group"]))
+    ends = f"{best} ends highest." if len(data["groups"]) > 1 else "All samples are in one group."
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
@@ -240,7 +254,7 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 <main>
 <section aria-labelledby="h-run"><h2 id="h-run">The run</h2><dl>{listed}</dl></section>
 <section aria-labelledby="h-groups"><h2 id="h-groups">Groups</h2>
-{_figure("over-steps", f"Cumulative score by group over steps. {best} ends highest.", "The table below has the final values.")}
+{_figure("over-steps", f"Cumulative score by group over steps. {ends}", "The table below has the final values.")}
 <div class="scroll" id="group-table" tabindex="0" role="region" aria-label="Groups"></div></section>
 <section aria-labelledby="h-most"><h2 id="h-most">Most helpful</h2>
 <div class="scroll" id="helpful" tabindex="0" role="region" aria-label="Most helpful samples"></div>
@@ -248,18 +262,12 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 <section aria-labelledby="h-spread"><h2 id="h-spread">Distribution of scores</h2>
 {_figure("distribution", "Samples by the sum of their scores.", "The half per cent at either end is left out.")}</section>
 <section aria-labelledby="h-sum"><h2 id="h-sum">Completeness</h2>
-{
-        _figure(
-            "completeness",
-            "Do the scores add up to what the validation loss lost?",
-            "Scores explain the batches' part; history is what momentum and weight decay do alone. Together they should follow the "
-            "measured loss, where every step was attributed and the validation batch is fixed.",
-        )
-    }</section>
+<p class="note">{html.escape(data["balance"])}</p>
+{_figure("completeness", *_COMPLETENESS) if "completeness" in data["charts"] else ""}</section>
 <section aria-labelledby="h-audit"><h2 id="h-audit">Audit</h2><p class="note">{audited}</p>
 <div class="scroll" id="audit-table" tabindex="0" role="region" aria-label="Audits"></div></section>
 <section aria-labelledby="h-rate"><h2 id="h-rate">Throughput</h2>
-{_figure("throughput", "Optimizer steps per second, attribution included.", "")}</section>
+{_figure("throughput", "Optimizer steps per second, attribution included.", "Steps that are audited take longer.")}</section>
 <section aria-labelledby="samples"><h2 id="samples">Samples</h2>
 <p class="note">Up to {_TABLE} samples at either end; the ledger has all of them.</p>
 <div class="controls"><label>Search<input id="search" type="search" autocomplete="off"></label>

@@ -66,7 +66,9 @@ def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vec
     for batch, scale in zip(batches, scales, strict=True):
 
         def loss(held: dict[str, Tensor], batch: KeptBatch = batch) -> Tensor:
-            with _reparametrize_module(rerun.model, held, tie_weights=True), torch.enable_grad():
+            # buffers that the model writes to have to belong to the transform
+            buffers = {name: b.clone() for name, b in rerun.model.named_buffers()}
+            with _reparametrize_module(rerun.model, held | buffers, tie_weights=True), torch.enable_grad():
                 return rerun.loss(batch)
 
         with sdpa_kernel(SDPBackend.MATH):  # the one attention with a forward mode

@@ -41,7 +41,7 @@ class Trajectory:
         factor, limit = step.factor.double(), self.sweep.max_norm
         used = step.grads.get()
         if limit is not None:
-            factor = self.sweep.unclipped.double() if self.sweep.is_clipped(used) else factor
+            factor = self.sweep.unclipped.double() if step.number in self.sweep.clipped else factor
             factor = torch.minimum(factor, limit / norm(raw))
         grads = [None if old is None else g * factor.to(g.dtype) for g, old in zip(raw, used, strict=True)]
         return state.advanced(grads, later[0].scalars if later else step.scalars)

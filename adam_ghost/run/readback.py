@@ -118,7 +118,7 @@ class Books:
             record.skipped = True
             return Arrived(record)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
-        record.score_sum = scores.sum(0).tolist()
+        record.score_sum, record.val_loss_at = scores.sum(0).tolist(), step.at
         if step.at is not None:
             self._last = Mark(record.step, step.at, record.val_loss, record.total)
             if last is not None and last.step == record.step - 1:

@@ -27,6 +27,7 @@ class KeptBatch:
     packing: Packing | None
     rng: RngState  # when the model's forward pass began
     autocast: torch.dtype | None  # in that pass
+    modes: list[bool]  # of the model's modules: in training or not
     slopes: Tensor = field(init=False)  # norms of the gradients that came to every fourth row of the model's output, once they have
     scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
 
@@ -37,8 +38,9 @@ def slopes(grad: Tensor) -> Tensor:
 
 
 def first_output(output: Any) -> Tensor | None:
-    """The first floating-point tensor of what a module returned."""
-    return next((x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()), None)
+    """The first floating-point tensor of what a module returned that has dimensions; a loss among its outputs has none."""
+    found = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    return next((x for x in found if x.ndim), found[0] if found else None)
 
 
 class Rerun:
@@ -53,7 +55,8 @@ class Rerun:
         """Called where the batch's forward pass begins."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return KeptBatch(ids, inputs, packing, rng_state(self.device), autocast)
+        modes = [m.training for m in self.model.modules()]
+        return KeptBatch(ids, inputs, packing, rng_state(self.device), autocast, modes)
 
     @property
     def head(self) -> nn.Module:
@@ -63,8 +66,14 @@ class Rerun:
 
     @contextmanager
     def _as_then(self, batch: KeptBatch) -> Iterator[None]:
-        """The random state and precision of the batch's own pass; the former once more where the model's forward pass begins."""
+        """The modes, precision and random state of the batch's own pass; the last once more where the model's forward begins."""
         host, on_device, device = batch.rng
+        modules = list(self.model.modules())
+        now = [m.training for m in modules]
+
+        def set_modes(modes: list[bool]) -> None:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
 
         def begin(*_: Any) -> None:
             torch.set_rng_state(host)
@@ -73,6 +82,8 @@ class Rerun:
 
         with ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(begin, prepend=True).remove)
+            stack.callback(set_modes, now)  # a loop that ends with an evaluation leaves the model in its mode
+            set_modes(batch.modes)
             if batch.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, batch.autocast))
             begin()

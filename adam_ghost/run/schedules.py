@@ -118,11 +118,14 @@ class Schedule(Protocol):
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
 
-    def swept(self) -> "list[tuple[Entry, Scored]]":
-        """Called when the optimizer has stepped: earlier steps that can be scored now."""
+    def swept(self) -> "list[tuple[Entry, Scored | None]]":
+        """Called when the optimizer has stepped: earlier steps that can be scored now; None: it turns out to have skipped one."""
 
-    def finish(self) -> "list[tuple[Entry, Scored]]":
+    def finish(self) -> "list[tuple[Entry, Scored | None]]":
         """Called when the run ends: earlier steps that have not been scored."""
+
+    def waiting(self) -> int | None:
+        """The first step whose scores are still to come."""
 
     def state_dict(self) -> Any: ...
 
@@ -200,10 +203,13 @@ class After(Collecting):
     def due(self) -> bool:
         return self.loop.step % self.loop.every == 0
 
-    def swept(self) -> list[tuple[Entry, Scored]]:
+    def swept(self) -> list[tuple[Entry, Scored | None]]:
         return []
 
     finish = swept
+
+    def waiting(self) -> int | None:
+        return None
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         self._arm(micro, Recording(micro.packing))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
+# of its movement, how far a tensor may be from where the optimizer's steps lead
+_SAME_STATE = 0.01
 
 
 @dataclass
@@ -52,6 +54,11 @@ class KeptStep:
     def number(self) -> int:
         return self.entry.record.step
 
+    def used(self) -> list[Tensor | None]:
+        """The gradients that the optimizer stepped by, per parameter; none where it did not step."""
+        grads = self.grads.get()
+        return [None] * len(grads) if bool(self.void) else grads
+
     def state(self) -> OptState:
         """The state before the step, where it was kept."""
         assert self.tensors is not None and self.rebuild is not None
@@ -69,33 +76,49 @@ class Sweep:
     def __init__(self, window: "Window", steps: list[KeptStep], plan: "Plan"):
         self.window, self.loop, self.rerun, self.plan = window, window.loop, window.rerun, plan
         self.params, self.names = window.params, list(window.loop.params)
+        self.all = steps
         self.steps = [s for s in steps if not bool(s.void)]
         self.feedback = FEEDBACKS[window.options.feedback]
         self.recorder = Recorder(self.loop.model)
         self.compiled = is_compiled(self.loop.model)
 
-    def run(self) -> Iterator[tuple[Entry, Scored]]:
-        """The scored steps, last first; the weights, random numbers and modes are afterwards as before."""
+    def run(self) -> Iterator[tuple[Entry, Scored | None]]:
+        """The scored steps, last first, None for those that the optimizer skipped.
+
+        The weights, random numbers and modes are afterwards as before.
+        """
         if not self.steps:
             return
-        self.unclipped, self.max_norm = self._clipping()
         validation = self.loop.validation
-        with validation.weights_kept(self.params), validation.undisturbed(advance=False), torch.no_grad():
+        with validation.weights_kept(self.params) as now, validation.undisturbed(advance=False), torch.no_grad():
+            self.now = now
+            self.unclipped, self.max_norm, self.clipped = self._clipping()
             yield from self._walk()
 
-    def _walk(self) -> Iterator[tuple[Entry, Scored]]:
+    def _walk(self) -> Iterator[tuple[Entry, Scored | None]]:
         adjoint: Adjoint | None = None
         audited = self.steps[0] if self.plan.audit else None  # the step that looks ahead furthest
-        for segment in reversed(self._segments()):
+        segments = self._segments()
+        for i, segment in reversed(list(enumerate(segments))):
             states = self._states(segment)
-            if adjoint is None:
-                end = states[-1].advanced(segment[-1].grads.get(), segment[-1].scalars)
+            if adjoint is not None:
+                after = segments[i + 1][0].state()
+                there = states[-1].advanced(segment[-1].used(), segment[-1].scalars)
+                self._check_arrival(segment, *(x.kept(list(x.parameters()))[0] for x in (states[0], there, after)))
+            else:
+                end = states[-1].advanced(segment[-1].used(), segment[-1].scalars)
+                if self.plan.end == self.loop.step:  # the weights are still those after its last step
+                    self._check_arrival(segment, list(states[0].parameters()), list(end.parameters()), self.now)
                 self.put(end)
                 val_loss, val_grads = self.loop.validation.gradient(self.params)
                 adjoint = end.adjoint([g if val_loss.ndim else g.unsqueeze(0) for g in val_grads])
                 self.end = end
             for step in reversed(segment):
-                state, used = states.pop(), step.grads.get()
+                state, used = states.pop(), step.used()
+                if bool(step.void):
+                    if step.number <= self.plan.last:
+                        yield step.entry, None
+                    continue
                 raw, pulled = self._pull(step, state, used, adjoint)
                 self.put(state)
                 if step.number <= self.plan.last:
@@ -110,7 +133,7 @@ class Sweep:
     def _segments(self) -> list[list[KeptStep]]:
         """Runs of steps, each beginning with a kept state."""
         segments: list[list[KeptStep]] = []
-        for step in self.steps:
+        for step in self.all:
             if step.tensors is not None:
                 segments.append([])
             segments[-1].append(step)
@@ -121,8 +144,33 @@ class Sweep:
         """The state before each step of a segment."""
         states = [segment[0].state()]
         for step, after in pairwise(segment):
-            states.append(states[-1].advanced(step.grads.get(), after.scalars))
+            states.append(states[-1].advanced(step.used(), after.scalars))
         return states
+
+    def _check_arrival(
+        self,
+        segment: list[KeptStep],
+        start: Sequence[Tensor | None],
+        there: Sequence[Tensor | None],
+        found: Sequence[Tensor | None],
+    ) -> None:
+        """Raises ValueError where the optimizer's steps from ``start`` do not lead from there to what was ``found`` afterwards.
+
+        Each are the weights, or as many tensors for every parameter.
+        """
+        each = len(found) // len(self.names)
+        for i, (before, x, y) in enumerate(zip(start, there, found, strict=True)):
+            if x is None and y is None:
+                continue
+            x, y = (torch.zeros_like(self.params[i // each]) if t is None else t for t in (x, y))
+            moved = y if before is None else y - before
+            allowed = _SAME_STATE * moved.norm() + 4 * torch.finfo(y.dtype).eps * y.norm()
+            if not bool((x - y).norm() <= allowed):
+                raise ValueError(
+                    f"'{self.names[i // each]}' is not where steps {segment[0].number} to {segment[-1].number} lead: weights or"
+                    " optimizer state were changed besides optimizer.step() (pruned, averaged, loaded, reset), through which"
+                    " schedule='window' carries no credit; build a new run after such a change"
+                )
 
     def put(self, state: OptState) -> None:
         """Gives the model the weights of ``state``."""
@@ -130,28 +178,41 @@ class Sweep:
 
     # scaling
 
-    def _clipping(self) -> tuple[Tensor, float | None]:
-        """The factor of gradients that were not clipped, and the norm to which the others were; None where none were.
+    def _clipping(self) -> tuple[Tensor, float | None, set[int]]:
+        """The factor of gradients that were not clipped, the norm to which the others were (None where none were), and which.
 
         Told by what the steps that were scaled down have in common: the norm afterwards, or the factor.
         """
-        norms = torch.stack([norm([g for g in s.grads.get() if g is not None]) for s in self.steps])
+        norms = torch.stack([norm([g for g in s.used() if g is not None]) for s in self.steps])
         factors = torch.stack([s.factor.to(norms) for s in self.steps])
-        largest = factors.max()
-        # without a scale of the loss nothing but clipping makes a gradient smaller; a scaler changes its by powers of two
-        scaled = all(b.scale is None or bool(b.scale == 1) for s in self.steps for b in s.batches)
-        base = torch.where(largest < 1, 1.0, largest) if scaled else largest
-        powers = (factors / base).log2()
-        down = (factors < base * (1 - 1e-4)) & ((powers - powers.round()).abs() > 1e-3)
+        base, first = factors.max(), self.steps[0]
+        down = factors < base * (1 - 1e-4)
+        scaled = False
+        if bool(base < 1 - 1e-4):  # all were made smaller: clipped, or unscaled after a backward pass on a loss scaled up
+            self.put(self.all[0].state())
+            self.rerun.find_scales(first.batches)
+            scaled = any(bool(batch.scale > 1) for batch in first.batches)
+            # a scaler's factors are powers of two
+            base = torch.exp2((base.log2() - 1e-3).ceil()) if scaled else torch.ones_like(base)
+            powers = (factors / base).log2()
+            down = (powers - powers.round()).abs() > 1e-3 if scaled else factors < base * (1 - 1e-4)
         clipped = norms[down]
         if len(clipped) == 0:
-            return base, None
+            return base, None, set()
         same_factor = len(clipped) > 1 and bool(factors[down].max() - factors[down].min() <= 1e-4 * factors[down].max())
         uneven = bool(clipped.max() - clipped.min() > 1e-3 * clipped.max())
-        return base, None if same_factor or uneven else float(clipped.max())
-
-    def is_clipped(self, used: list[Tensor | None]) -> bool:
-        return self.max_norm is not None and bool(norm([g for g in used if g is not None]) > self.max_norm * (1 - 1e-3))
+        if uneven and not same_factor:
+            self.window.coverage.tell(
+                "clipping",
+                f"steps {first.number} to {self.steps[-1].number}: gradients were scaled down by factors that change from step to"
+                " step, and not to one norm; credit takes these factors for constants, which is wrong where they depend on the"
+                " gradient: clip_grad_norm_ is followed with its norm_type=2, one max_norm, and all of the model's parameters",
+            )
+        if same_factor or uneven:
+            return base, None, set()
+        # a scaler's gradient that was clipped by a power of two looks as if it was not
+        down = down | (scaled & (norms > clipped.max() * (1 - 1e-5)))
+        return base, float(clipped.max()), {s.number for s, is_clipped in zip(self.steps, down.tolist(), strict=True) if is_clipped}
 
     def _pull(
         self, step: KeptStep, state: OptState, used: list[Tensor | None], adjoint: Adjoint
@@ -159,7 +220,7 @@ class Sweep:
         """The gradient of the loop's backward pass, before it was scaled, and its adjoint ``[K, *shape]``, per parameter."""
         raw = [torch.zeros_like(p) if g is None else g / step.factor.to(g.dtype) for p, g in zip(self.params, used, strict=True)]
         pulled = state.pull(used, adjoint)
-        if self.is_clipped(used):
+        if step.number in self.clipped:
             # the factor, max_norm over the gradient's norm, shrinks as the gradient grows: nothing along it passes
             size = norm(raw)
             squared = size * (size + 1e-6 / self.unclipped)  # clip_grad_norm_'s own small number

@@ -4,6 +4,7 @@ The steps of a window, and of those ahead of it, are kept as they are taken, and
 validation gradient at the end, step by step. Mathematics: docs/method.md, 6.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -148,14 +149,19 @@ class Window(Collecting):
             batches=[m.kept for m in micro],
             grads=self.store.put(clones),
             factor=scale.mean(),
-            edited=edited.any(),
+            edited=edited.any() | uneven,
             void=void,
             scalars=step.opt_state.scalars(self.params),
         )
-        if any((number - plan.first) % self._segment(plan) == 0 for plan in self._plans if number >= plan.first):
+        if any(self._begins_segment(plan, number) for plan in self._plans):
             tensors, kept.rebuild = step.opt_state.kept(self.params)
             kept.tensors = self.store.put(tensors)
         self._kept.append(kept)
+
+    def _begins_segment(self, plan: Plan, number: int) -> bool:
+        """Whether no state was kept yet since a multiple of a segment's steps in the window: those there may have been skipped."""
+        start = number - (number - plan.first) % self._segment(plan)
+        return not any(step.number >= start and step.tensors is not None for step in self._kept)
 
     @staticmethod
     def _segment(plan: Plan) -> int:
@@ -163,21 +169,28 @@ class Window(Collecting):
         return max(1, round((plan.end - plan.first + 1) ** 0.5))
 
     def withdraw(self) -> None:
-        """The step that was kept last is not scored."""
-        self._kept.pop().drop()
+        """The step that was kept last was another one: no window is carried through it, the next begins after it."""
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        for step in self._kept:
+            step.drop()
+        self._kept = []
+        self._plans.clear()
+        self._next = self.loop.step + 1
 
     # the sweeps
 
-    def swept(self) -> list[tuple[Entry, Scored]]:
+    def swept(self) -> list[tuple[Entry, Scored | None]]:
         """Called after each step of the optimizer: the steps that can be scored now."""
-        found = []
+        found: list[tuple[Entry, Scored | None]] = []
         while self._plans and self._plans[0].end <= self.loop.step:
             found += self._sweep(self._plans.popleft())
         return found
 
-    def finish(self) -> list[tuple[Entry, Scored]]:
+    def finish(self) -> list[tuple[Entry, Scored | None]]:
         """Scores what is left with the steps there are."""
-        found = []
+        found: list[tuple[Entry, Scored | None]] = []
         while self._plans:
             plan = self._plans.popleft()
             scored = self._sweep(plan)
@@ -187,9 +200,9 @@ class Window(Collecting):
             found += scored
         return found
 
-    def _sweep(self, plan: Plan) -> list[tuple[Entry, Scored]]:
+    def _sweep(self, plan: Plan) -> list[tuple[Entry, Scored | None]]:
         steps = [s for s in self._kept if plan.first <= s.number <= plan.end]
-        found: list[tuple[Entry, Scored]] = []
+        found: list[tuple[Entry, Scored | None]] = []
         self._sweeping = True
         try:
             if steps and steps[0].number <= plan.last:
@@ -205,10 +218,14 @@ class Window(Collecting):
             self._heed(entry.record)
         return found
 
+    def waiting(self) -> int | None:
+        spans = [(plan.first, plan.last) for plan in self._plans]
+        return min((s.number for s in self._kept if any(a <= s.number <= b for a, b in spans)), default=None)
+
     def _heed(self, record: StepRecord) -> None:
         """Takes an audit's word on the length of the windows."""
         audit, options = record.audit, self.options
-        if audit is None or (audit.r >= TOO_LONG and not options.auto):
+        if audit is None or math.isnan(audit.r) or (audit.r >= TOO_LONG and not options.auto):
             return
         now = f"{options.window} steps and {options.ahead} ahead"
         if not options.auto:
@@ -226,10 +243,6 @@ class Window(Collecting):
         return {"window": self.options.window, "ahead": self.options.ahead}
 
     def load_state_dict(self, state: Any) -> None:
-        for step in self._kept:
-            step.drop()
-        self._kept = []
-        self._plans.clear()
-        self._next = self.loop.step + 1
+        self._begin_anew()
         if self.options.auto:
             self.options = replace(self.options, **state)

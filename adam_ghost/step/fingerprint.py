@@ -72,7 +72,10 @@ class Fingerprint(Seen):
         if grads.keys() != self.tensors.keys():
             raise ValueError("gradients were added or removed between the backward pass and the step")
         now = Fingerprint.of({name: grads[name] for name in self.tensors})
-        scale = torch.where(self.l2 > 0, now.l2 / self.l2, 1.0)
+        seen = self.l2 > 0
+        scale = torch.where(seen, now.l2 / self.l2, 0.0)
+        # a gradient of zeros does not tell: it was scaled as the others were
+        scale = torch.where(seen, scale, torch.where(seen.any(), scale.sum() / seen.sum(), 1.0))
         # half-precision gradients are rounded anew when scaled: independent errors, of which the norms see the mean
         eps = [torch.finfo(g.dtype).eps for g in now.tensors.values()]
         resolution = torch.tensor(eps, dtype=scale.dtype).to(scale.device, non_blocking=True)

@@ -26,15 +26,15 @@ class Validation:
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
     @contextmanager
-    def weights_kept(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """The weights may be changed inside the block, in place; afterwards they are as before, to the bit."""
+    def weights_kept(self, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """The weights, of which copies are given, may be changed inside the block, in place; afterwards they are as before."""
         held = [p.data for p in params]
         # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
         if [(x.shape, x.dtype, x.device) for x in self._copies] != [(x.shape, x.dtype, x.device) for x in held]:
             self._copies = [torch.empty_like(x) for x in held]
         torch._foreach_copy_(self._copies, held)
         try:
-            yield
+            yield self._copies
         finally:
             torch._foreach_copy_(held, self._copies)
 

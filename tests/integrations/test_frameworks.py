@@ -42,7 +42,7 @@ def net():
     return Net()
 
 
-def plain(model, batches, lr=1e-2, clip=None, accumulation=1, autocast=False):
+def plain(model, batches, lr=1e-2, clip=None, accumulation=1, autocast=False, **options):
     """The plain loop's scores over ``batches``; the model is trained in place."""
     x, y = data()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
@@ -51,18 +51,19 @@ def plain(model, batches, lr=1e-2, clip=None, accumulation=1, autocast=False):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as Accelerate's wrapping of the model does
             return val_loss(model)
 
-    with ag.InRun(model, optimizer, val) as run:
+    loss_of = lambda ids: model(x=x[ids], labels=y[ids])["loss"] / accumulation  # noqa: E731
+    with ag.InRun(model, optimizer, val, train_loss=loss_of, **options) as run:
         for k, ids in enumerate(batches):
-            run.batch(ids)
+            run.batch(ids, inputs=ids)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = model(x=x[ids], labels=y[ids])["loss"] / accumulation
+                loss = loss_of(ids)
             loss.backward()
             if (k + 1) % accumulation == 0:
                 if clip:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
                 optimizer.zero_grad()
-        return run.scores()
+    return run.scores()
 
 
 def assert_same(found, expected, rtol=1e-5):
@@ -76,13 +77,13 @@ def in_order(epochs):
     return [list(range(s, s + BATCH)) for _ in range(epochs) for s in range(0, N, BATCH)]
 
 
-def hf_trainer(model, folder, callback, **options):
+def hf_trainer(model, folder, callback, attach=True, base=None, **options):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     x, y = data()
     samples = [{"x": x[i], "labels": y[i], "sample_id": i} for i in range(N)]
 
-    class InOrder(transformers.Trainer):
+    class InOrder(base or transformers.Trainer):
         def _get_train_sampler(self, *args):
             return torch.utils.data.SequentialSampler(samples)
 
@@ -92,7 +93,8 @@ def hf_trainer(model, folder, callback, **options):
         optim="adamw_torch", weight_decay=0.0, report_to=[], logging_steps=1, disable_tqdm=True, **options,
     )  # fmt: skip
     trainer = InOrder(model, args, train_dataset=samples, data_collator=transformers.default_data_collator)
-    callback.attach(trainer)
+    if attach:
+        callback.attach(trainer)
     return trainer
 
 
@@ -125,6 +127,85 @@ def test_trainer(tmp_path, case):
     assert any("attribution/score_sum" in line for line in trainer.state.log_history)
     with ag.open_ledger(tmp_path / "ledger") as ledger:
         assert ledger.scores().num_rows == 2 * N
+
+
+WINDOW = {"schedule": "window", "window": 3, "ahead": 2}
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulation", "clipping"])
+def test_trainer_windows(tmp_path, case):
+    """The Trainer's own loss is run again; what it logs and counts on the way, as TRL's trainers do, is not counted twice."""
+    from adam_ghost.integrations.hf import AttributionCallback
+
+    class Counting(pytest.importorskip("transformers").Trainer):
+        _metrics, _total_train_tokens = None, 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self._metrics = self._metrics or {"train": {"seen": []}}
+            self._metrics["train"]["seen"].append(len(inputs["labels"]))
+            self._total_train_tokens += 1
+            self.log({"mine": 1.0})
+            labels = inputs.pop("labels")  # as the Trainer's own does under label smoothing
+            loss = F.cross_entropy(model(**inputs)["logits"], labels)
+            return (loss, None) if return_outputs else loss
+
+    options, loop = HF[case]
+    model, other = net(), net()
+    callback = AttributionCallback(val_loss, ledger=tmp_path / "ledger", **WINDOW)
+    trainer = hf_trainer(model, tmp_path, callback, base=Counting, **options)
+    trainer.train()
+    assert_same(callback.run.scores(), plain(other, in_order(2), **WINDOW, **loop))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    batches = 2 * N // BATCH
+    assert trainer._metrics["train"]["seen"] == [BATCH] * batches and trainer._total_train_tokens == batches
+    assert sum("mine" in line for line in trainer.state.log_history) == batches
+
+
+def test_trainer_windows_of_a_gpt(tmp_path):
+    """Dropout, ``num_items_in_batch`` over accumulated batches, and an evaluation at the end, which leaves its mode behind."""
+    transformers = pytest.importorskip("transformers")
+    from adam_ghost.integrations.hf import AttributionCallback
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_layer=1, n_head=2, use_cache=False)
+    tokens = torch.randint(0, 11, (8, 6))
+    masked = tokens.masked_fill(torch.rand(tokens.shape) < 0.3, -100)
+    samples = [{"input_ids": t, "labels": y, "sample_id": i} for i, (t, y) in enumerate(zip(tokens, masked, strict=True))]
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
+        num_train_epochs=3, report_to=[], save_strategy="no", eval_strategy="epoch", disable_tqdm=True,
+    )  # fmt: skip
+    val_loss = lambda model: model(input_ids=tokens[:2], labels=tokens[:2]).loss  # noqa: E731
+    callback = AttributionCallback(val_loss, audit_every=1, audit_samples=3, **WINDOW)
+    data = {"train_dataset": samples, "eval_dataset": samples[:2]}
+    trainer = transformers.Trainer(transformers.GPT2LMHeadModel(config), args, **data)
+    callback.attach(trainer)
+    trainer.train()
+    assert not trainer.model.training
+    assert set(callback.run.scores().ids) == set(range(8))
+    audits = [s.audit.r for s in callback.run.steps if s.audit is not None]
+    assert audits and min(audits) > 0.8  # the first step of an optimizer is the least linear
+
+
+def test_trainer_windows_need_the_trainer(tmp_path):
+    from adam_ghost.integrations.hf import AttributionCallback
+
+    callback = AttributionCallback(val_loss, **WINDOW)
+    trainer = hf_trainer(net(), tmp_path, callback, attach=False)
+    trainer.add_callback(callback)
+    with pytest.raises(ValueError, match=r"callback\.attach\(trainer\)"):
+        trainer.train()
+
+    class Direct(pytest.importorskip("transformers").Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = model(**inputs)["loss"]
+            loss.backward()
+            return loss.detach()
+
+    callback = AttributionCallback(val_loss, **WINDOW)
+    with pytest.raises(ValueError, match=r"compute_loss, which this Trainer did not call"):
+        hf_trainer(net(), tmp_path, callback, base=Direct).train()
 
 
 def test_trainer_resumes(tmp_path):
@@ -170,8 +251,9 @@ def test_accelerate():
     assert_same(found, plain(other, in_order(2), accumulation=2, clip=0.05))
 
 
+@pytest.mark.parametrize("schedule", ["midpoint", "window"])
 @pytest.mark.parametrize("case", ["plain", "accumulation", "clipping"])
-def test_lightning(tmp_path, case):
+def test_lightning(tmp_path, case, schedule):
     lightning = pytest.importorskip("lightning.pytorch")
     from adam_ghost.integrations.lightning import AttributionCallback
 
@@ -184,7 +266,10 @@ def test_lightning(tmp_path, case):
             return self.net(x=x, labels=labels)
 
         def training_step(self, batch, index):
-            return self(**batch)["loss"]
+            labels = batch.pop("labels")
+            loss = self(**batch, labels=labels)["loss"]
+            self.log("mine", loss)
+            return {"loss": loss}
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
@@ -193,13 +278,57 @@ def test_lightning(tmp_path, case):
     samples = [{"x": x[i], "labels": y[i], "sample_id": i} for i in range(N)]
     options = {"accumulation": {"accumulate_grad_batches": 2}, "clipping": {"gradient_clip_val": 0.05}}.get(case, {})
     loop = {"accumulation": {"accumulation": 2}, "clipping": {"clip": 0.05}}.get(case, {})
-    callback = AttributionCallback(val_loss)
+    windows = WINDOW if schedule == "window" else {}
+    callback = AttributionCallback(val_loss, **windows)
     trainer = lightning.Trainer(
         max_epochs=2, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path, **options,
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(samples, BATCH))
-    assert_same(callback.run.scores(), plain(net(), in_order(2), **loop))
+    assert_same(callback.run.scores(), plain(net(), in_order(2), **windows, **loop))
+
+
+def test_lightning_windows_log_nothing_twice(tmp_path):
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    seen = []
+
+    def call(module, batch):
+        seen.append(len(batch["labels"]))
+        module.log("mine", 1.0, on_step=True, on_epoch=False)
+        module.log_dict({"ours": 1.0}, on_step=True, on_epoch=False)
+        module.logger.log_metrics({"by hand": 1.0}, step=0)
+        return module(**batch)
+
+    callback = AttributionCallback(val_loss, **WINDOW)
+    lines = lightning_fit(tmp_path, callback, call, log_every_n_steps=1)
+    batches = N // BATCH
+    assert len(seen) > 2 * batches
+    for name in ("mine", "ours", "by hand"):
+        assert sum(name in metrics for _, metrics in lines) == batches
+
+
+def test_lightning_windows_refuse_manual_optimization(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    class Manual(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.automatic_optimization = net(), False
+
+        def training_step(self, batch, index):
+            raise AssertionError("is never reached")
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[AttributionCallback(val_loss, **WINDOW)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"automatic_optimization is off"):
+        trainer.fit(Manual(), torch.utils.data.DataLoader([{"sample_id": 0}], 1))
 
 
 def lightning_fit(tmp_path, callback, call, tuples=False, **options):

@@ -11,30 +11,36 @@ import pytest
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
 import made
+import pyarrow.parquet as pq
 
 import adam_ghost as ag
-from adam_ghost.ledger import layout, leaving
+from adam_ghost.ledger import leaving
 
-ENDS = 8
 STATUS = {"normal": 0, "exception": 1, "exit": 3, "sigterm": -signal.SIGTERM, "handled": 4, "fork": 0}
 
 
-@pytest.mark.parametrize("kind", STATUS)
-def test_ends_without_close(tmp_path, kind):
-    program = [sys.executable, Path(__file__).with_name("ends.py"), tmp_path, kind, str(ENDS if kind != "fork" else 10)]
+@pytest.mark.parametrize(
+    ("fill", "kinds", "count"), [("writer", list(STATUS), 50), ("run", list(STATUS)[:5], 5)], ids=["writer", "run"]
+)
+def test_ends_without_close(tmp_path, fill, kinds, count):
+    """Fifty ends of each kind of a program that filled a writer, five of each kind of one that trained."""
+    program = [sys.executable, Path(__file__).with_name("ends.py"), tmp_path, fill, str(count), *kinds]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(ag.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, timeout=120, check=True, env=environment)
-    lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert {status for status, _ in lines} == {STATUS[kind]}
-    for i, (_, handed) in enumerate(lines):
-        booked = layout.pq.read_table(tmp_path / str(i) / "steps", partitioning=None)["step"].to_pylist()
-        scored = layout.pq.read_table(tmp_path / str(i) / "scores", partitioning=None)["step"].to_pylist()
-        assert booked == list(range(1, len(booked) + 1)) and len(booked) >= handed > 0
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, timeout=300, check=True, env=environment)
+    ends = [line.split() for line in done.stdout.splitlines()]
+    assert [kind for kind, *_ in ends] == count * kinds
+    for i, (kind, status, made_steps) in enumerate(ends):
+        folder = tmp_path / kind / str(i // len(kinds))
+        assert int(status) == STATUS[kind]
+        booked, scored = (
+            pq.ParquetFile(folder / table / "r0-00000001.parquet").read()["step"].to_pylist() for table in ("steps", "scores")
+        )
+        assert booked == list(range(1, len(booked) + 1)) and len(booked) >= int(made_steps) > 0
         assert scored == [step for step in booked for _ in range(made.BATCH)]
-        assert not list((tmp_path / str(i)).glob("*/.*"))
+        assert sorted(p.name for p in folder.glob("*/*")) == 2 * ["r0-00000001.parquet"]
 
 
 def start(folder):

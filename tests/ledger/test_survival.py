@@ -10,11 +10,10 @@ import pytest
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
 import ledger_victim
-import pyarrow.parquet as pq
 
 import adam_ghost as ag
 
-STEPS, KILLS = 400, 50
+STEPS, KILLS = 200, 200
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,8 @@ def wait_for_steps(process, made, steps):
         time.sleep(0.002)
 
 
-def test_fifty_kills(forks, tmp_path):
+def test_two_hundred_kills(forks, tmp_path):
+    """A kill takes about a third of a second of a core. Nothing is there twice or wrong, no step without those before it."""
     run_to_the_end(forks, tmp_path / "whole")
     whole, booked = rows(tmp_path / "whole/ledger")
     assert booked == list(range(1, STEPS + 1)) == list(whole)
@@ -74,9 +74,7 @@ def test_fifty_kills(forks, tmp_path):
         process.join()
         if not (folder / "ledger/run.json").exists():
             continue  # killed before it began
-        for part in (folder / "ledger").glob("*/r*.parquet"):
-            pq.read_table(part)
-        found, booked = rows(folder / "ledger")
+        found, booked = rows(folder / "ledger")  # which takes no part whose bytes are not those written
         assert list(found) == list(range(1, len(found) + 1))  # every complete part, without a gap
         assert all(found[step] == whole[step] for step in found)  # nothing twice, nothing else
         assert booked == list(range(1, len(booked) + 1)) and len(booked) <= len(found)

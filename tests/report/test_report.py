@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
         record = StepRecord(step, 8, [1e-3], [3 - 0.02 * step], True, [total], [total], [0.001], 1.0, False, 0.01, epoch=0)
         if step == 30:
             record = StepRecord(step, 8, [1e-3], [], True, [], [], [], 1.0, True, 0.01, epoch=0)
+        record.val_loss_at = 0.5
         record.audit = Audit(0.999, 0.01, [total]) if step % 20 == 0 else None
         writer.add(Arrived(record, ids, None if record.skipped else scores))
     writer.close()

@@ -1,0 +1,39 @@
+"""``adam-ghost audit`` fails by default where scores are not to be trusted, and says why."""
+
+import pytest
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("duckdb")
+import made
+from typer.testing import CliRunner
+
+from adam_ghost.cli import app
+
+UNTIED_HEAD = {"gap": 0.93, "coverage": 0.9, "r": 0.999}
+CASES = {
+    "all is well": ({"r": 0.999}, [], 0, "within 0.0%"),
+    "an untied head outside its module": (UNTIED_HEAD, [], 1, "explain 90.0% of the parameters, less than 99.0%"),
+    "its gap": (UNTIED_HEAD, ["--min-coverage", "0"], 1, "of its gradient, more than 5.0%"),
+    "as much as is admitted": (UNTIED_HEAD, ["--min-coverage", "0.9", "--max-gap", "2"], 0, "cover 90.0% of the parameters"),
+    "a tied head outside its module": ({"gap": 0.31}, [], 1, "of its gradient, more than 5.0%"),
+    "a smaller gap than is admitted": ({"gap": 0.03}, [], 0, ""),
+    "a larger one": ({"gap": 0.03}, ["--max-gap", "0.01"], 1, "of its gradient, more than 1.0%"),
+    "a gap that is no number": ({"gap": float("nan")}, [], 1, "miss nan% of its gradient"),
+    "poor correlation": ({"r": 0.5}, [], 1, "correlation is below 0.9 in steps 1, 2"),
+    "correlation that is no number": ({"r": float("nan")}, [], 1, "correlation is below 0.9"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_audit(tmp_path, case):
+    options, arguments, code, says = CASES[case]
+    made.write(tmp_path, **options)
+    done = CliRunner().invoke(app, ["audit", str(tmp_path), *arguments])
+    assert done.exit_code == code, done.output
+    assert says in " ".join(done.output.split())
+
+
+def test_every_reason_is_given(tmp_path):
+    made.write(tmp_path, gap=0.93, coverage=0.9, r=0.5)
+    done = CliRunner().invoke(app, ["audit", str(tmp_path)])
+    assert all(part in done.output for part in ("correlation is below", "of its gradient", "explain 90.0%"))

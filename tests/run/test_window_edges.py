@@ -1,0 +1,162 @@
+"""Windows in loops that do what a window cannot follow, or nearly cannot: refused or named, never silently wrong."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import adam_ghost
+
+SAMPLES, WINDOW, AHEAD = 6, 4, 3
+STEPS = WINDOW + AHEAD
+cross_entropy = nn.functional.cross_entropy
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def batches(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    drawn = torch.Generator().manual_seed(5)
+    random = {"generator": drawn, "dtype": torch.float64}
+    return [(torch.randn(SAMPLES, 5, **random), torch.randint(0, 3, (SAMPLES,), generator=drawn)) for _ in range(steps)]
+
+
+def mean_loss(model, batch):
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def run_window(
+    model,
+    *,
+    optimizer=None,
+    train_loss=mean_loss,
+    before_step=None,
+    after_step=None,
+    before_close=None,
+    steps=STEPS,
+    dtype=None,
+    **options,
+):
+    """Scores ``[WINDOW, SAMPLES]`` of one window in a plain loop."""
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-2)
+    dtype = dtype or next(model.parameters()).dtype
+    *data, (x_val, y_val) = batches(steps + 1)
+    options = {"window": WINDOW, "ahead": AHEAD, "feedback": "double", "strict": True} | options
+    loss = lambda batch: train_loss(model, batch)  # noqa: E731
+    val_loss = lambda: cross_entropy(model(x_val.to(dtype)), y_val)  # noqa: E731
+    run = adam_ghost.InRun(model, optimizer, val_loss, "window", train_loss=loss, **options)
+    for step, (x, y) in enumerate(data):
+        batch = (x.to(dtype), y)
+        run.batch([f"{step}.{i}" for i in range(SAMPLES)], inputs=batch)
+        loss(batch).backward()
+        if before_step is not None:
+            before_step(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        if after_step is not None:
+            after_step(step, model, optimizer, batch)
+    if before_close is not None:
+        before_close(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "adam_ghost: the run ended")
+        run.close()
+    return torch.from_numpy(run.scores().total).view(-1, SAMPLES)[:WINDOW]
+
+
+@torch.no_grad()
+def _shrink(step, model, optimizer, batch):
+    if step == 2:
+        model[0].weight.mul_(0.98)
+
+
+def _shrink_behind_autograd(step, model, optimizer, batch):
+    if step == 4:
+        model[2].weight.data.mul_(0.98)
+
+
+def _average(step, model, optimizer, batch):
+    if step == 3:
+        model.load_state_dict({name: 0.99 * x for name, x in model.state_dict().items()})
+
+
+def _reset_moments(step, model, optimizer, batch):
+    if step == 2:
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+
+
+@pytest.mark.parametrize("change", [_shrink, _shrink_behind_autograd, _average, _reset_moments])
+def test_weights_and_moments_changed_by_hand_are_refused(change):
+    with pytest.raises(ValueError, match=r"is not where steps \d to \d lead: weights or optimizer state were changed"):
+        run_window(small_network(), after_step=change)
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"fused": True}, {"foreach": True}, {"amsgrad": True}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_the_optimizer_alone_are_followed(optimizer, dtype):
+    model = small_network().to(dtype)
+    scores = run_window(model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-2, **optimizer))
+    assert scores.isfinite().all() and scores.abs().sum() > 0
+
+
+class PartlyUnused(nn.Module):
+    """Some of its parameters get gradients of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.unused, self.outer = nn.Linear(5, 7), nn.Linear(5, 1), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)) + 0 * self.unused(x))
+
+
+class Used(PartlyUnused):
+    """The same without them."""
+
+    def __init__(self):
+        super().__init__()
+        del self.unused
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("schedule", ["window", "lookahead"])
+def test_gradients_of_zeros_beside_clipped_ones(schedule):
+    """Clipping leaves zeros where they are, which says nothing of the factor."""
+    model = PartlyUnused().double()
+    if schedule == "window":
+
+        def clip(model):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+
+        torch.testing.assert_close(
+            run_window(PartlyUnused().double(), before_step=clip), run_window(Used().double(), before_step=clip)
+        )
+        return
+    *data, (x_val, y_val) = batches(14)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    run = adam_ghost.InRun(model, optimizer, lambda: cross_entropy(model(x_val), y_val), schedule, strict=True)
+    for step, (x, y) in enumerate(data):
+        run.batch([f"{step}.{i}" for i in range(SAMPLES)])
+        cross_entropy(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+        optimizer.step()
+        optimizer.zero_grad()
+    run.close()
+    assert len(run.steps) == len(data)
+
+
+def test_clipping_to_another_norm_is_named():
+    def clip(model):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.02, norm_type=float("inf"))
+
+    with pytest.raises(RuntimeError, match="scaled down by factors that change from step to step, and not to one norm"):
+        run_window(small_network(), before_step=clip)
+    with pytest.warns(UserWarning, match="adam_ghost: steps 1 to 7: gradients were scaled down"):
+        run_window(small_network(), before_step=clip, strict=False)
