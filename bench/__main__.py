@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench import books as books_bench
 from bench import compile as compile_bench
 from bench import fidelity as fidelity_bench
 from bench import kernels as kernels_bench
@@ -65,6 +66,25 @@ def fidelity(
         console.print(f"{method}: R >= 0.999 and relative L2 <= 0.02 at every audited step from 10 on", "except" if missed else "")
         for case in missed:
             console.print(f"  {case}")
+
+
+@app.command()
+def books(json: Json = None) -> None:
+    """Whether a run's books close: scores and history against the validation loss's drop, and what came through momentum."""
+    cases = [(*run, schedule) for run in books_bench.RUNS for schedule in books_bench.SCHEDULES]
+    with Progress(console=console) as progress:
+        rows = [books_bench.measure(*case) for case in progress.track(cases, description="trainings")]
+    table = Table(
+        caption="Shares of the drop: in the samples' own steps (measured: against steps without their batch), and by momentum"
+    )
+    for name in ("lr, steps", "schedule", "drop", "scores", "history", "sum off by", "own steps", "measured", "momentum"):
+        table.add_column(name, justify="left" if name == "schedule" else "right")
+    for row in rows:
+        numbers = (f"{row[name]:.4f}" for name in ("drop", "scores", "history"))
+        shares = (f"{row[name]:.1%}" for name in ("own_steps", "own_steps_measured", "momentum"))
+        table.add_row(f"{row['lr']}, {row['steps']}", row["schedule"], *numbers, f"{row['off']:+.2%}", *shares)
+    console.print(table)
+    _write(json, {"rows": rows})
 
 
 @app.command()
