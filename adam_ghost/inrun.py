@@ -28,6 +28,7 @@ from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
 from adam_ghost.step.step import Step, follow_scaling, gather_step
 from adam_ghost.step.validation import Validation
+from adam_ghost.warn import warn
 
 if TYPE_CHECKING:
     from adam_ghost.ledger.writer import LedgerWriter
@@ -46,20 +47,22 @@ class InRun:
     unscaled and clipped. Training does not change: parameters, optimizer state and random numbers are those of the same
     loop without it, to the bit (``lookahead``: to rounding, where linear layers' gradients come from another product).
     Forward passes that ``batch`` did not announce are left alone: evaluation, generation. Models under ``torch.compile``
-    take ``lookahead`` (without graph breaks); there, calls without a batch dimension and layers of kinds that PyTorch does
-    not know are named and left out; the first step, which has no history, is not attributed.
+    take ``lookahead``, without graph breaks: before the first forward pass of each kind (modes, shapes) the model runs once
+    in eager mode, which shows in which layers row ``i`` is sample ``i``; these are scored, the parameters of all others are
+    named and left out. The first step, which has no history, is not attributed, which a warning says.
 
     A sample's share of a step is the gradient that comes through its rows of the batch. Where the loss compares samples with
     each other (contrastive losses, in-batch negatives, mixup), the share of a pair's gradient goes to the sample whose rows it
     comes through, and none to its partner as such.
 
     Args:
-        model: called with the batch along dimension 0.
+        model: called with the batch along dimension 0: every tensor among its arguments whose first dimension is as long as the
+            first one's is taken for samples, a table of that many rows too: make such a table a buffer of the model.
         optimizer: the one that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time. It runs the
             model in whatever mode it is in, which is that of training unless ``val_loss`` calls ``model.eval()``: the mode is
-            put back; and outside of autocast, unless it enters that. The model's buffers and plain attributes, and the random
-            streams of PyTorch, NumPy and Python, are put back too.
+            put back; and outside of autocast, unless it enters that. Put back are also the model's buffers and plain attributes,
+            and the random streams of PyTorch, NumPy and Python.
         schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
             then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
             (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which
@@ -299,7 +302,10 @@ class InRun:
         micro = self._schedule.collect()
         due = self._schedule.due()
         self._loop.step += 1
-        if not due or micro is None:
+        if not due:
+            return
+        if micro is None:
+            warn(f"step {self.step} has no scores: a compiled model's are foreseen from history, and the optimizer has none yet")
             return
         if not micro:
             what = "a backward pass through the recorded forward pass" if dropped else "a recorded forward pass"

@@ -24,7 +24,9 @@ class LayerCache:
     the bare model.
 
     Args:
-        model: the module whose forward pass runs inside the block, called with the batch along dimension 0.
+        model: the module whose forward pass runs inside the block, called with the batch along dimension 0: every tensor among
+            its arguments whose first dimension is as long as the first one's is taken for samples, a table of that many rows
+            too: make such a table a buffer of the model.
         val_loss: called without arguments whenever the validation gradient is needed; returns the loss to attribute, a
             scalar or ``[K]`` for ``K`` targets, with a graph. It runs the model itself, in any mode it likes.
         strict: raise instead of warning where a parameter's gradient cannot be attributed.

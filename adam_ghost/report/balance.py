@@ -37,8 +37,8 @@ def in_words(steps: Sequence[Mapping[str, Any]], every: int = 1, refresh: int = 
     windows = [s["horizon"] for s in steps if s["horizon"] is not None]
     if windows:
         return (
-            f"These scores come from windows of steps: each says what a sample did to the validation loss up to the end of its"
-            f" step's window, {_range(windows)} later. What momentum carried on within that reach is in the samples' scores, so no"
+            f"These scores come from windows of steps: each says what a sample did to the validation loss as far as its step's"
+            f" window looks, {_range(windows)} on. What momentum carried on within that reach is in the samples' scores, so no"
             " history stands beside them, and they do not add up to one step's drop."
         )
     found = balance(steps)

@@ -191,7 +191,7 @@ class Sweep:
         if bool(base < 1 - 1e-4):  # all were made smaller: clipped, or unscaled after a backward pass on a loss scaled up
             self.put(self.all[0].state())
             self.rerun.find_scales(first.batches)
-            scaled = any(bool(batch.scale > 1) for batch in first.batches)
+            scaled = any(batch.scale is not None and bool(batch.scale > 1) for batch in first.batches)
             # a scaler's factors are powers of two
             base = torch.exp2((base.log2() - 1e-3).ceil()) if scaled else torch.ones_like(base)
             powers = (factors / base).log2()

@@ -1,6 +1,7 @@
 """What mixes the samples of a batch, or hides them, is refused or named: never scored wrongly in silence."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from oracles import Problem, close, gradients_loss_by_loss, gradients_one_by_one
 from torch import nn
 from torch.nn import functional as F
 from zoo import VOCABULARY, D, Fn, Leaf, N, inputs, normal, problem
+
+import adam_ghost as ag
 
 
 def between(mix, **members):
@@ -254,6 +257,36 @@ class Hidden(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         return grad @ w.T, x.flatten(0, -2).T @ grad.flatten(0, -2)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 10.0], ids=["whole", "penalty"])
+@pytest.mark.parametrize("way", ["attribute", "midpoint", "lookahead"])
+def test_the_sum_is_checked_beside_what_is_not_attributed(way, penalty):
+    """The parameters that calls explain have to add up, whatever else is missing; also in a step that foresees."""
+    torch.manual_seed(0)
+    model = Fn(lambda s, x: Hidden.apply(s.b(x), s.a.weight), a=nn.Linear(D, D, bias=False), b=nn.Linear(D, D)).double()
+    optimizer = torch.optim.Adam(model.parameters())
+    x = inputs("x", N, 7, 1).double()
+    loss = lambda c: model(x).square().sum() + c * sum(p.square().sum() for p in model.b.parameters())  # noqa: E731
+    val = lambda: model(x.flip(0) + 1).square().sum()  # noqa: E731
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if way == "attribute":
+            cache = ag.LayerCache(model, val)
+            with cache:
+                loss(penalty).backward()
+            ag.attribute(cache, optimizer)
+        else:
+            run = ag.InRun(model, optimizer, val, way)
+            for step in range(12):
+                run.batch(range(N))
+                loss(penalty if step > 9 else 0.0).backward()  # lookahead foresees from here on
+                optimizer.step()
+                optimizer.zero_grad()
+            run.close()
+    told = " ".join(str(w.message) for w in caught)
+    assert "not attributed: a.weight" in told
+    assert ("but the covered parameters' gradient to" in told) == bool(penalty)
 
 
 @pytest.mark.parametrize("T", [N, 7], ids=["T=n", "T=7"])

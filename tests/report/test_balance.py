@@ -73,7 +73,7 @@ def test_windows_have_a_sentence_and_no_chart(tmp_path):
     ]
     page = write(tmp_path, records)
     assert "completeness" not in data_of(page)["charts"] and 'id="completeness"' not in page
-    assert "the validation loss up to the end of its step&#x27;s window, 1 to 4 steps later" in page
+    assert "the validation loss as far as its step&#x27;s window looks, 1 to 4 steps on" in page
 
 
 def test_the_page_draws_what_the_words_say(tmp_path):

@@ -12,6 +12,8 @@ from zoo import D, Fn, N, inputs, normal
 
 import adam_ghost as ag
 
+pytestmark = pytest.mark.filterwarnings("ignore:adam_ghost. step 1 has no scores")
+
 
 def two(middle, **members):
     return Fn(middle, a=nn.Linear(D, D), b=nn.Linear(D, D), **members)
@@ -63,6 +65,7 @@ def check(name, compiled, model, prefix):
             optimizer.step()
             optimizer.zero_grad()
         run.close()
+    assert sum("step 1 has no scores" in str(w.message) for w in caught) == 1
     told = [str(w.message) for w in caught if "not attributed" in str(w.message)]
     missing = [prefix + k for k, _ in plain.named_parameters() if is_named(k, named)]
     assert bool(told) == bool(missing) == (run.coverage.share < 1)

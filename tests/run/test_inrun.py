@@ -328,6 +328,7 @@ def test_activation_checkpointing(schedule, reentrant, dropout):
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++").split()[0]), reason="torch.compile found no C++ compiler")
+@pytest.mark.filterwarnings("ignore:adam_ghost. step 1 has no scores")
 def test_compiled_model_in_lookahead():
     model = GPT(VOCABULARY, CONTEXT, 1, 16, 2).double()
     compiled = torch.compile(model, fullgraph=True)  # a graph break is an error
