@@ -51,8 +51,11 @@ def attribute(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     step = open_step(layer_cache, opt_state)
-    direction = find_direction(step, layer_cache.validation, rule, at)
-    scores = step.scores(direction.P, per_token)
+    kind = next(layer_cache.model.parameters()).device.type
+    # autocast around this call would round our sums, and keep casts of other weights
+    with torch.autocast(kind, enabled=False, cache_enabled=False):
+        direction = find_direction(step, layer_cache.validation, rule, at)
+        scores = step.scores(direction.P, per_token)
     layer_cache.mark_weights()
     accounted = step.accounted(direction.P, direction.total)
     if accounted is not None and scores.device.type == "cpu":  # where looking costs no synchronisation

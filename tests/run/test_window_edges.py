@@ -317,3 +317,20 @@ def test_buffers_that_a_forward_pass_replaces_are_those_of_bare_training(schedul
         return bare.mean
 
     assert torch.equal(train(attributed=True), train(attributed=False))
+
+
+def test_attribute_inside_of_autocast_is_as_outside():
+    model = small_network().float()
+    (x, y), (x_val, y_val) = batches(2)
+
+    def loss(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return cross_entropy(model(x.float()).float(), y)
+
+    cache = adam_ghost.LayerCache(model, lambda: loss(x_val, y_val))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with cache:
+            loss(x, y).backward()
+        inside = adam_ghost.attribute(cache, optimizer)
+    torch.testing.assert_close(inside, adam_ghost.attribute(cache, optimizer), rtol=0, atol=0)
