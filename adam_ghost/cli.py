@@ -46,7 +46,7 @@ def main(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 256,
+    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 192,
     samples: Annotated[int, typer.Option(min=64, help="Training samples.")] = 640,
     audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the corpus, the model and the order.")] = 0,

@@ -61,7 +61,8 @@ class InRun:
         optimizer: the one that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time. It runs the
             model in whatever mode it is in, which is that of training unless ``val_loss`` calls ``model.eval()``: the mode is
-            put back. So are the model's buffers and plain attributes, and the random streams of PyTorch, NumPy and Python.
+            put back; and outside of autocast, unless it enters that. Put back are also the model's buffers and plain attributes, and the
+            random streams of PyTorch, NumPy and Python.
         schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
             then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
             (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which
@@ -81,7 +82,8 @@ class InRun:
         window: steps whose samples are scored together, by the validation loss at the window's end; ``auto``: chosen by audits.
         ahead: steps that the end lies beyond the last of them, so that all samples get an outlook; they are swept twice.
         train_loss: in ``window``, a function of what ``run.batch(ids, inputs=...)`` is given that returns the loss which the
-            loop calls ``backward()`` on, once per micro-batch, up to a constant factor.
+            loop calls ``backward()`` on, once per micro-batch, up to a constant factor. Random numbers that it draws, of torch,
+            come out as in the loop where it begins right after ``run.batch``; those that the model draws do anyhow.
         feedback: how later gradients react, in ``window``: ``differences`` of gradients (any code, error 1e-3 in float32),
             ``double`` backward or ``forward`` mode (exact, where the code can be differentiated twice), ``gauss-newton`` on a
             quarter of each batch (a third of the price), ``none``.
@@ -185,7 +187,8 @@ class InRun:
             return
         self._closed = True
         try:
-            self._finish(self._schedule.finish())
+            with self._plain_precision():
+                self._finish(self._schedule.finish())
             self._books.drain(self._book, wait=True)
         finally:
             self._finalizer()
@@ -229,7 +232,8 @@ class InRun:
         refuse_mixed_samples(self.model)
         self._settle()
         self._follow_freezing()
-        self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
+        with self._plain_precision():  # which may take a validation gradient
+            self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
 
     def losses(self, losses: Tensor) -> None:
@@ -313,7 +317,8 @@ class InRun:
             raise RuntimeError(f"optimizer.step() without {what}{cure}")
         started = time.perf_counter() - self._seconds
         try:
-            self._attribute(micro, started)
+            with self._plain_precision():
+                self._attribute(micro, started)
         finally:
             self._loop.watch.fingerprint, self._seconds = None, 0.0
 
@@ -328,7 +333,12 @@ class InRun:
                 "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
                 " would not be those of the step. Register that hook before the run is built"
             )
-        self._finish(self._schedule.swept())
+        with self._plain_precision():
+            self._finish(self._schedule.swept())
+
+    def _plain_precision(self) -> torch.autocast:
+        """A step inside of the loop's autocast is as one outside: that would round our sums, and keep casts of other weights."""
+        return torch.autocast(next(iter(self._loop.params.values())).device.type, enabled=False, cache_enabled=False)
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop

@@ -119,7 +119,10 @@ def _train_loss(trainer: Trainer, module: LightningModule, given: tuple[Any, int
     batch, index = given
     with _unlogged(trainer, module):
         found = module.training_step(copy.copy(batch), index)  # which may take things out of it
-    return found["loss"] if isinstance(found, Mapping) else found
+    loss = found["loss"] if isinstance(found, Mapping) else found
+    if not isinstance(loss, Tensor):
+        raise ValueError("schedule='window': training_step returned no loss when the batch was run again")
+    return loss
 
 
 @contextmanager
@@ -127,8 +130,8 @@ def _unlogged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """What the module logs inside the block, by itself or by its loggers, goes nowhere."""
     loggers = trainer.loggers
     trainer.loggers = [DummyLogger() for _ in loggers]
-    held = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
-    vars(module).update(log=_ignored, log_dict=_ignored)
+    held: dict[str, Any] = {name: vars(module)[name] for name in ("log", "log_dict") if name in vars(module)}
+    vars(module).update(dict.fromkeys(("log", "log_dict"), _ignored))
     try:
         yield
     finally:

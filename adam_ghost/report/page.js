@@ -73,7 +73,7 @@ if (data.audits.length) {
   document.getElementById("audit-table").append(table([
     { key: "step", title: "Step", number: true }, { key: "r", title: "Pearson R", number: true }, { key: "l2", title: "Relative L2 error", number: true },
     { key: "score_sum", title: "Sum of scores", number: true }, { key: "loss_drop", title: "The batch's own drop", number: true }],
-  data.audits, "Audited steps against their exact Shapley values"));
+  data.audits, data.windows ? "Audited steps against leaving samples out and training on" : "Audited steps against their exact Shapley values"));
 }
 
 const state = { key: data.rank, down: true };

@@ -108,7 +108,9 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
     ).to_pylist()
     booked = [s for s in steps if not s["skipped"]]
     groups = ledger.groups(target=target).to_pylist()
+    windows = any(s["horizon"] is not None for s in booked)
     data = {
+        "windows": windows,
         "rank": "value" if rank_by == "total" else "standardized",
         "samples": samples,
         "helpful": helpful,
@@ -119,6 +121,8 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
         "balance": in_words(booked, *(ledger.run.get("settings", {}).get(k) or 1 for k in ("every", "refresh"))),
     }
     facts = _facts(ledger, steps, booked, totals.num_rows)
+    if windows:  # booked a window at a time, which tells no pace
+        del data["charts"]["throughput"], facts["Attribution per step"]
     return _finite(data), facts | {"Completeness": find_gap(ledger, target).line}
 
 
@@ -240,8 +244,13 @@ def _page(title: str, facts: dict[str, str], data: dict[str, Any], plotly: str) 
         "Steps whose scores were held against their exact Shapley values; the batch's own drop is what its gradient took off the"
         " validation loss, against the step that momentum and weight decay would have taken without it."
     )
+    if data["windows"]:
+        audited = "Steps of which samples were left out, to train on to their window's end: what that did, against their credit."
     if not data["audits"]:
         audited = "No step was audited; InRun(..., audit_every=N) does."
+    rate = '<p class="note">Windows are booked when they are swept: the books do not tell the pace.</p>'
+    if not data["windows"]:
+        rate = _figure("throughput", "Optimizer steps per second, attribution included.", "Steps that are audited take longer.")
     best = html.escape(str(max(data["groups"], key=lambda g: g["value"])["group"]))
     ends = f"{best} ends highest." if len(data["groups"]) > 1 else "All samples are in one group."
     return f"""<!doctype html>
@@ -267,7 +276,7 @@ Positive = it took something off that loss; the unit is the loss's own.</p></hea
 <section aria-labelledby="h-audit"><h2 id="h-audit">Audit</h2><p class="note">{audited}</p>
 <div class="scroll" id="audit-table" tabindex="0" role="region" aria-label="Audits"></div></section>
 <section aria-labelledby="h-rate"><h2 id="h-rate">Throughput</h2>
-{_figure("throughput", "Optimizer steps per second, attribution included.", "Steps that are audited take longer.")}</section>
+{rate}</section>
 <section aria-labelledby="samples"><h2 id="samples">Samples</h2>
 <p class="note">Up to {_TABLE} samples at either end; the ledger has all of them.</p>
 <div class="controls"><label>Search<input id="search" type="search" autocomplete="off"></label>

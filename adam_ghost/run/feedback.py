@@ -16,6 +16,8 @@ from adam_ghost.run.rerun import EVERY, KeptBatch, Rerun, slopes
 
 # of the weights' norm, the step of a difference: below it float32 rounds the difference away, or bfloat16 does (measured)
 _REACH, _REACH_HALF = 1e-3, 3e-2
+# what weights are at least taken to measure, each: a model that starts from zeros would take no step
+_LEAST_WEIGHT = 0.01
 
 Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -24,9 +26,10 @@ Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], li
 def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Iterator[Tensor]:
     """The weights a small step along ``vector``; yields the step, ``[]``, 0 where the vector is."""
     data = [p.data for p in rerun.params]
-    reach = _REACH if all(batch.autocast is None for batch in batches) else _REACH_HALF
+    exact = all(batch.autocast is None for batch in batches) and all(x.element_size() > 2 for x in data)
     length = norm(vector)
-    c = torch.where(length > 0, reach * norm(data) / length, 0.0)
+    size = norm(data).clamp(min=_LEAST_WEIGHT * sum(x.numel() for x in data) ** 0.5)
+    c = torch.where(length > 0, (_REACH if exact else _REACH_HALF) * size / length, 0.0)
     before = [x.clone() for x in data]
     torch._foreach_add_(data, [v * c.to(v.dtype) for v in vector])
     try:

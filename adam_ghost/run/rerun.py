@@ -25,11 +25,22 @@ class KeptBatch:
     ids: Sequence[Hashable]
     inputs: Any
     packing: Packing | None
+    announced: RngState  # when the loop named the batch: where train_loss, as a rule, begins
     rng: RngState  # when the model's forward pass began
     autocast: torch.dtype | None  # in that pass
     modes: list[bool]  # of the model's modules: in training or not
     slopes: Tensor = field(init=False)  # norms of the gradients that came to every fourth row of the model's output, once they have
     scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
+
+    def __post_init__(self) -> None:
+        self._versions = [x._version for x in self._tensors()]
+
+    def _tensors(self) -> list[Tensor]:
+        return [x for x in pytree.tree_leaves(self.inputs) if isinstance(x, Tensor) and not x.is_inference()]
+
+    def changed(self) -> bool:
+        """Whether the inputs were changed in place since."""
+        return [x._version for x in self._tensors()] != self._versions
 
 
 def slopes(grad: Tensor) -> Tensor:
@@ -51,12 +62,12 @@ class Rerun:
         self.names, self.params = list(params), list(params.values())
         self.device = self.params[0].device
 
-    def keep(self, ids: Sequence[Hashable], inputs: Any, packing: Packing | None) -> KeptBatch:
+    def keep(self, ids: Sequence[Hashable], inputs: Any, packing: Packing | None, announced: RngState) -> KeptBatch:
         """Called where the batch's forward pass begins."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         modes = [m.training for m in self.model.modules()]
-        return KeptBatch(ids, inputs, packing, rng_state(self.device), autocast, modes)
+        return KeptBatch(ids, inputs, packing, announced, rng_state(self.device), autocast, modes)
 
     @property
     def head(self) -> nn.Module:
@@ -66,8 +77,7 @@ class Rerun:
 
     @contextmanager
     def _as_then(self, batch: KeptBatch) -> Iterator[None]:
-        """The modes, precision and random state of the batch's own pass; the last once more where the model's forward begins."""
-        host, on_device, device = batch.rng
+        """The modes, precision and random state of the batch's own pass; the last anew where the model's forward begins."""
         modules = list(self.model.modules())
         now = [m.training for m in modules]
 
@@ -75,10 +85,14 @@ class Rerun:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
 
-        def begin(*_: Any) -> None:
+        def draw_from(state: RngState) -> None:
+            host, on_device, device = state
             torch.set_rng_state(host)
             if device is not None and on_device is not None:
                 torch.cuda.set_rng_state(on_device, device)
+
+        def begin(*_: Any) -> None:
+            draw_from(batch.rng)
 
         with ExitStack() as stack:
             stack.callback(self.model.register_forward_pre_hook(begin, prepend=True).remove)
@@ -86,7 +100,7 @@ class Rerun:
             set_modes(batch.modes)
             if batch.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, batch.autocast))
-            begin()
+            draw_from(batch.announced)
             yield
 
     def loss(self, batch: KeptBatch, inputs: Any = None) -> Tensor:

@@ -191,7 +191,7 @@ class Sweep:
         if bool(base < 1 - 1e-4):  # all were made smaller: clipped, or unscaled after a backward pass on a loss scaled up
             self.put(self.all[0].state())
             self.rerun.find_scales(first.batches)
-            scaled = any(bool(batch.scale > 1) for batch in first.batches)
+            scaled = any(batch.scale is not None and bool(batch.scale > 1) for batch in first.batches)
             # a scaler's factors are powers of two
             base = torch.exp2((base.log2() - 1e-3).ceil()) if scaled else torch.ones_like(base)
             powers = (factors / base).log2()
@@ -306,9 +306,12 @@ class Sweep:
         """Raises ValueError where the batch, run again, does not give the gradient that the optimizer used."""
         off, size = norm([again[name] - g for name, g in used.items()]), norm(list(used.values()))
         if not bool(off <= _SAME_GRADIENT * size):
+            changed = any(batch.changed() for batch in step.batches)
+            why = "; its inputs were changed in place since: give run.batch copies" if changed else ""
             raise ValueError(
                 f"step {step.number}: train_loss(inputs), run again at the step's weights, gives another gradient than the loop's"
-                f" backward pass ({float(off / size):.0%} apart): it must return what the loop calls backward() on, up to a factor"
+                f" backward pass ({float(off / size):.0%} apart): it must return what the loop calls backward() on, up to a"
+                f" factor, and draw random numbers from torch alone{why}"
             )
 
     def _feed_back(self, step: KeptStep, raw: list[Tensor], pulled: list[Tensor], adjoint: Adjoint) -> None:

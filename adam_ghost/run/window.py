@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.calls import rng_state
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.run.rerun import KeptBatch, Rerun, first_output, slopes
@@ -107,12 +108,12 @@ class Window(Collecting):
         if micro.inputs is None:
             raise ValueError("schedule='window' runs batches again: call run.batch(ids, inputs=...) with what train_loss takes")
         self._await(micro)
-        self._armed = micro
+        self._armed, self._announced = micro, rng_state(self.rerun.device)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
         micro = self._armed
         if micro is not None and micro.kept is None and torch.is_grad_enabled() and not self._sweeping:
-            micro.kept = self.rerun.keep(micro.ids, micro.inputs, micro.packing)
+            micro.kept = self.rerun.keep(micro.ids, micro.inputs, micro.packing, self._announced)
             self.loop.watch.forward_begins()
 
     def _output(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -149,3 +149,19 @@ def test_commands(folder, args, code, says):
     done = CliRunner().invoke(app, [a.format(folder) for a in args])
     assert done.exit_code == code, done.output
     assert says in done.output and "Traceback" not in done.output
+
+
+def test_windows_are_not_held_against_the_drop(tmp_path):
+    """Credit looks ahead of its step: no chart adds it up to the loss, and the books' times are of sweeps."""
+    writer = ag.LedgerWriter(tmp_path / "ledger")
+    for step in range(1, 5):
+        writer.begin([0, 1], lambda: {"schedule": "window"})
+        nan = float("nan")
+        record = StepRecord(step, 2, [1e-3], [2.0], True, [1.0], [1.0], [nan], 1.0, False, 0.01, window=1, horizon=4 - step)
+        record.audit = Audit(0.99, 0.1, []) if step == 1 else None
+        writer.add(Arrived(record, [0, 1], np.array([[0.25], [0.75]])))
+    writer.close()
+    page = write_report(tmp_path / "ledger", tmp_path / "report.html").read_text(encoding="utf-8")
+    for gone in ('id="completeness"', 'id="throughput"', '"completeness":', "Attribution per step"):
+        assert gone not in page
+    assert "Windows are booked when they are swept" in page and "to train on to their window" in page

@@ -159,3 +159,86 @@ def test_clipping_to_another_norm_is_named():
         run_window(small_network(), before_step=clip)
     with pytest.warns(UserWarning, match="adam_ghost: steps 1 to 7: gradients were scaled down"):
         run_window(small_network(), before_step=clip, strict=False)
+
+
+def _scores_under_autocast(schedule: str, *, step_inside: bool) -> torch.Tensor:
+    model = small_network().float()
+    *data, (x_val, y_val) = batches(15)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def train_loss(batch):
+        return cross_entropy(model(batch[0]).float(), batch[1])
+
+    def val_loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return train_loss((x_val.float(), y_val))
+
+    options = {"train_loss": train_loss, "window": 8, "ahead": 6} if schedule == "window" else {}
+    run = adam_ghost.InRun(model, optimizer, val_loss, schedule, strict=True, **options)
+    for step, (x, y) in enumerate(data):
+        with torch.autocast("cpu", torch.bfloat16, enabled=step_inside):
+            run.batch([f"{step}.{i}" for i in range(SAMPLES)], inputs=(x.float(), y))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = train_loss((x.float(), y))
+            loss.backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "adam_ghost: the run ended")
+        run.close()
+    return torch.from_numpy(run.scores().total)
+
+
+@pytest.mark.parametrize("schedule", ["midpoint", "gauss", "lookahead", "window"])
+def test_a_step_inside_of_autocast_is_scored_like_one_outside(schedule):
+    """Autocast keeps casts of the weights as they were: other weights would not count."""
+    inside, outside = (_scores_under_autocast(schedule, step_inside=inside) for inside in (True, False))
+    # lookahead scores in the backward pass, which autocast rounds to bfloat16
+    rounding = outside.abs().max() * 2**-8 if schedule == "lookahead" else 0
+    torch.testing.assert_close(inside, outside, rtol=0, atol=float(rounding))
+
+
+def test_differences_of_weights_near_zero():
+    """A step in proportion to weights of 1e-5 would be rounded away in float32."""
+
+    def scores(feedback):
+        model = nn.Linear(5, 3)
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+        # without those of steps whose second moments are near zero
+        return run_window(model, optimizer=optimizer, feedback=feedback, ahead=12, steps=16)[2:]
+
+    exact = scores("double")
+    assert (scores("differences") - exact).norm() < 0.05 * (scores("none") - exact).norm()
+
+
+def test_differences_of_bfloat16_weights():
+    def scores(feedback):
+        model = small_network().bfloat16()
+        return run_window(model, feedback=feedback, ahead=12, steps=16, strict=False)
+
+    exact = scores("double")
+    assert (scores("none") - exact).norm() > 0.2 * exact.norm()
+    assert (scores("differences") - exact).norm() < 0.1 * exact.norm()
+
+
+def test_random_numbers_drawn_around_the_forward_pass():
+    """Noise on the inputs, a mask in the model, noise on the outputs: all as in the loop, told by the gradient run again."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3)).double()
+
+    def noisy(model, batch):
+        x, y = batch
+        out = model(x + torch.randn_like(x))
+        return cross_entropy(out + torch.randn_like(out), y)
+
+    assert run_window(model, train_loss=noisy).isfinite().all()
+
+
+def test_inputs_changed_in_place_are_told_of():
+    def reuse(step, model, optimizer, batch):
+        batch[0].zero_()
+
+    with pytest.raises(ValueError, match=r"another gradient.*its inputs were changed in place since: give run\.batch copies"):
+        run_window(small_network(), after_step=reuse)
