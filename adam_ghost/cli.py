@@ -222,9 +222,9 @@ def audit(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Which implementations serve on this machine, and why the others do not. Exits with 1 if PyTorch is not supported."""
-    from adam_ghost.doctor import report as find
+    from adam_ghost.doctor import examine
 
-    found = [{"part": f.name, "active": f.active, "why": f.why} for f in find()]
+    found = [{"part": f.name, "active": f.active, "why": f.why} for f in examine()]
     _print(found, as_json)
     if not found[0]["active"]:
         raise typer.Exit(1)
