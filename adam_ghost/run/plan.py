@@ -31,6 +31,7 @@ class Plan(Recorder):
         self.unattributed: set[str] = set()
         recording = Recording()
         buffers = [(x, x._version, x.detach().clone()) for x in model.buffers()]
+        held = [(m, dict(m._buffers)) for m in model.modules() if m._buffers]  # a forward pass may replace them
         devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
         self.attach()
         try:
@@ -46,6 +47,8 @@ class Plan(Recorder):
                     self.end()
         finally:
             self.detach()
+            for module, own in held:
+                module._buffers.update(own)
             with torch.no_grad():
                 for x, version, before in buffers:
                     if x._version != version:

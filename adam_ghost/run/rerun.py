@@ -29,6 +29,7 @@ class KeptBatch:
     rng: RngState  # when the model's forward pass began
     autocast: torch.dtype | None  # in that pass
     modes: list[bool]  # of the model's modules: in training or not
+    buffers: dict[str, Tensor]  # the model's, as its forward pass found them; batches share what did not change
     slopes: Tensor = field(init=False)  # norms of the gradients that came to every fourth row of the model's output, once they have
     scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
 
@@ -61,13 +62,21 @@ class Rerun:
         self.model, self.train_loss = model, train_loss
         self.names, self.params = list(params), list(params.values())
         self.device = self.params[0].device
+        self._buffers: dict[str, tuple[Tensor, int, Tensor]] = {}  # what was seen last: itself, its version, a copy
+
+    def _keep_buffers(self) -> dict[str, Tensor]:
+        for name, x in self.model.named_buffers():
+            known = self._buffers.get(name)
+            if known is None or known[0] is not x or known[1] != x._version:
+                self._buffers[name] = (x, x._version, x.detach().clone())
+        return {name: copied for name, (_, _, copied) in self._buffers.items()}
 
     def keep(self, ids: Sequence[Hashable], inputs: Any, packing: Packing | None, announced: RngState) -> KeptBatch:
         """Called where the batch's forward pass begins."""
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         modes = [m.training for m in self.model.modules()]
-        return KeptBatch(ids, inputs, packing, announced, rng_state(self.device), autocast, modes)
+        return KeptBatch(ids, inputs, packing, announced, rng_state(self.device), autocast, modes, self._keep_buffers())
 
     @property
     def head(self) -> nn.Module:
@@ -98,10 +107,20 @@ class Rerun:
             stack.callback(self.model.register_forward_pre_hook(begin, prepend=True).remove)
             stack.callback(set_modes, now)  # a loop that ends with an evaluation leaves the model in its mode
             set_modes(batch.modes)
+            self._put_buffers(batch)
             if batch.autocast is not None:
                 stack.enter_context(torch.autocast(self.device.type, batch.autocast))
             draw_from(batch.announced)
             yield
+
+    def _put_buffers(self, batch: KeptBatch) -> None:
+        """Gives the model's buffers the values of then; what sweeps puts those of now back."""
+        with torch.no_grad():
+            for name, x in self.model.named_buffers():
+                then, known = batch.buffers.get(name), self._buffers.get(name)
+                same = known is not None and known[0] is x and known[1] == x._version and known[2] is then
+                if not same and then is not None and then.shape == x.shape:
+                    x.copy_(then)
 
     def loss(self, batch: KeptBatch, inputs: Any = None) -> Tensor:
         """``train_loss`` of the batch, or of other ``inputs`` under its random numbers.

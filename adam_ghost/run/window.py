@@ -240,10 +240,15 @@ class Window(Collecting):
             self.options = replace(options, window=options.window * 2, ahead=options.ahead * 2)
 
     def state_dict(self) -> Any:
-        """What a window kept is not saved: a resumed run begins a window anew."""
-        return {"window": self.options.window, "ahead": self.options.ahead}
+        """What a window kept is not saved: a resumed run begins a window anew, and says which steps are left out."""
+        return {"window": self.options.window, "ahead": self.options.ahead, "waiting": self.waiting()}
 
     def load_state_dict(self, state: Any) -> None:
         self._begin_anew()
         if self.options.auto:
-            self.options = replace(self.options, **state)
+            self.options = replace(self.options, window=state["window"], ahead=state["ahead"])
+        if state["waiting"] is not None:
+            warn(
+                f"the run resumes in the middle of a window: steps {state['waiting']} to {self.loop.step}, whose steps ahead were"
+                " not done, are left out; the next window begins here"
+            )

@@ -43,6 +43,7 @@ class Validation:
         """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
         modes = [(m, m.training) for m in self.model.modules()]
         buffers = [(x.data, x.clone()) for x in self.model.buffers()]  # running statistics, power iterations
+        held = [(m, dict(m._buffers)) for m in self.model.modules() if m._buffers]  # a forward pass may replace them
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices), Surroundings(custom_modules(self.model)).entered():
             if self._stream is not None:
@@ -58,6 +59,8 @@ class Validation:
             finally:
                 for module, mode in modes:
                     module.training = mode
+                for module, own in held:
+                    module._buffers.update(own)
                 for x, before in buffers:
                     x.copy_(before)
 

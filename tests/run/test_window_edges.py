@@ -242,3 +242,77 @@ def test_inputs_changed_in_place_are_told_of():
 
     with pytest.raises(ValueError, match=r"another gradient.*its inputs were changed in place since: give run\.batch copies"):
         run_window(small_network(), after_step=reuse)
+
+
+class RunningMean(nn.Module):
+    """Centres its inputs by a mean that it updates as it goes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.outer = nn.Linear(5, 7), nn.Linear(7, 3)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.mul_(0.5).add_(x.detach().mean(0), alpha=0.5)
+        return self.outer(torch.tanh(self.inner(x - self.mean)))
+
+
+class Limited(nn.Module):
+    """Its largest singular value is held by a power iteration, one step in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.outer = nn.utils.spectral_norm(nn.Linear(5, 7)), nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+class ReplacedMean(RunningMean):
+    """By a new tensor each time."""
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return self.outer(torch.tanh(self.inner(x - self.mean)))
+
+
+@pytest.mark.parametrize("feedback", ["double", "differences", "forward"])
+@pytest.mark.parametrize("kind", [RunningMean, ReplacedMean])
+def test_buffers_that_change_are_those_of_their_step(kind, feedback):
+    model = kind().double()
+    before = {}
+
+    def look(model):
+        before.update({name: x.clone() for name, x in model.named_buffers()})
+
+    assert run_window(model, feedback=feedback, before_close=look).isfinite().all()
+    for name, x in model.named_buffers():
+        assert torch.equal(x, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "compiled"), [("midpoint", False), ("gauss", False), ("lookahead", False), ("lookahead", True)]
+)
+def test_buffers_that_a_forward_pass_replaces_are_those_of_bare_training(schedule, compiled):
+    def train(attributed: bool) -> torch.Tensor:
+        bare = ReplacedMean().double()
+        model = torch.compile(bare, backend="eager") if compiled else bare
+        *data, (x_val, y_val) = batches(4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        if attributed:
+            run = adam_ghost.InRun(model, optimizer, lambda: cross_entropy(model(x_val), y_val), schedule)
+        for step, (x, y) in enumerate(data):
+            if attributed:
+                run.batch([f"{step}.{i}" for i in range(SAMPLES)])
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if attributed:
+            run.close()
+        return bare.mean
+
+    assert torch.equal(train(attributed=True), train(attributed=False))
