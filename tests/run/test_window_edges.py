@@ -297,6 +297,7 @@ def test_buffers_that_change_are_those_of_their_step(kind, feedback):
 @pytest.mark.parametrize(
     ("schedule", "compiled"), [("midpoint", False), ("gauss", False), ("lookahead", False), ("lookahead", True)]
 )
+@pytest.mark.filterwarnings("ignore:adam_ghost. step 1 has no scores")
 def test_buffers_that_a_forward_pass_replaces_are_those_of_bare_training(schedule, compiled):
     def train(attributed: bool) -> torch.Tensor:
         bare = ReplacedMean().double()
