@@ -174,11 +174,18 @@ def audit(
     least: Annotated[
         float, typer.Option("--min-coverage", help="Fail if a step's scores explain a smaller share of the parameters than this.")
     ] = 0.99,
+    apart: Annotated[
+        float, typer.Option("--max-alone", help="Fail if recorded gradients differ more from those of samples computed alone.")
+    ] = 0.001,
     as_json: AsJson = False,
 ) -> None:
-    """Can the scores be trusted: audited steps against their exact Shapley values, and every step's sum against its gradient."""
+    """Can the scores be trusted: audited steps against their exact Shapley values, and every step's sum against its gradient.
+
+    Two samples of each audited step are computed alone as well, to see whether the recorded gradients are theirs. Where the
+    model computes in half precision, --max-alone has to be larger.
+    """
     query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS loss_drop,
-               abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
+               audit_alone AS alone, abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
                WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
     books = "SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped FROM steps WHERE target = ?"
 
@@ -200,6 +207,10 @@ def audit(
     bad = [row["step"] for row in audited if not row["r"] >= minimum]
     if bad:
         reasons.append(f"the correlation is below {minimum:g} in steps {', '.join(map(str, bad[:6]))}")
+    mixed = [row["step"] for row in audited if row["alone"] is not None and not row["alone"] <= apart]
+    if mixed:
+        shown = ", ".join(map(str, mixed[:6]))
+        reasons.append(f"gradients of samples computed alone differ from the recorded ones by more than {apart:g} in steps {shown}")
     if gap is not None and not gap <= largest:
         reasons.append(f"a step's scores miss {gap:.1%} of its gradient, more than {largest:.1%}")
     if coverage is not None and not coverage >= least:
@@ -211,9 +222,9 @@ def audit(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Which implementations serve on this machine, and why the others do not. Exits with 1 if PyTorch is not supported."""
-    from adam_ghost.doctor import report as find
+    from adam_ghost.doctor import examine
 
-    found = [{"part": f.name, "active": f.active, "why": f.why} for f in find()]
+    found = [{"part": f.name, "active": f.active, "why": f.why} for f in examine()]
     _print(found, as_json)
     if not found[0]["active"]:
         raise typer.Exit(1)

@@ -18,7 +18,7 @@ class Finding(NamedTuple):
     why: str
 
 
-def report() -> list[Finding]:
+def examine() -> list[Finding]:
     """One finding for each part that may serve or not, in the order in which they are preferred."""
     return [_torch(), _gpu(), _triton(), _extension_cuda(), _extension_cpu(), Finding("reference code", True, "always there")]
 

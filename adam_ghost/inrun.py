@@ -61,8 +61,8 @@ class InRun:
         optimizer: the one that trains all of the model's trainable parameters.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time. It runs the
             model in whatever mode it is in, which is that of training unless ``val_loss`` calls ``model.eval()``: the mode is
-            put back; and outside of autocast, unless it enters that. Put back are also the model's buffers and plain attributes,
-            and the random streams of PyTorch, NumPy and Python.
+            put back; and outside of autocast, unless it enters that. The model's buffers and plain attributes, and the random
+            streams of PyTorch, NumPy and Python, are put back too.
         schedule: ``midpoint`` (faithful: the validation gradient at the midpoint of each step, layer calls kept until
             then), ``gauss`` (most faithful: at two points of each step, for a second validation pass) or ``lookahead``
             (fastest: ``P`` predicted before the backward pass from Adam's history, nothing kept; the first ten steps, which

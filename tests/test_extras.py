@@ -63,17 +63,16 @@ def test_the_demos_scores_run_nothing_in_a_spreadsheet(tmp_path):
     from adam_ghost.demo.data import Corpus
     from adam_ghost.demo.display import save
     from adam_ghost.demo.train import Result
-    from adam_ghost.run.totals import SampleScores
 
     texts = ["=cmd|' /C calc'!A0", "@SUM(1)", "plain", ""]
     corpus = Corpus(*(texts if f in ("texts", "sources", "domains") else None for f in Corpus.__dataclass_fields__))
     counts = np.array([1, 2, 3, 4])
-    scores = SampleScores([0, 1, 2, 3], counts / -1.0, counts / -1.0, counts)
-    save(tmp_path / "scores.csv", Result(scores, [], {}, {}, (0, 0), (0, 0)), corpus)
+    result = Result(*[-1.0 * counts] * 5, counts, audits=[], windows=[], target_loss=(0, 0), booked=(0, 0))
+    save(tmp_path / "scores.csv", result, corpus)
     with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as f:
         rows = {row["id"]: row for row in csv.DictReader(f)}
     assert [rows[str(i)]["text"] for i in range(4)] == ["'" + texts[0], "'" + texts[1], "plain", ""]
-    assert rows["0"]["source"] == "'" + texts[0] and float(rows["1"]["score"]) == -2
+    assert rows["0"]["source"] == "'" + texts[0] and float(rows["1"]["by_step"]) == -2
 
 
 def test_no_file_is_read_as_code():

@@ -52,7 +52,7 @@ class Sums(NamedTuple):
         return Sums(self.table.sum(0))
 
 
-class Direction(NamedTuple):
+class Corrected(NamedTuple):
     P: list[Tensor]
     sums: Sums
 
@@ -69,7 +69,7 @@ def variance_correction(
     rule: str = "secant",
     out: list[Tensor] | None = None,
     impl: str | None = None,
-) -> Direction:
+) -> Corrected:
     """The direction ``P = lr * val_grad * S`` of every parameter, and the step's sums, in one pass over memory.
 
     Args:
@@ -92,9 +92,9 @@ def variance_correction(
         out = [torch.empty_like(x, requires_grad=False) for x in val_grads]
     table = step_table(params, steps)
     if not params:
-        return Direction(out, Sums(torch.empty(0, 2, dtype=torch.float64)))
+        return Corrected(out, Sums(torch.empty(0, 2, dtype=torch.float64)))
     state = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
-    return Direction(out, Sums(_run("variance_correction", *state, val_grads, out, *table, rule, impl)))
+    return Corrected(out, Sums(_run("variance_correction", *state, val_grads, out, *table, rule, impl)))
 
 
 def weight_points(

@@ -15,7 +15,7 @@ from adam_ghost.capture.hooks import StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, unseen
 from adam_ghost.capture.recording import Packing, Recording
-from adam_ghost.scores.contract import contract
+from adam_ghost.scores.contract import score_call
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
 from adam_ghost.scores.shapes import add
@@ -50,7 +50,7 @@ class ContractingRecording(Recording):
         params = self.P.keys() & call.parameters().keys()
         if not params:
             return
-        scores = contract(call.with_gradient(index, grad), self.P, Asked(self.batch_size, self.packing))
+        scores = score_call(call.with_gradient(index, grad), self.P, Asked(self.batch_size, self.packing))
         self._arrived = scores if self._arrived is None else self._arrived + scores
         self.scored |= params
 

@@ -27,7 +27,7 @@ from adam_ghost.run.store import Held
 from adam_ghost.step.step import report_coverage
 
 if TYPE_CHECKING:
-    from adam_ghost.run.window import Plan, Window
+    from adam_ghost.run.window import Window, WindowPlan
 
 # relative difference up to which a batch that is run again has given the gradient that the loop used
 _SAME_GRADIENT = 0.02
@@ -73,7 +73,7 @@ class KeptStep:
 class Sweep:
     """One walk back through kept steps."""
 
-    def __init__(self, window: "Window", steps: list[KeptStep], plan: "Plan"):
+    def __init__(self, window: "Window", steps: list[KeptStep], plan: "WindowPlan"):
         self.window, self.loop, self.rerun, self.plan = window, window.loop, window.rerun, plan
         self.params, self.names = window.params, list(window.loop.params)
         self.all = steps

@@ -44,7 +44,7 @@ class WindowOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
+class WindowPlan:
     """A window: steps ``first .. last`` (counted from 1) are scored, by the validation loss after step ``end``."""
 
     first: int
@@ -64,7 +64,7 @@ class Window(Collecting):
         self.store = Store(options.memory)
         self._armed: MicroBatch | None = None
         self._kept: list[KeptStep] = []
-        self._plans: deque[Plan] = deque()
+        self._plans: deque[WindowPlan] = deque()
         self._planned = 0  # windows
         self._next = 1  # the first step of the next window
         self._handles: list[Any] = []
@@ -101,7 +101,7 @@ class Window(Collecting):
         last = first + options.window - 1
         self._planned += 1
         audit = options.audit_every is not None and self._planned % options.audit_every == 0
-        self._plans.append(Plan(first, last, last + options.ahead, audit))
+        self._plans.append(WindowPlan(first, last, last + options.ahead, audit))
         self._next = first + options.window * self.loop.every
 
     def open(self, micro: MicroBatch, first: bool) -> None:
@@ -159,13 +159,13 @@ class Window(Collecting):
             kept.tensors = self.store.put(tensors)
         self._kept.append(kept)
 
-    def _begins_segment(self, plan: Plan, number: int) -> bool:
+    def _begins_segment(self, plan: WindowPlan, number: int) -> bool:
         """Whether no state was kept yet since a multiple of a segment's steps in the window: those there may have been skipped."""
         start = number - (number - plan.first) % self._segment(plan)
         return not any(step.number >= start and step.tensors is not None for step in self._kept)
 
     @staticmethod
-    def _segment(plan: Plan) -> int:
+    def _segment(plan: WindowPlan) -> int:
         """Steps from one kept state of a window to the next: as many are held at once when it is swept as were kept."""
         return max(1, round((plan.end - plan.first + 1) ** 0.5))
 
@@ -201,7 +201,7 @@ class Window(Collecting):
             found += scored
         return found
 
-    def _sweep(self, plan: Plan) -> list[tuple[Entry, Scored | None]]:
+    def _sweep(self, plan: WindowPlan) -> list[tuple[Entry, Scored | None]]:
         steps = [s for s in self._kept if plan.first <= s.number <= plan.end]
         found: list[tuple[Entry, Scored | None]] = []
         self._sweeping = True
@@ -240,10 +240,15 @@ class Window(Collecting):
             self.options = replace(options, window=options.window * 2, ahead=options.ahead * 2)
 
     def state_dict(self) -> Any:
-        """What a window kept is not saved: a resumed run begins a window anew."""
-        return {"window": self.options.window, "ahead": self.options.ahead}
+        """What a window kept is not saved: a resumed run begins a window anew, and says which steps are left out."""
+        return {"window": self.options.window, "ahead": self.options.ahead, "waiting": self.waiting()}
 
     def load_state_dict(self, state: Any) -> None:
         self._begin_anew()
         if self.options.auto:
-            self.options = replace(self.options, **state)
+            self.options = replace(self.options, window=state["window"], ahead=state["ahead"])
+        if state["waiting"] is not None:
+            warn(
+                f"the run resumes in the middle of a window: steps {state['waiting']} to {self.loop.step}, whose steps ahead were"
+                " not done, are left out; the next window begins here"
+            )

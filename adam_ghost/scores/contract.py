@@ -12,7 +12,7 @@ from adam_ghost.scores import anything, linear, lookup, norm  # noqa: F401
 from adam_ghost.scores.forms import Asked, Directions, form_of
 
 
-def contract(call: Call, P: Directions, asked: Asked) -> Tensor:
+def score_call(call: Call, P: Directions, asked: Asked) -> Tensor:
     """Scores of one call's share of the gradient: ``[n, K]``, or ``[n, T, K]`` per token. Sums in P's dtype.
 
     Raises ValueError where ``per_token`` is asked of a call whose outputs have no token dimension.
@@ -27,18 +27,18 @@ def contract(call: Call, P: Directions, asked: Asked) -> Tensor:
     return scores
 
 
-def contract_all(recordings: Iterable[Recording], P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
-    """``contract`` summed over each recording's calls; the recordings' samples one after another."""
-    return torch.cat([_contract_recording(r, P, per_token, half) for r in recordings])
+def score_recordings(recordings: Iterable[Recording], P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
+    """``score_call`` summed over each recording's calls; the recordings' samples one after another."""
+    return torch.cat([_score_recording(r, P, per_token, half) for r in recordings])
 
 
-def _contract_recording(recording: Recording, P: Directions, per_token: bool, half: bool) -> Tensor:
+def _score_recording(recording: Recording, P: Directions, per_token: bool, half: bool) -> Tensor:
     asked = Asked(recording.batch_size, recording.packing, per_token, half)
     scores: Tensor | None = None
     for call in recording.calls:
         if P.keys().isdisjoint(call.parameters()):
             continue
-        part = contract(call, P, asked)
+        part = score_call(call, P, asked)
         if scores is not None and scores.shape != part.shape:
             raise ValueError(
                 f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import OptState
-from adam_ghost.scores.contract import contract_all
+from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.step.coverage import Coverage
@@ -40,7 +40,7 @@ class Step:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
-        return contract_all(self.recordings, P, per_token, half)
+        return score_recordings(self.recordings, P, per_token, half)
 
     def touched(self) -> set[str]:
         """The parameters of whose gradient recorded calls explain a part, or all."""

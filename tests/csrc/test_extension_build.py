@@ -96,7 +96,7 @@ with warnings.catch_warnings(record=True) as seen:
     for _ in range(3):
         P, sums = adam_op.variance_correction(x, x, x, x, x, x, [s])
 kept = [str(w.message) for w in seen if "adam_ghost" in str(w.message)]
-print(json.dumps([extension.__file__, kept, [list(f) for f in doctor.report()], P[0].tolist()]))
+print(json.dumps([extension.__file__, kept, [list(f) for f in doctor.examine()], P[0].tolist()]))
 """
 
 
@@ -150,7 +150,7 @@ def test_a_broken_extension_is_named(tmp_path):
 
 
 def test_doctor_agrees_with_this_installation():
-    findings = {f.name: f for f in doctor.report()}
+    findings = {f.name: f for f in doctor.examine()}
     assert findings["torch"].active and findings["reference code"].active
     assert findings["extension, CPU"].active == (not extension.reason("cpu"))
     assert findings["extension, CUDA"].active == (not extension.reason("cuda") and torch.cuda.is_available())

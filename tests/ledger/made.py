@@ -8,7 +8,7 @@ from adam_ghost.ledger.writer import LedgerWriter
 BATCH = 4
 
 
-def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r=None, seed=0):
+def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r=None, alone=None, seed=0):
     random = np.random.default_rng((seed, number))
     scores = random.normal(0, 1, (BATCH, targets))
     total = scores.sum(0)
@@ -20,7 +20,7 @@ def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r
     size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
     found.record.total = (total + gap * size).tolist()
     if r is not None:
-        found.record.audit = Audit(r, 0.1, total.tolist())
+        found.record.audit = Audit(r, 0.1, total.tolist(), alone)
     return found
 
 

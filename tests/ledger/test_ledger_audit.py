@@ -19,6 +19,10 @@ CASES = {
     "a smaller gap than is admitted": ({"gap": 0.03}, [], 0, ""),
     "a larger one": ({"gap": 0.03}, ["--max-gap", "0.01"], 1, "of its gradient, more than 1.0%"),
     "a gap that is no number": ({"gap": float("nan")}, [], 1, "miss nan% of its gradient"),
+    "samples alone": ({"r": 0.999, "alone": 1e-5}, [], 0, ""),
+    "other samples alone": ({"r": 0.999, "alone": 0.46}, [], 1, "from the recorded ones by more than 0.001 in steps 1"),
+    "in half precision": ({"r": 0.999, "alone": 0.01}, ["--max-alone", "0.05"], 0, ""),
+    "no number alone": ({"r": 0.999, "alone": float("nan")}, [], 1, "alone differ"),
     "poor correlation": ({"r": 0.5}, [], 1, "correlation is below 0.9 in steps 1, 2"),
     "correlation that is no number": ({"r": float("nan")}, [], 1, "correlation is below 0.9"),
 }

@@ -298,7 +298,9 @@ def test_resumed_in_the_middle_of_a_window():
     state = training.run.state_dict()
     with pytest.warns(UserWarning, match="the run ended"):
         training.run.close()
-    training.attach(window=3, ahead=1).run.load_state_dict(state)
+    training.attach(window=3, ahead=1)
+    with pytest.warns(UserWarning, match="in the middle of a window: steps 4 to 5"):
+        training.run.load_state_dict(state)
     training.train(5)
     want = [training.credit(1, 3, 4), training.credit(6, 8, 9)]
     assert apart(training.scores(), torch.cat(want)) <= EXACT
