@@ -123,7 +123,14 @@ class Training:
         return loss / len(self.parts) if self.divided == "train_loss" else loss
 
     def attach(self, **options: Any) -> "Training":
-        options = {"window": 4, "ahead": 2, "feedback": "double", "train_loss": self.train_loss, "strict": True} | options
+        options = {
+            "window": 4,
+            "ahead": 2,
+            "warm_up": 0,
+            "feedback": "double",
+            "train_loss": self.train_loss,
+            "strict": True,
+        } | options
         self.run = ag.InRun(self.trained, self.optimizer, self.validation, options.pop("schedule", "window"), **options)
         return self
 

@@ -57,6 +57,7 @@ def window_options(
     train_loss: Any,
     window: Any,
     ahead: Any,
+    warm_up: Any,
     feedback: Any,
     memory: Any,
     audit_every: int | None,
@@ -71,7 +72,12 @@ def window_options(
         )
     auto = window == "auto"
     window = 32 if auto else window
-    for name, value, least in (("window", window, 1), ("ahead", ahead, 0), ("audit_samples", audit_samples, 2)):
+    for name, value, least in (
+        ("window", window, 1),
+        ("ahead", ahead, 0),
+        ("warm_up", warm_up, 0),
+        ("audit_samples", audit_samples, 2),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if auto and audit_every is None:
@@ -82,4 +88,4 @@ def window_options(
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model.compile() hides the model's calls from schedule='window': use model = torch.compile(model)")
-    return WindowOptions(train_loss, window, ahead, auto, feedback, parse_bytes(memory), audit_every, audit_samples)
+    return WindowOptions(train_loss, window, ahead, warm_up, auto, feedback, parse_bytes(memory), audit_every, audit_samples)

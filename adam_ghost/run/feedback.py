@@ -105,8 +105,9 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
         if bent is None:  # a loss that is linear in the output bends nowhere
             continue
         # the rows' share in the loss of all, whatever that averages over; and the rows that stand for the others
-        seen = slopes(slope.detach() if rows is None else slope.detach().repeat_interleave(EVERY, 0))
-        scale = torch.where(seen.norm() > 0, batch.slopes.to(seen).norm() / seen.norm(), 0.0)
+        seen = slopes(slope)
+        then = (batch.slopes if rows is None else batch.slopes[rows]).to(seen)
+        scale = torch.where(seen.norm() > 0, then.norm() / seen.norm(), 0.0)
         scale = scale if rows is None else scale * n / len(rows)
         _add(total, torch.autograd.grad(out, rerun.params, bent, allow_unused=True), scale)
     return total

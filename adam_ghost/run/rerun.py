@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from adam_ghost.capture.calls import RngState, rng_state
 from adam_ghost.capture.recording import Packing
 
-# of the rows of a model's output, those whose gradients tell how the loss was scaled, and that Gauss-Newton products are taken on
+# of a batch's rows, those that Gauss-Newton products are taken on
 EVERY = 4
 # factors this near to 1 are rounding
 _ROUNDING = 1e-4
@@ -30,7 +30,7 @@ class KeptBatch:
     autocast: torch.dtype | None  # in that pass
     modes: list[bool]  # of the model's modules: in training or not
     buffers: dict[str, Tensor]  # the model's, as its forward pass found them; batches share what did not change
-    slopes: Tensor = field(init=False)  # norms of the gradients that came to every fourth row of the model's output, once they have
+    slopes: Tensor = field(init=False)  # [rows], norms of the gradients that came to the model's output, once they have
     scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
 
     def __post_init__(self) -> None:
@@ -45,8 +45,8 @@ class KeptBatch:
 
 
 def slopes(grad: Tensor) -> Tensor:
-    """``[rows / 4]``: the norm of the gradient in every fourth row of a model's output."""
-    return grad.detach().reshape(len(grad), -1)[::EVERY].norm(dim=1) if grad.ndim else grad.detach().abs().reshape(1)
+    """``[rows]``: the norm of the gradient in each row of a model's output."""
+    return grad.detach().reshape(len(grad), -1).norm(dim=1) if grad.ndim else grad.detach().abs().reshape(1)
 
 
 def first_output(output: Any) -> Tensor | None:

@@ -26,7 +26,7 @@ from adam_ghost.step.validation import Validation
 
 SCHEDULES = ("midpoint", "gauss", "lookahead", "window")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
-_HISTORY = 10
+HISTORY = 10
 
 
 @dataclass
@@ -316,7 +316,7 @@ class Ahead(After):
 
     def _foreseeable(self, opt_state: OptState) -> bool:
         # a step count on the device is not read; ours is never the larger
-        return opt_state.steps_taken(default=self.loop.step) >= _HISTORY
+        return opt_state.steps_taken(default=self.loop.step) >= HISTORY
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         direction, self._direction = self._direction, None

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from adam_ghost.capture.calls import rng_state
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.ledger.books import StepRecord
+from adam_ghost.optim import read_optimizer
 from adam_ghost.run.rerun import KeptBatch, Rerun, first_output, slopes
-from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
+from adam_ghost.run.schedules import HISTORY, Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.run.store import Store
 from adam_ghost.run.sweep import KeptStep, Sweep
 from adam_ghost.step.coverage import Coverage
@@ -26,6 +27,7 @@ from adam_ghost.warn import warn
 
 # R of an audit below which a window is too long for its linearization, and above which a longer one may do
 TOO_LONG, ROOM = 0.9, 0.99
+_OUTLIER = 20  # times the usual size of a step's credit
 _SHORTEST, _LONGEST = 4, 64  # steps of a window that chooses its own length
 
 
@@ -36,6 +38,7 @@ class WindowOptions:
     train_loss: Callable[[Any], Tensor]
     window: int = 32
     ahead: int = 32
+    warm_up: int = HISTORY  # steps of the optimizer's history before the first window
     auto: bool = False  # whether audits change both
     feedback: str = "differences"
     memory: int | None = None  # bytes
@@ -69,6 +72,8 @@ class Window(Collecting):
         self._next = 1  # the first step of the next window
         self._handles: list[Any] = []
         self._sweeping = False
+        self._warm = False  # whether the optimizer has the history that windows wait for
+        self._warned_of_outliers = False
 
     # the training loop's side
 
@@ -91,6 +96,9 @@ class Window(Collecting):
 
     def due(self) -> bool:
         coming = self.loop.step + 1
+        if not self._warm:
+            self._warm = read_optimizer(self.loop.optimizer).steps_taken(default=self.loop.step) >= self.options.warm_up
+            self._next = coming if self._warm else coming + 1
         while self._next <= coming:
             self._plan()
         return any(plan.first <= coming <= plan.end for plan in self._plans)
@@ -178,7 +186,7 @@ class Window(Collecting):
             step.drop()
         self._kept = []
         self._plans.clear()
-        self._next = self.loop.step + 1
+        self._next, self._warm = self.loop.step + 1, False
 
     # the sweeps
 
@@ -217,7 +225,24 @@ class Window(Collecting):
             self._kept = [s for s in self._kept if s.number >= needed]
         for entry, _ in found:
             self._heed(entry.record)
+        self._tell_of_outliers(found)
         return found
+
+    def _tell_of_outliers(self, found: list[tuple[Entry, Scored | None]]) -> None:
+        """Says once where single steps outweigh all others: the optimizer's step was nearly the sign of the gradient there."""
+        sized = [(entry.record.step, scored.scores.double().norm()) for entry, scored in found if scored is not None]
+        if len(sized) < 3 or self._warned_of_outliers:
+            return
+        sizes = torch.stack([size for _, size in sized]).tolist()
+        usual = sorted(sizes)[len(sizes) // 2]
+        outliers = [step for (step, _), size in zip(sized, sizes, strict=True) if size > _OUTLIER * usual]
+        if outliers:
+            self._warned_of_outliers = True
+            warn(
+                f"the credit of steps {outliers[:6]} is more than {_OUTLIER} times that of the others, which it drowns in totals:"
+                " without a history of its gradients the optimizer steps by nearly their sign, and the derivative says nothing of"
+                " a step's change; rank by standardized scores, or build the run after the first steps"
+            )
 
     def waiting(self) -> int | None:
         spans = [(plan.first, plan.last) for plan in self._plans]

@@ -44,7 +44,7 @@ def run_window(
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=1e-2)
     dtype = dtype or next(model.parameters()).dtype
     *data, (x_val, y_val) = batches(steps + 1)
-    options = {"window": WINDOW, "ahead": AHEAD, "feedback": "double", "strict": True} | options
+    options = {"window": WINDOW, "ahead": AHEAD, "warm_up": 0, "feedback": "double", "strict": True} | options
     loss = lambda batch: train_loss(model, batch)  # noqa: E731
     val_loss = lambda: cross_entropy(model(x_val.to(dtype)), y_val)  # noqa: E731
     run = adam_ghost.InRun(model, optimizer, val_loss, "window", train_loss=loss, **options)
@@ -173,7 +173,7 @@ def _scores_under_autocast(schedule: str, *, step_inside: bool) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return train_loss((x_val.float(), y_val))
 
-    options = {"train_loss": train_loss, "window": 8, "ahead": 6} if schedule == "window" else {}
+    options = {"train_loss": train_loss, "window": 8, "ahead": 6, "warm_up": 0} if schedule == "window" else {}
     run = adam_ghost.InRun(model, optimizer, val_loss, schedule, strict=True, **options)
     for step, (x, y) in enumerate(data):
         with torch.autocast("cpu", torch.bfloat16, enabled=step_inside):
