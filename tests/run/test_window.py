@@ -606,6 +606,7 @@ def test_models_whose_output_has_no_batch(option, message):
         "window",
         window=2,
         ahead=0,
+        warm_up=0,
         train_loss=loss,
         **{"feedback": "double"} | option,
     )
