@@ -162,11 +162,12 @@ def train(
     with torch.no_grad():
         after = trainer.target_loss().item()
 
-    options = {"window": WINDOW, "ahead": AHEAD, "train_loss": again.loss, "ledger": ledgers[1]}
+    # of a run so short that it has no ten steps to wait for, windows begin earlier
+    options = {"window": WINDOW, "ahead": AHEAD, "warm_up": min(10, steps // 8), "train_loss": again.loss, "ledger": ledgers[1]}
     options |= {"audit_every": max(1, steps // WINDOW // 2), "audit_samples": AUDITED_SAMPLES}
     with warnings.catch_warnings():
         # the display says it: the last windows look less far ahead, and what R the audits found
-        for message in ("the run ended", "windows of"):
+        for message in ("the run ended", "windows of", "the credit of steps"):
             warnings.filterwarnings("ignore", f"adam_ghost: {message}", UserWarning)
         with InRun(again.model, again.optimizer, again.target_loss, "window", **options) as windows:
             _run(again, windows, "windows", steps, report)

@@ -198,6 +198,7 @@ def test_a_step_inside_of_autocast_is_scored_like_one_outside(schedule):
     torch.testing.assert_close(inside, outside, rtol=0, atol=float(rounding))
 
 
+@pytest.mark.filterwarnings("ignore:adam_ghost. the credit of steps")
 def test_differences_of_weights_near_zero():
     """A step in proportion to weights of 1e-5 would be rounded away in float32."""
 
