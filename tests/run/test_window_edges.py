@@ -335,3 +335,44 @@ def test_attribute_inside_of_autocast_is_as_outside():
             loss(x, y).backward()
         inside = adam_ghost.attribute(cache, optimizer)
     torch.testing.assert_close(inside, adam_ghost.attribute(cache, optimizer), rtol=0, atol=0)
+
+
+class Deep(nn.Module):
+    """Of PyTorch's own initial weights: some hidden gradients are nearly zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
+def test_windows_wait_for_the_optimizers_history():
+    """Without it the derivative of a step that is nearly the sign of its gradient is up to lr / eps."""
+    model = Deep()
+    steps, sizes = run_steps(model, {}, 26)
+    assert steps[0] == 11 and max(sizes) < 20 * sorted(sizes)[len(sizes) // 2]
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
+def test_credit_that_drowns_the_others_is_told():
+    with pytest.warns(UserWarning, match=r"the credit of steps \[1.*is more than 20 times"):
+        run_steps(Deep(), {"warm_up": 0}, 16)
+
+
+def run_steps(model, options, count):
+    """The steps that were scored, and the sizes of their sums."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loss = lambda batch: nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    held_out = torch.randn(50, 5), torch.randint(0, 3, (50,))
+    with adam_ghost.InRun(model, optimizer, lambda: loss(held_out), "window", window=8, ahead=8, train_loss=loss, **options) as run:
+        for step in range(count):
+            batch = torch.randn(24, 5), torch.randint(0, 3, (24,))
+            run.batch(range(24 * step, 24 * step + 24), inputs=batch)
+            loss(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [s.step for s in run.steps], [abs(s.score_sum[0]) for s in run.steps]
