@@ -351,20 +351,20 @@ class Deep(nn.Module):
 @pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
 def test_windows_wait_for_the_optimizers_history():
     """Without it the derivative of a step that is nearly the sign of its gradient is up to lr / eps."""
-    model = Deep()
-    steps, sizes = run_steps(model, {}, 26)
+    steps, sizes = run_steps({}, 26)
     assert steps[0] == 11 and max(sizes) < 20 * sorted(sizes)[len(sizes) // 2]
 
 
 @pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
 def test_credit_that_drowns_the_others_is_told():
     with pytest.warns(UserWarning, match=r"the credit of steps \[1.*is more than 20 times"):
-        run_steps(Deep(), {"warm_up": 0}, 16)
+        run_steps({"warm_up": 0}, 16)
 
 
-def run_steps(model, options, count):
+def run_steps(options, count):
     """The steps that were scored, and the sizes of their sums."""
     torch.manual_seed(0)
+    model = Deep()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     loss = lambda batch: nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
     held_out = torch.randn(50, 5), torch.randint(0, 3, (50,))
