@@ -24,6 +24,8 @@ def attribute(
     modes and random state are as before afterwards, to the bit. The recording stays for further calls until the cache is
     entered again. Gradients may be clipped or unscaled in between, as the optimizer will see them: the scores follow.
 
+    Where several processes train the model, all of them call this together; each gets its own samples' scores.
+
     Args:
         layer_cache: what ``with layer_cache:`` recorded of the forward and backward pass of ``n`` samples.
         opt_state: the ``torch.optim.Adam`` or ``AdamW`` about to step, or its state.
@@ -50,14 +52,14 @@ def attribute(
     for name, value, allowed in (("rule", rule, opt_state.linearizations), ("at", at, PLACES)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    step = open_step(layer_cache, opt_state)
     kind = next(layer_cache.model.parameters()).device.type
     # autocast around this call would round our sums, and keep casts of other weights
-    with torch.autocast(kind, enabled=False, cache_enabled=False):
+    with layer_cache.validation.world.together(), torch.autocast(kind, enabled=False, cache_enabled=False):
+        step = open_step(layer_cache, opt_state)
         direction = find_direction(step, layer_cache.validation, rule, at)
         scores = step.scores(direction.P, per_token)
-    layer_cache.mark_weights()
-    accounted = step.accounted(direction.P, direction.total)
-    if accounted is not None and scores.device.type == "cpu":  # where looking costs no synchronisation
-        layer_cache.coverage.check(scores.detach().numpy(), accounted.numpy())
+        layer_cache.mark_weights()
+        accounted = step.accounted(direction.P, direction.total)
+        if accounted is not None and scores.device.type == "cpu":  # where looking costs no synchronisation
+            layer_cache.coverage.check(step.joined(scores), accounted.numpy())
     return scores if direction.val_loss.ndim else scores.squeeze(-1)

@@ -4,6 +4,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.ledger.ids import normalise
 from adam_ghost.optim import read_optimizer
-from adam_ghost.run.arguments import check_arguments, check_held, window_options
+from adam_ghost.processes.find import find_world
+from adam_ghost.processes.world import World
+from adam_ghost.run.arguments import check_arguments, check_held, check_processes, window_options
 from adam_ghost.run.attached import claim, weakly
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.readback import Books, Pending, Readback
@@ -24,9 +27,9 @@ from adam_ghost.run.window import Window
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import ShapleyValues, play
 from adam_ghost.step.alone import alone, tolerance
-from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
+from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
-from adam_ghost.step.step import Step, follow_scaling, gather_step
+from adam_ghost.step.step import Step, follow_scaling, gather_step, join
 from adam_ghost.step.validation import Validation
 from adam_ghost.warn import warn
 
@@ -50,6 +53,10 @@ class InRun:
     take ``lookahead``, without graph breaks: before the first forward pass of each kind (modes, shapes) the model runs once
     in eager mode, which shows in which layers row ``i`` is sample ``i``; these are scored, the parameters of all others are
     named and left out. The first step, which has no history, is not attributed, which a warning says.
+
+    Where several processes train the model (``DistributedDataParallel``), all of them build the run and call ``batch``, each with
+    its own samples' ids, or ``[]``. Scores are those of one process with the whole batch; each process has its own samples', the
+    ledger all. An error in one process's step reaches all.
 
     A sample's share of a step is the gradient that comes through its rows of the batch. Where the loss compares samples with
     each other (contrastive losses, in-batch negatives, mixup), the share of a pair's gradient goes to the sample whose rows it
@@ -94,6 +101,8 @@ class InRun:
         half: in ``midpoint``, round the operands of the scores' large float32 products to bfloat16 (sums stay in float32),
             which moved the scores of real texts by less than a thousandth. None: where it is faster, on CPUs that multiply
             bfloat16.
+        val_split: of several processes, each evaluates its own part of the validation loss, whose mean over the processes is
+            meant. Otherwise all evaluate the same, with the same random numbers.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
         ledger: a folder to write every score and every step's books to (``adam_ghost.open_ledger`` reads it), or a
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
@@ -122,6 +131,7 @@ class InRun:
         memory: str | int | None = None,
         audit_samples: int = 4,
         half: bool | None = None,
+        val_split: bool = False,
         strict: bool = False,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
@@ -133,6 +143,9 @@ class InRun:
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", 1 if audit_every is None else audit_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        model, world = find_world(model)
+        if world.size > 1:
+            check_processes(model, audit_every)
         self.model, self.optimizer = model, optimizer
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.coverage = Coverage(strict)
@@ -143,8 +156,8 @@ class InRun:
         claim(model, self)
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
-        validation, watch = Validation(val_loss, model), GradientWatch(params)
-        self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
+        validation, watch = Validation(val_loss, model, world, val_split), GradientWatch(params)
+        self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, world)
         self._schedule_name = schedule
         if schedule == "window":
             self._schedule: Schedule = Window(self._loop, windows, self.coverage)
@@ -159,7 +172,9 @@ class InRun:
         self._scored: Seen | None = None  # the gradients of the step about to be taken
         if self.ledger is not None:
             self.ledger.claim(self)
+            self.ledger.run = world.first(self.ledger.run)
         self._handles = [
+            *world.follow(model),
             optimizer.register_step_pre_hook(weakly(self._before_step)),
             optimizer.register_step_post_hook(weakly(self._after_step)),
         ]
@@ -174,6 +189,10 @@ class InRun:
     def parameters(self) -> list[Tensor]:
         """The model's, while the run is attached to it."""
         return [] if self._closed else list(self._named.values())
+
+    @property
+    def _world(self) -> World:
+        return self._loop.world
 
     @property
     def step(self) -> int:
@@ -192,7 +211,7 @@ class InRun:
             return
         self._closed = True
         try:
-            with self._plain_precision():
+            with self._sweeping(), self._plain_precision():
                 self._finish(self._schedule.finish())
             self._books.drain(self._book, wait=True)
         finally:
@@ -237,8 +256,11 @@ class InRun:
         refuse_mixed_samples(self.model)
         self._settle()
         self._follow_freezing()
-        with self._plain_precision():  # which may take a validation gradient
-            self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
+        first = not self._schedule.pending()
+        micro = MicroBatch(ids, self._packing(offsets), audit, inputs)
+        # the first of a step may take a validation gradient
+        with self._world.together() if first else nullcontext(), self._plain_precision():
+            self._schedule.open(micro, first)
         self._seconds += time.perf_counter() - started
 
     def losses(self, losses: Tensor) -> None:
@@ -307,8 +329,12 @@ class InRun:
         micro = self._schedule.collect()
         due = self._schedule.due()
         self._loop.step += 1
-        if not due:
-            return
+        if due:
+            with self._world.together():
+                self._score(micro, dropped)
+
+    def _score(self, micro: list[MicroBatch] | None, dropped: list[MicroBatch]) -> None:
+        """Scores the step about to be taken, of which these micro-batches arrived, and those dropped did not."""
         if micro is None:
             warn(f"step {self.step} has no scores: a compiled model's are foreseen from history, and the optimizer has none yet")
             return
@@ -338,8 +364,12 @@ class InRun:
                 "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
                 " would not be those of the step. Register that hook before the run is built"
             )
-        with self._plain_precision():
+        with self._sweeping(), self._plain_precision():
             self._finish(self._schedule.swept())
+
+    def _sweeping(self) -> AbstractContextManager[None]:
+        """All processes sweep a window, or none."""
+        return self._world.together() if isinstance(self._schedule, Window) else nullcontext()
 
     def _plain_precision(self) -> torch.autocast:
         """A step inside of the loop's autocast is as one outside: that would round our sums, and keep casts of other weights."""
@@ -347,12 +377,13 @@ class InRun:
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop
+        loop.world.check_reduced()
         if loop.watch.fingerprint is None:  # a backward pass that an error ended
             raise RuntimeError("optimizer.step() without a whole backward pass through the recorded forward pass")
         recordings = [m.recording for m in micro if m.recording is not None]
         if changed := self._changed():
             raise ValueError(f"frozen or unfrozen between run.batch and the step: {', '.join(changed[:6])}; do it before run.batch")
-        step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
+        step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage, loop.world)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
         edited, void = follow_scaling(step, loop.watch.fingerprint, self.optimizer)
@@ -372,8 +403,9 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
-        if found.unexplained is not None and found.accounted is not None and found.scores.device.type == "cpu":
-            self.coverage.blame(found.scores.detach().numpy(), found.accounted.numpy(), found.unexplained)
+        alone = loop.world.size == 1
+        if alone and found.unexplained is not None and found.accounted is not None and found.scores.device.type == "cpu":
+            self.coverage.blame(Joined.of(found.scores.detach().numpy()), found.accounted.numpy(), found.unexplained)
         if audit is not None:
             game, apart = audit
             r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
@@ -413,7 +445,8 @@ class InRun:
         rows = (found.val_loss, found.total, found.history, void, accounted)
         numbers = torch.stack([x.to(like).expand_as(like) for x in rows])
         told = None if entry.losses is None else Readback(entry.losses)
-        read = Readback(found.scores.detach()), Readback(numbers), Readback(found.edited)
+        joined = None if self._world.size == 1 else Readback(join(self._world, found.scores))
+        read = Readback(found.scores.detach()), Readback(numbers), joined, Readback(found.edited)
         self._books.add(Pending(entry.ids, entry.record, *read, found.accounted is not None, told, found.at))
 
     # the books
@@ -436,7 +469,7 @@ class InRun:
     def _book(self, step: Arrived) -> None:
         self.steps.append(step.record)
         if step.scores is not None:
-            self._totals.add(step.ids, step.scores)
+            self._totals.add(step.ids, step.scores, step.moments)
         if self.ledger is not None:
             self.ledger.add(step)
 

@@ -1,6 +1,7 @@
 """The thin layer's recorder: a `with` block around one step's forward and backward pass."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.processes.find import find_world, refuse_unfollowed
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, Fingerprint
 from adam_ghost.step.step import Step, gather_step
@@ -29,24 +31,35 @@ class LayerCache:
             too: make such a table a buffer of the model.
         val_loss: called without arguments whenever the validation gradient is needed; returns the loss to attribute, a
             scalar or ``[K]`` for ``K`` targets, with a graph. It runs the model itself, in any mode it likes.
+        val_split: of several processes, each evaluates its own part of the validation loss, whose mean is meant; otherwise all
+            evaluate the same.
         strict: raise instead of warning where a parameter's gradient cannot be attributed.
 
     Raises:
-        TypeError: the model is spread over processes or devices, or has complex parameters.
+        TypeError: the model is spread over processes or devices in a way that is not followed, or has complex parameters.
         ValueError: on entering, if a BatchNorm is in training mode (it mixes the samples), or if a block is nested; inside, if
             the batch is not dimension 0.
     """
 
-    def __init__(self, model: nn.Module, val_loss: Callable[[], Tensor] | None = None, *, strict: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        val_loss: Callable[[], Tensor] | None = None,
+        *,
+        val_split: bool = False,
+        strict: bool = False,
+    ):
+        refuse_unfollowed(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if val_loss is not None and not callable(val_loss):
             raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
         refuse_unsupported(model)
-        self.model = model
+        self.model, world = find_world(model)
         self.coverage = Coverage(strict)
-        self.validation = Validation(val_loss, model)
+        self.validation = Validation(val_loss, self.model, world, val_split)
         self._recorder: Recorder | None = None
+        self._handles: list[Any] = []
         self.clear()
 
     def clear(self) -> None:
@@ -60,6 +73,7 @@ class LayerCache:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
         refuse_mixed_samples(self.model)
         self.clear()
+        self._handles = self.validation.world.follow(self.model)
         self._recorder = Recorder(self.model)
         self._recorder.attach()
         self._recorder.begin(self.recorded)
@@ -69,6 +83,8 @@ class LayerCache:
         if self._recorder is not None:
             self._recorder.detach()
         self._recorder = None
+        for handle in self._handles:
+            handle.remove()
         if exc[0] is not None:
             self.clear()
             return
@@ -122,6 +138,8 @@ def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) ->
         g = p.grad
         if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
-    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage)
+    world = cache.validation.world
+    world.check_reduced()
+    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage, world)
     step.scale = cache.scaled_since()
     return step

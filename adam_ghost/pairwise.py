@@ -45,7 +45,8 @@ def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
         calls = [call for call in recorded.calls if name in call.parameters()]
         linear = calls and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls)
         if linear and D is not None and preconditioner == "factored":
-            yield from _factored(calls, D * step.scale[name] ** 2 if step.scale else D, recorded.batch_size)
+            scale = (step.scale[name] if step.scale else 1.0) * step.world.share
+            yield from _factored(calls, D * scale**2, recorded.batch_size)
         else:
             yield from _exact(step, name, D, recorded.batch_size)
 

@@ -49,6 +49,8 @@ def exact_shapley(
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
+    if layer_cache.validation.world.size > 1:
+        raise ValueError("exact_shapley plays with a step's samples in one process, and this step's are spread over several")
     values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
     layer_cache.mark_weights()
     return values

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "adam_ghost"
 FOUNDATION = {"__init__", "extension", "extras", "warn"}
-STAGES = {"capture", "scores", "optim", "step", "run"}
+STAGES = {"capture", "scores", "optim", "processes", "step", "run"}
 VERBS = {"layer_cache", "attribution", "pairwise", "shapley", "inrun"}
 # what each wing, or module of the top, may import beside itself and the foundation
 MAY_IMPORT = {
@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "capture": set(),
     "scores": {"capture", "kernels"},
     "optim": set(),
-    "step": {"capture", "scores", "optim"},
+    "processes": {"capture"},
+    "step": {"capture", "scores", "optim", "processes"},
     "ledger": set(),
-    "run": {"capture", "scores", "optim", "step", "ledger"},
+    "run": {"capture", "scores", "optim", "processes", "step", "ledger"},
     **{verb: STAGES | VERBS | {"ledger"} for verb in VERBS},
     "report": {"ledger"},
     "integrations": VERBS | {"capture", "ledger", "run"},

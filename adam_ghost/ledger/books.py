@@ -58,6 +58,8 @@ class Arrived:
     ids: Sequence[Hashable] = ()
     scores: np.ndarray | None = None  # [n, K], float64
     losses: np.ndarray | None = None  # [n]: each sample's share of the training loss, where the loop told it
+    # [K], [K]: mean and standard deviation of all processes' scores of the step; None: all scores are here
+    moments: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Column(NamedTuple):

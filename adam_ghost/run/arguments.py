@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.processes.find import refuse_unfollowed
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
 from adam_ghost.run.schedules import SCHEDULES
@@ -16,6 +17,7 @@ from adam_ghost.step.supported import refuse_unsupported
 
 
 def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
+    refuse_unfollowed(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
@@ -42,6 +44,14 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")
+
+
+def check_processes(model: nn.Module, audit_every: Any) -> None:
+    """Raises ValueError for what takes all of a step's samples in one process."""
+    if audit_every is not None:
+        raise ValueError("audit_every plays with a step's samples in one process, and several train this model: audit a run of one")
+    if is_compiled(model):
+        raise ValueError("the model is compiled and trained by several processes, which is not supported: compile nothing")
 
 
 def check_held(params: Mapping[str, Tensor], opt_state: OptState) -> None:

@@ -57,6 +57,7 @@ def double(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vect
             if pairs:
                 bent, along = zip(*pairs, strict=True)
                 _add(total, torch.autograd.grad(bent, rerun.params, along, allow_unused=True), scale)
+    rerun.world.mean(total)
     return total
 
 
@@ -78,6 +79,7 @@ def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vec
             # forward over reverse: the other order is silently wrong through layer_norm (PyTorch 2.13)
             found = torch.func.jvp(torch.func.grad(loss), (held,), (along,))[1]
         _add(total, list(found.values()), scale)
+    rerun.world.mean(total)
     return total
 
 
@@ -110,6 +112,7 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
         scale = torch.where(seen.norm() > 0, then.norm() / seen.norm(), 0.0)
         scale = scale if rows is None else scale * n / len(rows)
         _add(total, torch.autograd.grad(out, rerun.params, bent, allow_unused=True), scale)
+    rerun.world.mean(total)
     return total
 
 

@@ -50,9 +50,11 @@ class ContractingRecording(Recording):
         params = self.P.keys() & call.parameters().keys()
         if not params:
             return
+        self.scored |= params
+        if not self.batch_size:
+            return
         scores = score_call(call.with_gradient(index, grad), self.P, Asked(self.batch_size, self.packing))
         self._arrived = scores if self._arrived is None else self._arrived + scores
-        self.scored |= params
 
     def forget(self) -> None:
         super().forget()
@@ -89,7 +91,7 @@ class ScoredLinears:
         recording = recorder.recording
         if not isinstance(recording, ContractingRecording) or recording.keep:
             return None
-        if not recorder.active or not torch.is_grad_enabled():
+        if not recorder.active or not torch.is_grad_enabled() or not x.numel():
             return None
         own = own_parameters(layer)
         names = {p: recorder.names.get(p, "") for p in own if p is not None}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.ledger.books import Arrived, StepRecord
-from adam_ghost.step.coverage import Coverage
+from adam_ghost.step.coverage import Coverage, Joined
 from adam_ghost.step.fingerprint import EDITED
 
 
@@ -45,6 +45,7 @@ class Pending:
     record: StepRecord
     scores: Readback  # [n, K]
     numbers: Readback  # [5, K]: val_loss, total, history, 1 where the step is void, what the scores must add up to
+    joined: Readback | None  # [3, K]: samples, sum and sum of squares of all processes' scores; None: all are here
     edited: Readback  # bool, per gradient
     checked: bool  # whether it is known what the scores must add up to
     losses: Readback | None = None  # [n]
@@ -97,8 +98,8 @@ class Books:
                 self._pending.pop(0)
                 book(self._read(step) if isinstance(step, Pending) else step)
                 if isinstance(step, Pending) and step.checked and not step.record.skipped:
-                    scores, accounted = (x.get().astype(np.float64) for x in (step.scores, step.numbers))
-                    self.coverage.check(scores, accounted[-1], f"step {step.record.step}: ")
+                    accounted = step.numbers.get().astype(np.float64)[-1]
+                    self.coverage.check(_joined(step), accounted, f"step {step.record.step}: ")
         finally:
             self._draining = False
 
@@ -118,17 +119,29 @@ class Books:
             record.skipped = True
             return Arrived(record)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
-        record.score_sum, record.val_loss_at = scores.sum(0).tolist(), step.at
+        joined = _joined(step)
+        record.score_sum, record.val_loss_at = joined.sum.tolist(), step.at
         if step.at is not None:
             self._last = Mark(record.step, step.at, record.val_loss, record.total)
             if last is not None and last.step == record.step - 1:
                 record.history = self._last.since(last)
         losses = None if step.losses is None else step.losses.get()
         record.train_loss = None if losses is None else float(losses.sum())
-        return Arrived(record, step.ids, scores, losses)
+        moments = None
+        if step.joined is not None:
+            mean = joined.sum / joined.samples
+            moments = mean, np.sqrt(np.maximum(joined.squares / joined.samples - np.square(mean), 0.0))
+        return Arrived(record, step.ids, scores, losses, moments)
 
     def state_dict(self) -> tuple | None:
         return None if self._last is None else tuple(self._last)
 
     def load_state_dict(self, state: tuple | None) -> None:
         self._last = None if state is None else Mark(*state)
+
+
+def _joined(step: Pending) -> Joined:
+    if step.joined is None:
+        return Joined.of(step.scores.get().astype(np.float64))
+    samples, total, squares = step.joined.get()
+    return Joined(int(samples[0]), total, squares)

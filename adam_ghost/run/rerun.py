@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.calls import RngState, rng_state
 from adam_ghost.capture.recording import Packing
+from adam_ghost.processes.world import World
 
 # of a batch's rows, those that Gauss-Newton products are taken on
 EVERY = 4
@@ -46,7 +47,10 @@ class KeptBatch:
 
 def slopes(grad: Tensor) -> Tensor:
     """``[rows]``: the norm of the gradient in each row of a model's output."""
-    return grad.detach().reshape(len(grad), -1).norm(dim=1) if grad.ndim else grad.detach().abs().reshape(1)
+    grad = grad.detach()
+    if not grad.numel():
+        return grad.new_zeros(len(grad))
+    return grad.reshape(len(grad), -1).norm(dim=1) if grad.ndim else grad.abs().reshape(1)
 
 
 def first_output(output: Any) -> Tensor | None:
@@ -56,10 +60,15 @@ def first_output(output: Any) -> Tensor | None:
 
 
 class Rerun:
-    """Runs kept batches of ``model`` again by ``train_loss``; nothing of it stays but what the passes compute."""
+    """Runs kept batches of ``model`` again by ``train_loss``; nothing of it stays but what the passes compute.
 
-    def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], train_loss: Callable[[Any], Tensor]):
-        self.model, self.train_loss = model, train_loss
+    Batches are this process's; a step's gradient is the mean over the processes of ``world``.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: Mapping[str, nn.Parameter], train_loss: Callable[[Any], Tensor], world: World
+    ):
+        self.model, self.train_loss, self.world = model, train_loss, world
         self.names, self.params = list(params), list(params.values())
         self.device = self.params[0].device
         self._buffers: dict[str, tuple[Tensor, int, Tensor]] = {}  # what was seen last: itself, its version, a copy
@@ -175,4 +184,5 @@ class Rerun:
             for x, g in zip(total, found, strict=True):
                 if g is not None:
                     x.add_(g if batch.scale is None else g * batch.scale.to(g.dtype))
+        self.world.mean(total)
         return total

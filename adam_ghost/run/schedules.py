@@ -16,6 +16,7 @@ from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.alone import WholePass
@@ -57,6 +58,7 @@ class Loop:
     every: int
     refresh: int
     half: bool
+    world: World
     step: int = 0  # of the optimizer, counted from the construction
     attributed: int = 0  # steps
 
@@ -328,7 +330,7 @@ class Ahead(After):
         if edited.device.type == "cpu" and bool(edited.any()):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
         recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
-        scores = torch.cat([r.scores for r in recordings]) * scale.mean()
+        scores = torch.cat([r.scores for r in recordings]) * (scale.mean() * self.loop.world.share)
         at = 0.0 if self.loop.refreshes else None
         total = inner(direction.P, step.grads)
         accounted = step.accounted(direction.P, total)

@@ -191,7 +191,8 @@ class Sweep:
         if bool(base < 1 - 1e-4):  # all were made smaller: clipped, or unscaled after a backward pass on a loss scaled up
             self.put(self.all[0].state())
             self.rerun.find_scales(first.batches)
-            scaled = any(batch.scale is not None and bool(batch.scale > 1) for batch in first.batches)
+            here = {"scaled" for batch in first.batches if batch.scale is not None and bool(batch.scale > 1)}
+            scaled = bool(self.loop.world.union(here, ["scaled"]))
             # a scaler's factors are powers of two
             base = torch.exp2((base.log2() - 1e-3).ceil()) if scaled else torch.ones_like(base)
             powers = (factors / base).log2()
@@ -247,9 +248,10 @@ class Sweep:
                 if g is not None:
                     again[name] += g * (step.factor * scale).to(g.dtype)
             recordings.append(recording)
-            scores.append(recording.scores * scale.to(recording.scores.dtype))
+            scores.append(recording.scores * (scale * self.loop.world.share).to(recording.scores.dtype))
+        self.loop.world.mean(list(again.values()))
         self._compare(step, {name: given[name] for name in small}, again)
-        missing = report_coverage(given, recordings, self.window.coverage)
+        missing = report_coverage(given, recordings, self.window.coverage, world=self.loop.world)
         total = torch.stack([P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in zip(self.names, raw, strict=True)])
         record = step.entry.record
         record.coverage, record.window = self.window.coverage.share, self.plan.first

@@ -40,8 +40,13 @@ class Totals:
         self._sums = np.zeros((0, 2, 0))  # [ids, (score, standardized), K]
         self._steps = np.zeros(0, dtype=np.int64)
 
-    def add(self, ids: Sequence[Hashable], scores: np.ndarray) -> None:
-        """Adds one step's ``scores [n, K]``. A sample that occurs twice in a step gets both shares, and counts twice."""
+    def add(self, ids: Sequence[Hashable], scores: np.ndarray, moments: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Adds one step's ``scores [n, K]``, standardised by ``moments``, or their own mean and standard deviation.
+
+        A sample that occurs twice in a step gets both shares, and counts twice.
+        """
+        if not len(ids):
+            return
         rows = np.array([self._rows.setdefault(i, len(self._rows)) for i in ids])
         if len(self._rows) > len(self._steps):
             capacity = max(64, 2 * len(self._rows))
@@ -50,8 +55,8 @@ class Totals:
                 grown[: len(self._sums)] = self._sums
             self._sums = grown
             self._steps = np.concatenate([self._steps, np.zeros(capacity - len(self._steps), dtype=np.int64)])
-        spread = scores.std(0)
-        z = np.divide(scores - scores.mean(0), spread, out=np.zeros_like(scores), where=spread > 0)
+        mean, spread = (scores.mean(0), scores.std(0)) if moments is None else moments
+        z = np.divide(scores - mean, spread, out=np.zeros_like(scores), where=spread > 0)
         np.add.at(self._sums, rows, np.stack([scores, z], 1))
         np.add.at(self._steps, rows, 1)
 

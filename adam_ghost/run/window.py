@@ -63,7 +63,7 @@ class Window(Collecting):
         super().__init__(loop)
         self.options, self.coverage = options, coverage
         self.params = list(loop.params.values())
-        self.rerun = Rerun(loop.model, loop.params, options.train_loss)
+        self.rerun = Rerun(loop.model, loop.params, options.train_loss, loop.world)
         self.store = Store(options.memory)
         self._armed: MicroBatch | None = None
         self._kept: list[KeptStep] = []

@@ -34,9 +34,10 @@ def score_recordings(recordings: Iterable[Recording], P: Directions, per_token: 
 
 def _score_recording(recording: Recording, P: Directions, per_token: bool, half: bool) -> Tensor:
     asked = Asked(recording.batch_size, recording.packing, per_token, half)
-    scores: Tensor | None = None
+    some = next(iter(P.values()))
+    scores: Tensor | None = some.new_zeros(0, len(some)) if recording.batch_size == 0 else None
     for call in recording.calls:
-        if P.keys().isdisjoint(call.parameters()):
+        if recording.batch_size == 0 or P.keys().isdisjoint(call.parameters()):
             continue
         part = score_call(call, P, asked)
         if scores is not None and scores.shape != part.shape:

@@ -1,6 +1,7 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -12,6 +13,20 @@ from adam_ghost.warn import warn
 SELF_CHECK = 0.02
 
 
+class Joined(NamedTuple):
+    """What is known of all scores of a step, ``[K]`` each, whichever process has them."""
+
+    samples: int
+    sum: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> "Joined":
+        """Of scores ``[..., K]`` that are all here."""
+        scores = scores.reshape(-1, scores.shape[-1])
+        return cls(len(scores), scores.sum(0), np.square(scores).sum(0))
+
+
 class Coverage:
     """Tells, once, of parameters that no recorded call explains and of scores that do not add up; raises under ``strict``."""
 
@@ -20,22 +35,21 @@ class Coverage:
         self.blamed: list[str] = []  # parameters whose calls do not explain their gradient
         self._told: set[str] = set()
 
-    def misses(self, scores: np.ndarray, total: np.ndarray) -> bool:
-        """Whether scores ``[..., K]`` do not add up to the step's ``total [K]``; NaN never does."""
-        scores = scores.reshape(-1, scores.shape[-1])
-        size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
-        return not np.all(np.abs(scores.sum(0) - total) <= SELF_CHECK * size)
+    def misses(self, scores: Joined, total: np.ndarray) -> bool:
+        """Whether the scores do not add up to the step's ``total [K]``; NaN never does."""
+        size = np.maximum(np.abs(total), np.sqrt(scores.squares))
+        return not np.all(np.abs(scores.sum - total) <= SELF_CHECK * size)
 
-    def blame(self, scores: np.ndarray, total: np.ndarray, why: Callable[[], list[str]]) -> None:
+    def blame(self, scores: Joined, total: np.ndarray, why: Callable[[], list[str]]) -> None:
         """Has ``why`` name the parameters at fault, if ``check`` will have something new to tell."""
         if "sum" not in self._told and self.misses(scores, total):
             self.blamed = why()
 
-    def check(self, scores: np.ndarray, total: np.ndarray, where: str = "") -> None:
+    def check(self, scores: Joined, total: np.ndarray, where: str = "") -> None:
         """Tells if the scores do not add up to the covered parameters' ``total``. Raises RuntimeError under ``strict``."""
         if self.misses(scores, total):
             blamed = f", of {', '.join(self.blamed[:6])}," if self.blamed else ""
-            found = scores.reshape(-1, scores.shape[-1]).sum(0).tolist()
+            found = scores.sum.tolist()
             of = "the step's gradient" if self.share == 1 else "the covered parameters' gradient"
             self.tell(
                 "sum",

@@ -140,7 +140,9 @@ class GradientWatch:
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
             self._tasks.add(task)
-            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+            # who averages gradients over processes does so at the pass's end, too, and comes first
+            end = torch.autograd.Variable._execution_engine.queue_callback
+            end(lambda: end(self._ended))
 
     def _ended(self) -> None:
         self.ended += 1

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import OptState
+from adam_ghost.processes.world import World
 from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
-from adam_ghost.step.coverage import Coverage
+from adam_ghost.step.coverage import Coverage, Joined
 from adam_ghost.step.fingerprint import Fingerprint
 
 
@@ -20,7 +21,7 @@ class Step:
     """One step about to be taken: the parameters that will move by their gradient, and the recordings that explain it.
 
     Everything is known by the parameters' names. The samples of several recordings (the micro-batches of an accumulated step)
-    count on, one after another.
+    count on, one after another. Of several processes each has its own samples' recordings; gradients are the whole batch's.
     """
 
     opt_state: OptState
@@ -29,18 +30,26 @@ class Step:
     recordings: list[Recording]
     scale: dict[str, Tensor] = field(default_factory=dict)  # what gradients were multiplied by since they were recorded
     missing: list[str] = field(default_factory=list)  # parameters whose gradient no recorded call explains
+    world: World = field(default_factory=World)
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
         p = self.params[name]
         shares = torch.cat([sample_gradients(r.calls, name, p, r.batch_size, block) for r in self.recordings])
-        return shares * self.scale[name] if self.scale else shares
+        shares = shares * self.scale[name] if self.scale else shares
+        return shares if self.world.size == 1 else shares * self.world.share
 
     def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
-        return score_recordings(self.recordings, P, per_token, half)
+        scores = score_recordings(self.recordings, P, per_token, half)
+        return scores if self.world.size == 1 else scores * self.world.share
+
+    def joined(self, scores: Tensor) -> Joined:
+        """What is known of all processes' scores, read by the host."""
+        samples, total, squares = join(self.world, scores).cpu().numpy()
+        return Joined(int(samples[0]), total, squares)
 
     def touched(self) -> set[str]:
         """The parameters of whose gradient recorded calls explain a part, or all."""
@@ -53,7 +62,7 @@ class Step:
         """
         if not self.missing:
             return total
-        if not self.touched().isdisjoint(self.missing):
+        if not self.world.union(self.touched(), list(self.grads)).isdisjoint(self.missing):
             return None
         return inner(P, {name: g for name, g in self.grads.items() if name not in self.missing})
 
@@ -69,13 +78,22 @@ class Step:
         return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
 
 
+def join(world: World, scores: Tensor) -> Tensor:
+    """``[3, K]``, float64: the number of all processes' scores ``[..., K]``, their sum and the sum of their squares."""
+    flat = scores.detach().flatten(0, -2).double()
+    total = flat.sum(0)
+    return world.sum(torch.stack([torch.full_like(total, len(flat)), total, flat.square().sum(0)]))
+
+
 def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
     """``< P , g >``, ``[K]``, over the parameters of ``grads``."""
     found = [P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in grads.items()]
     return torch.stack(found).sum(0) if found else next(iter(P.values())).flatten(1).sum(1) * 0
 
 
-def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
+def gather_step(
+    model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage, world: World | None = None
+) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     grads = {name: p.grad for name, p in params.items() if p.grad is not None}
@@ -89,22 +107,28 @@ def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recordin
     for name, p in model.named_parameters():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
-    step = Step(opt_state, params, grads, recordings)
+    step = Step(opt_state, params, grads, recordings, world=world or World())
     if recordings:
         inside = set(model.parameters())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
-        step.missing = report_coverage(grads, recordings, coverage, outside)
+        step.missing = report_coverage(grads, recordings, coverage, outside, step.world)
     return step
 
 
 def report_coverage(
-    grads: Mapping[str, Tensor], recordings: Sequence[Recording], coverage: Coverage, outside: Sequence[Tensor] = ()
+    grads: Mapping[str, Tensor],
+    recordings: Sequence[Recording],
+    coverage: Coverage,
+    outside: Sequence[Tensor] = (),
+    world: World | None = None,
 ) -> list[str]:
     """Tells ``coverage`` which gradients no recorded call explains, and returns their names.
 
     ``outside``: trained parameters that are not the model's.
     """
-    covered = {name for r in recordings for name in r.covered()}
+    world, known = world or World(), list(grads)
+    covered = world.union({name for r in recordings for name in r.touched()}, known)
+    covered -= world.union({name for r in recordings for name in r.touched() - r.covered()}, known)
     # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
     missing = [name for name, g in grads.items() if name not in covered and bool(g.any())]
     total = sum(x.numel() for x in (*grads.values(), *outside))

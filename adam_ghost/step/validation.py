@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.surroundings import Surroundings, custom_modules, random_state, set_random_state
+from adam_ghost.processes.world import World
 
 
 class Validation:
@@ -17,10 +18,14 @@ class Validation:
     Random numbers that ``val_loss`` draws (a new batch each time, dropout) come from streams of its own, of PyTorch, NumPy and
     Python, split off at the first call: it neither advances the training's streams nor draws the same numbers again. A counter
     that is to go on from call to call belongs outside of the model.
+
+    Of several processes each evaluates it, with the same random numbers; or, where it is ``split``, each its own part of it,
+    with its own, and the mean over the processes is the loss.
     """
 
-    def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module):
+    def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module, world: World | None = None, split: bool = False):
         self.val_loss, self.model = val_loss, model
+        self.world, self.split = world or World(), split
         self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
@@ -45,7 +50,9 @@ class Validation:
         buffers = [(x.data, x.clone()) for x in self.model.buffers()]  # running statistics, power iterations
         held = [(m, dict(m._buffers)) for m in self.model.modules() if m._buffers]  # a forward pass may replace them
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices), Surroundings(custom_modules(self.model)).entered():
+        with torch.random.fork_rng(devices), Surroundings(custom_modules(self.model)).entered(), self.world.quiet():
+            if self._stream is None and self.world.size > 1 and not self.split:
+                self._stream = self.world.first(_streams(devices))
             if self._stream is not None:
                 torch.set_rng_state(self._stream["torch"][0])
                 for device, state in zip(devices, self._stream["torch"][1:], strict=True):
@@ -54,8 +61,7 @@ class Validation:
             try:
                 yield
                 if advance:
-                    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-                    self._stream = {"torch": states, "others": random_state()}
+                    self._stream = _streams(devices)
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -67,7 +73,10 @@ class Validation:
     def loss(self) -> Tensor:
         """The loss alone, ``[]`` or ``[K]``, detached, with the random numbers that the next ``gradient`` will draw."""
         with self.undisturbed(advance=False), torch.no_grad():
-            return self._checked(self._evaluate()).detach()
+            loss = self._checked(self._evaluate()).detach().clone()
+        if self.split:
+            self.world.mean([loss])
+        return loss
 
     def gradient(self, params: Sequence[Tensor], advance: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The loss ``[]`` or ``[K]``, and its gradient by each of ``params``: ``[*shape]`` or ``[K, *shape]``.
@@ -96,7 +105,11 @@ class Validation:
             return self.gradient(params, advance)
         filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)] for row in rows]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
-        return loss.detach(), grads
+        loss = loss.detach().clone()
+        if self.split:
+            grads = [g.contiguous() for g in grads]
+            self.world.mean([loss, *grads])
+        return loss, grads
 
     def _evaluate(self) -> Tensor:
         if self.val_loss is None:
@@ -119,6 +132,12 @@ class Validation:
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         self._stream = state
+
+
+def _streams(devices: Sequence[int]) -> dict[str, Any]:
+    """Where the random streams are now: PyTorch's, of the host and of ``devices``, and the others'."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+    return {"torch": states, "others": random_state()}
 
 
 def _by_grad(losses: Tensor, params: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:

@@ -1,0 +1,153 @@
+"""The processes that train one model, as the rest of the package sees them: of one process, everything is the identity.
+
+Every exchange begins with one number per process, which says whether that process is well. A process that raises takes part in
+it, too, instead of what it was to do next; so the others learn of it where they would have waited for it, and raise as well.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+T = TypeVar("T")
+# bytes of tensors that are reduced at once
+_BUCKET = 32 << 20
+
+
+class World:
+    """One process, which has the whole batch."""
+
+    rank, size = 0, 1
+    share = 1.0  # of a local gradient in the one that the optimizer uses
+
+    def follow(self, model: nn.Module) -> list[Any]:
+        """Watches the model's forward passes; returns the hooks' handles."""
+        return []
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Forward and backward passes inside the block are no part of the training: no gradients are exchanged for them."""
+        yield
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes enter and leave the block, or all of them raise."""
+        yield
+
+    def check_reduced(self) -> None:
+        """Raises ValueError if the gradients that the optimizer is about to use are this process's own."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of all processes' ``x``."""
+        return x
+
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        """Puts the mean over all processes in each tensor's place."""
+
+    def union(self, names: set[str], known: Sequence[str]) -> set[str]:
+        """Those of the ``known`` names that any process has among its ``names``."""
+        return names
+
+    def first(self, x: T) -> T:
+        """Process 0's plain value."""
+        return x
+
+    def gather(self, x: T) -> list[T]:
+        """Every process's plain value, by rank."""
+        return [x]
+
+
+class Processes(World):
+    """Several processes, each with a part of the batch; ``group``: they exchange tensors on the model's device by it.
+
+    All of them have to build it at the same point of the program.
+    """
+
+    def __init__(self, group: Any = None):
+        self.group = distributed.group.WORLD if group is None else group
+        self.rank, self.size = distributed.get_rank(self.group), distributed.get_world_size(self.group)
+        self.share = 1 / self.size
+        ranks = distributed.get_process_group_ranks(self.group)
+        # what the host has to know must not wait for the device
+        on_host = "gloo" in distributed.get_backend(self.group)
+        self._host = self.group if on_host else distributed.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self._source = ranks[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except PeerFailed:
+            raise
+        except Exception as error:
+            self._agree(error)
+            raise
+        self._agree()
+
+    def _agree(self, error: Exception | None = None) -> None:
+        """Raises PeerFailed where another process has an ``error``."""
+        ill = torch.tensor([int(error is not None)], dtype=torch.int32)
+        distributed.all_reduce(ill, group=self._host)
+        if not ill.item():
+            return
+        said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is None:
+            rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
+            raise PeerFailed(f"process {rank} raised {text}")
+
+    def _gather(self, x: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, x, group=self._host)
+        return found
+
+    def sum(self, x: Tensor) -> Tensor:
+        self._agree()
+        total = x.detach().clone()
+        distributed.all_reduce(total, group=self.group)
+        return total
+
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        self._agree()
+        for bucket in _buckets(tensors):
+            flat = torch.cat([x.detach().flatten() for x in bucket])
+            distributed.all_reduce(flat, group=self.group)
+            flat /= self.size
+            for x, found in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+                x.detach().copy_(found.view_as(x))
+
+    def union(self, names: set[str], known: Sequence[str]) -> set[str]:
+        self._agree()
+        there = torch.tensor([name in names for name in known], dtype=torch.uint8)
+        distributed.all_reduce(there, distributed.ReduceOp.MAX, group=self._host)
+        return {name for name, any_has_it in zip(known, there.tolist(), strict=True) if any_has_it}
+
+    def first(self, x: T) -> T:
+        self._agree()
+        found: list[Any] = [x]
+        distributed.broadcast_object_list(found, src=self._source, group=self._host)
+        return found[0]
+
+    def gather(self, x: T) -> list[T]:
+        self._agree()
+        return self._gather(x)
+
+
+class PeerFailed(RuntimeError):
+    """Another process raised, so this one cannot go on either; the message says what."""
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype, up to a bucket's bytes, in their order."""
+    bucket: list[Tensor] = []
+    size = 0
+    for x in tensors:
+        if bucket and (x.dtype != bucket[0].dtype or size + x.nbytes > _BUCKET):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(x)
+        size += x.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,129 @@
+"""One loop, run by one process with the whole batch, or by several with a part of it each."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import adam_ghost as ag
+
+D, CLASSES, VOCABULARY = 5, 3, 11
+# samples of each process, in two steps that take turns
+EVEN = ((3, 3), (3, 3))
+UNEVEN = ((4, 2), (1, 5))
+WITH_NONE = ((4, 2), (5, 0))
+
+
+class Net(nn.Module):
+    """Every kind of layer, the embedding tied to the head; ``extra`` serves only texts that begin with an odd token."""
+
+    def __init__(self, extra: bool = False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.tokens = nn.Embedding(VOCABULARY, 6)
+        self.block = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 6))
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.extra = nn.Linear(6, 6) if extra else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x)  # [n, T, 6]
+        h = h + self.block(h) + self.shift
+        odd = x[:, :1, None] % 2  # [n, 1, 1]
+        if self.extra is not None and bool(odd.any()):
+            h = h + odd * torch.tanh(self.extra(h))
+        return F.linear(h.mean(1), self.tokens.weight)  # [n, VOCABULARY]
+
+
+def batch(step: int, n: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return torch.randint(VOCABULARY, (n, 4), generator=g), torch.randint(VOCABULARY, (n,), generator=g)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y) if len(x) else model(x).sum() * 0
+
+
+def parts(sizes: tuple[int, ...]) -> list[slice]:
+    ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def validation(model: nn.Module, split: bool) -> Any:
+    """The loss of all validation samples; of those of this process alone where it is split."""
+    x, y = batch(1000, 8)
+    if split:
+        share = slice(4 * distributed.get_rank(), 4 * distributed.get_rank() + 4)
+        x, y = x[share], y[share]
+    return lambda: F.cross_entropy(model(x), y)
+
+
+def train(
+    spread: str,
+    schedule: str | None,
+    *,
+    sizes: tuple = EVEN,
+    dtype: torch.dtype = torch.float64,
+    steps: int = 12,
+    micro: int = 1,
+    clip: float | None = None,
+    split: bool = False,
+    extra: bool = False,
+    wrapper: dict | None = None,
+    inner: bool = False,
+    options: dict | None = None,
+) -> dict[str, Any]:
+    """What became of a training: scores by id, the weights, the books. ``spread``: ``one`` process, or ``ddp``.
+
+    A step's loss is the mean over the processes of their samples' mean losses.
+    """
+    several = spread != "one"
+    plain = Net(extra).to(dtype)
+    model = DistributedDataParallel(plain, **(wrapper or {})) if several else plain
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+    def train_loss(given: Any) -> Tensor:
+        x, y, shares = given
+        if several:
+            return loss_of(model, x, y) / micro
+        logits = model(x)
+        losses = [F.cross_entropy(logits[s], y[s]) for s in shares if s.stop > s.start]
+        return torch.stack(losses).sum() / len(shares) / micro
+
+    run = None
+    if schedule is not None:
+        options = dict(options or {})
+        if schedule == "window":
+            options = {"window": 3, "ahead": 2, "warm_up": 2, "train_loss": train_loss} | options
+        shown = plain if inner else model
+        run = ag.InRun(shown, optimizer, validation(model, split and several), schedule, val_split=split and several, **options)
+    for t in range(steps):
+        for k in range(micro):
+            number = micro * t + k
+            shares = parts(sizes[number % 2])
+            x, y = batch(number, shares[-1].stop)
+            ids = torch.arange(len(x)) + 100 * number
+            if several:
+                mine = shares[distributed.get_rank()]
+                x, y, ids = x[mine], y[mine], ids[mine]
+            given = x, y, shares
+            if run is not None:
+                run.batch(ids, inputs=given)
+            wait = several and k < micro - 1
+            with model.no_sync() if wait else contextlib.nullcontext():
+                train_loss(given).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    found: dict[str, Any] = {"weights": [p.detach().clone().numpy() for p in plain.parameters()]}
+    if run is not None:
+        run.close()
+        sums = run.scores()
+        found |= {"scores": dict(zip(sums.ids, sums.total.tolist(), strict=True))}
+        found |= {"standardized": dict(zip(sums.ids, sums.standardized.tolist(), strict=True))}
+        found |= {"sums": [s.score_sum for s in run.steps], "totals": [s.total for s in run.steps]}
+        found |= {"val_loss": [s.val_loss for s in run.steps]}
+    return found
