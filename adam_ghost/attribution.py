@@ -61,5 +61,7 @@ def attribute(
         layer_cache.mark_weights()
         accounted = step.accounted(direction.P, direction.total)
         if accounted is not None and scores.device.type == "cpu":  # where looking costs no synchronisation
-            layer_cache.coverage.check(step.joined(scores), accounted.numpy())
+            joined = step.joined(scores, direction.val_loss)
+            layer_cache.coverage.check(joined, accounted.numpy())
+            layer_cache.coverage.check_alike(direction.val_loss.reshape(-1).numpy(), joined)
     return scores if direction.val_loss.ndim else scores.squeeze(-1)

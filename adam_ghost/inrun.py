@@ -256,11 +256,8 @@ class InRun:
         refuse_mixed_samples(self.model)
         self._settle()
         self._follow_freezing()
-        first = not self._schedule.pending()
-        micro = MicroBatch(ids, self._packing(offsets), audit, inputs)
-        # the first of a step may take a validation gradient
-        with self._world.together() if first else nullcontext(), self._plain_precision():
-            self._schedule.open(micro, first)
+        with self._plain_precision():  # which may take a validation gradient
+            self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
 
     def losses(self, losses: Tensor) -> None:
@@ -445,7 +442,7 @@ class InRun:
         rows = (found.val_loss, found.total, found.history, void, accounted)
         numbers = torch.stack([x.to(like).expand_as(like) for x in rows])
         told = None if entry.losses is None else Readback(entry.losses)
-        joined = None if self._world.size == 1 else Readback(join(self._world, found.scores))
+        joined = None if self._world.size == 1 else Readback(join(self._world, found.scores, found.val_loss))
         read = Readback(found.scores.detach()), Readback(numbers), joined, Readback(found.edited)
         self._books.add(Pending(entry.ids, entry.record, *read, found.accounted is not None, told, found.at))
 

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: every process has the whole model and a part of the batch; gradients are averaged in the backward pass."""
+"""DistributedDataParallel: every process has the whole model and a part of the batch; gradients come averaged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +86,9 @@ class Replicas(Processes):
 def refuse_wrapper(wrapper: DistributedDataParallel) -> None:
     """Raises TypeError, by name, where the wrapper does something else than averaging gradients."""
     if getattr(wrapper, "mixed_precision", None) is not None:
-        raise TypeError("DistributedDataParallel(mixed_precision=...) is not supported: use torch.autocast, or fully_shard's policy")
+        raise TypeError(
+            "DistributedDataParallel(mixed_precision=...) is not supported: use torch.autocast, or fully_shard's policy"
+        )
     if getattr(wrapper, "_use_python_reducer", False):
         raise TypeError("DistributedDataParallel with the python reducer of torch.compile is not supported: use its default")
     if wrapper._delay_all_reduce_params:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-
 T = TypeVar("T")
 # bytes of tensors that are reduced at once
 _BUCKET = 32 << 20

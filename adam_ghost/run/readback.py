@@ -45,7 +45,7 @@ class Pending:
     record: StepRecord
     scores: Readback  # [n, K]
     numbers: Readback  # [5, K]: val_loss, total, history, 1 where the step is void, what the scores must add up to
-    joined: Readback | None  # [3, K]: samples, sum and sum of squares of all processes' scores; None: all are here
+    joined: Readback | None  # [4, K]: what ``step.join`` knows of all processes' scores; None: all are here
     edited: Readback  # bool, per gradient
     checked: bool  # whether it is known what the scores must add up to
     losses: Readback | None = None  # [n]
@@ -120,6 +120,7 @@ class Books:
             return Arrived(record)
         record.val_loss, record.total, record.history = val_loss.tolist(), total.tolist(), history.tolist()
         joined = _joined(step)
+        self.coverage.check_alike(val_loss, joined, f"step {record.step}: ")
         record.score_sum, record.val_loss_at = joined.sum.tolist(), step.at
         if step.at is not None:
             self._last = Mark(record.step, step.at, record.val_loss, record.total)
@@ -143,5 +144,5 @@ class Books:
 def _joined(step: Pending) -> Joined:
     if step.joined is None:
         return Joined.of(step.scores.get().astype(np.float64))
-    samples, total, squares = step.joined.get()
-    return Joined(int(samples[0]), total, squares)
+    samples, total, squares, val_loss = step.joined.get()
+    return Joined(int(samples[0]), total, squares, val_loss)

@@ -65,9 +65,7 @@ class Rerun:
     Batches are this process's; a step's gradient is the mean over the processes of ``world``.
     """
 
-    def __init__(
-        self, model: nn.Module, params: Mapping[str, nn.Parameter], train_loss: Callable[[Any], Tensor], world: World
-    ):
+    def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], train_loss: Callable[[Any], Tensor], world: World):
         self.model, self.train_loss, self.world = model, train_loss, world
         self.names, self.params = list(params), list(params.values())
         self.device = self.params[0].device

@@ -301,7 +301,8 @@ class Ahead(After):
         if first:
             # a step that was skipped left it; the validation pass is not to be recorded
             self.recorder.recording = None
-            self._direction = self._foresee()
+            with self.loop.world.together():
+                self._direction = self._foresee()
         if self._direction is None:
             super().open(micro, first)
         else:

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from adam_ghost.warn import warn
 
+# of the validation loss: what its evaluations in several processes may differ by
+_ALIKE = 1e-3
 # of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
 SELF_CHECK = 0.02
 
@@ -19,6 +21,7 @@ class Joined(NamedTuple):
     samples: int
     sum: np.ndarray
     squares: np.ndarray
+    val_loss: np.ndarray | None = None  # the mean of what the processes have for the validation loss; None: there is but one
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "Joined":
@@ -57,6 +60,17 @@ class Coverage:
                 " did not come from the recorded samples (a penalty on the weights, a hook on gradients, gradients from before, a"
                 " weight that the loss uses outside of the model)",
             )
+
+    def check_alike(self, val_loss: np.ndarray, scores: Joined, where: str = "") -> None:
+        """Tells if this process's ``val_loss [K]`` is another than the other processes'. Raises RuntimeError under ``strict``."""
+        if scores.val_loss is None or np.all(np.abs(val_loss - scores.val_loss) <= _ALIKE * np.abs(scores.val_loss)):
+            return
+        self.tell(
+            "alike",
+            f"{where}val_loss is {val_loss.tolist()} here and {scores.val_loss.tolist()} in the mean of the processes, whose"
+            " scores are then of different losses: evaluate the same batch in all of them, or give each its part and say"
+            " val_split=True",
+        )
 
     def report(self, missing: list[str], share: float) -> None:
         """Takes the names of parameters whose gradient no recorded call explains; raises RuntimeError under ``strict``."""

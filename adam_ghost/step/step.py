@@ -46,10 +46,10 @@ class Step:
         scores = score_recordings(self.recordings, P, per_token, half)
         return scores if self.world.size == 1 else scores * self.world.share
 
-    def joined(self, scores: Tensor) -> Joined:
+    def joined(self, scores: Tensor, val_loss: Tensor) -> Joined:
         """What is known of all processes' scores, read by the host."""
-        samples, total, squares = join(self.world, scores).cpu().numpy()
-        return Joined(int(samples[0]), total, squares)
+        samples, total, squares, mean = join(self.world, scores, val_loss).cpu().numpy()
+        return Joined(int(samples[0]), total, squares, mean)
 
     def touched(self) -> set[str]:
         """The parameters of whose gradient recorded calls explain a part, or all."""
@@ -78,11 +78,14 @@ class Step:
         return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
 
 
-def join(world: World, scores: Tensor) -> Tensor:
-    """``[3, K]``, float64: the number of all processes' scores ``[..., K]``, their sum and the sum of their squares."""
+def join(world: World, scores: Tensor, val_loss: Tensor) -> Tensor:
+    """``[4, K]``, float64: the number of all processes' scores ``[..., K]``, their sum, the sum of their squares, and the mean of
+    the processes' ``val_loss``, ``[]`` or ``[K]``.
+    """
     flat = scores.detach().flatten(0, -2).double()
     total = flat.sum(0)
-    return world.sum(torch.stack([torch.full_like(total, len(flat)), total, flat.square().sum(0)]))
+    share = val_loss.to(total).expand_as(total) / world.size
+    return world.sum(torch.stack([torch.full_like(total, len(flat)), total, flat.square().sum(0), share]))
 
 
 def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:

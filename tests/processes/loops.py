@@ -1,6 +1,7 @@
 """One loop, run by one process with the whole batch, or by several with a part of it each."""
 
 import contextlib
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def parts(sizes: tuple[int, ...]) -> list[slice]:
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def validation(model: nn.Module, split: bool) -> Any:
@@ -71,6 +72,7 @@ def train(
     clip: float | None = None,
     split: bool = False,
     extra: bool = False,
+    warm: bool = False,
     wrapper: dict | None = None,
     inner: bool = False,
     options: dict | None = None,
@@ -83,6 +85,15 @@ def train(
     plain = Net(extra).to(dtype)
     model = DistributedDataParallel(plain, **(wrapper or {})) if several else plain
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+    if warm:
+        g = torch.Generator().manual_seed(7)
+        for p in plain.parameters():
+            moments = {
+                "exp_avg": 0.01 * torch.randn(p.shape, generator=g),
+                "exp_avg_sq": 1e-4 + 1e-3 * torch.rand(p.shape, generator=g),
+            }
+            optimizer.state[p] = {"step": torch.tensor(100.0)} | {name: x.to(dtype) for name, x in moments.items()}
 
     def train_loss(given: Any) -> Tensor:
         x, y, shares = given

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from loops import EVEN, UNEVEN, WITH_NONE, train
+from faults import averaging_hook, failing, random_validation, refused, thin
+from loops import UNEVEN, WITH_NONE, train
 from ranks import Ranks
 
 # trainings end where they end, seldom with a window
@@ -66,3 +67,61 @@ def test_scores_are_those_of_one_process(name, pair):
             np.testing.assert_allclose(mine[what], expected[what], rtol=1e-10, atol=1e-13)
         for w, x in zip(mine["weights"], plain[0]["weights"], strict=True):
             np.testing.assert_array_equal(w, x)
+
+
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
+def test_single_precision(schedule, pair):
+    """Over a training rounding grows; over a step it does not."""
+    case = {"schedule": schedule, "dtype": torch.float32, "steps": 1, "warm": True}
+    assert distance(joined(pair.run(train, "ddp", **case)), train("one", **case)["scores"]) < 1e-6
+
+
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
+def test_the_thin_layer(clip, pair):
+    found = [s for mine in pair.run(thin, (4, 2), clip) for s in mine]
+    expected = np.array(thin((4, 2), clip))
+    assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "schedule"),
+    [
+        ("val_loss", "ArithmeticError: no validation today", "midpoint"),
+        ("val_loss", "ArithmeticError: no validation today", "window"),
+        ("val_loss", "ArithmeticError: no validation today", "lookahead"),
+        ("batch", "RuntimeError: optimizer.step() without a recorded forward", "midpoint"),
+    ],
+)
+def test_an_error_in_one_process_reaches_all(where, error, schedule, pair):
+    healthy, sick = pair.run(failing, where, schedule)
+    assert sick.startswith(error) and sick.endswith(" 2")
+    assert healthy.startswith(f"PeerFailed: process 1 raised {error}") and healthy.endswith(" 2")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("hook", "the communication hook 'fp16_compress_hook' of DistributedDataParallel changes gradients"),
+        ("later-hook", "the communication hook 'fp16_compress_hook'"),
+        ("no_sync", "gradients are not averaged over the 2 processes: the step's last forward pass ran under no_sync"),
+        ("unwrapped", "or not through the DistributedDataParallel"),
+    ],
+)
+def test_what_leaves_gradients_unaveraged_is_refused(what, message, pair):
+    for said in pair.run(refused, what):
+        assert message in said
+
+
+def test_a_hook_that_averages_is_not_refused(pair):
+    assert pair.run(averaging_hook) == [1, 1]
+
+
+def test_validation_draws_the_same_everywhere(pair):
+    (one, said, apart), (other, _, _) = pair.run(random_validation, True)
+    assert one == other and len({x for (x,) in one}) == 3
+    assert not said and apart == 0  # and the training's own stream is where it was
+
+
+def test_validation_that_differs_is_told_of(pair):
+    for _, said, _ in pair.run(random_validation, False):
+        assert "say val_split=True" in said[0]

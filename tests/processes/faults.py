@@ -1,0 +1,131 @@
+"""What may go wrong in one of several processes, or for all; each returns what the process saw."""
+
+import contextlib
+import warnings
+
+import torch
+from loops import Net, batch, loss_of, validation
+from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import adam_ghost as ag
+
+
+def wrapped(**options):
+    model = DistributedDataParallel(Net().double(), **options)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step(model, optimizer, run, t):
+    x, y = batch(10 * t + distributed.get_rank(), 3)
+    run.batch([3 * t + i for i in range(3)], inputs=(x, y))
+    loss_of(model, x, y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def failing(where: str, schedule: str) -> str:
+    """Process 1 fails in the second step; what each process raised, and that the processes are still in step afterwards."""
+    model, optimizer = wrapped()
+    sick = where if distributed.get_rank() == 1 else ""
+    calls = 0
+
+    def val_loss():
+        nonlocal calls
+        calls += 1
+        if sick == "val_loss" and calls == 2:
+            raise ArithmeticError("no validation today")
+        return validation(model, False)()
+
+    said = "nothing"
+    options = {"window": 1, "ahead": 0, "warm_up": 0, "train_loss": lambda given: loss_of(model, *given)}
+    run = ag.InRun(model, optimizer, val_loss, schedule, **options if schedule == "window" else {})
+    try:
+        for t in range(3):
+            if sick == "batch" and t == 1:
+                x, y = batch(0, 3)
+                loss_of(model, x, y).backward()  # which nobody announced
+                optimizer.step()
+            step(model, optimizer, run, t)
+    except (ArithmeticError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(RuntimeError):
+        run.close()
+    together = torch.ones(1)
+    distributed.all_reduce(together)
+    return f"{said} {int(together)}"
+
+
+def refused(what: str) -> str:
+    model, optimizer = wrapped()
+    if what == "hook":
+        model.register_comm_hook(None, fp16_compress_hook)
+    try:
+        with ag.InRun(model, optimizer, validation(model, False)) as run:
+            if what == "later-hook":
+                model.register_comm_hook(None, fp16_compress_hook)
+            with model.no_sync() if what == "no_sync" else contextlib.nullcontext():
+                step(model, optimizer, run, 0)
+            if what == "unwrapped":
+                step(model.module, optimizer, run, 1)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return "nothing"
+
+
+def averaging_hook() -> int:
+    model, optimizer = wrapped()
+    model.register_comm_hook(None, allreduce_hook)
+    with ag.InRun(model, optimizer, validation(model, False)) as run:
+        step(model, optimizer, run, 0)
+    return len(run.steps)
+
+
+def random_validation(alike: bool) -> tuple[list, list[str], int]:
+    """The losses of a validation that draws its batch and has dropout; the processes' own streams differ."""
+    model, optimizer = wrapped()
+    torch.manual_seed(distributed.get_rank())
+
+    def val_loss():
+        x, y = batch(int(torch.randint(10**6, ())) if alike else distributed.get_rank(), 5)
+        return F.cross_entropy(F.dropout(model(x), 0.2), y)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with ag.InRun(model, optimizer, val_loss) as run:
+            for t in range(3):
+                step(model, optimizer, run, t)
+    drawn = int(torch.randint(10**6, ()))
+    torch.manual_seed(distributed.get_rank())
+    said = [str(w.message) for w in seen if "adam_ghost" in str(w.message)]
+    return [s.val_loss for s in run.steps], said, drawn - int(torch.randint(10**6, ()))
+
+
+def thin(sizes: tuple[int, ...], clip: float | None) -> list[float]:
+    """The thin layer's scores of one step, of two accumulated passes' second."""
+    from loops import parts
+
+    one = len(sizes) == 1 or not distributed.is_initialized()
+    plain = Net().double()
+    model = plain if one else DistributedDataParallel(plain)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cache = ag.LayerCache(model, val_loss=validation(model, False))
+    for t in range(3):
+        x, y = batch(t, sum(sizes))
+        shares = parts(sizes)
+        with cache:
+            if one:
+                logits = model(x)
+                losses = torch.stack([F.cross_entropy(logits[s], y[s]) for s in shares])
+                losses.mean().backward()
+            else:
+                mine = shares[distributed.get_rank()]
+                loss_of(model, x[mine], y[mine]).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        scores = ag.attribute(cache, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    return scores.tolist()
