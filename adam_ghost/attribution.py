@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from adam_ghost.layer_cache import LayerCache, open_step
+from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.step.direction import PLACES, find_direction
 
@@ -52,6 +52,7 @@ def attribute(
     for name, value, allowed in (("rule", rule, opt_state.linearizations), ("at", at, PLACES)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    check_cache(layer_cache)
     kind = next(layer_cache.model.parameters()).device.type
     # autocast around this call would round our sums, and keep casts of other weights
     with layer_cache.validation.world.together(), torch.autocast(kind, enabled=False, cache_enabled=False):

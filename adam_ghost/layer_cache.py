@@ -122,10 +122,15 @@ class LayerCache:
         return self._recorder is not None
 
 
-def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) -> Step:
-    """The step that ``cache`` recorded, checked before anything is computed or changed. Errors as in ``attribute``."""
+def check_cache(cache: object) -> None:
+    """Raises TypeError where ``cache`` is something else than a LayerCache."""
     if not isinstance(cache, LayerCache):
         raise TypeError(f"layer_cache must be an adam_ghost.LayerCache, got {type(cache).__name__}")
+
+
+def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) -> Step:
+    """The step that ``cache`` recorded, checked before anything is computed or changed. Errors as in ``attribute``."""
+    check_cache(cache)
     opt_state = read_optimizer(opt_state)
     if cache.recording:
         raise ValueError("the scores are computed after the `with cache` block, not inside it")

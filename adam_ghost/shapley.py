@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adam_ghost.layer_cache import LayerCache, open_step
+from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import OptState
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
@@ -49,6 +49,7 @@ def exact_shapley(
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
+    check_cache(layer_cache)
     if layer_cache.validation.world.size > 1:
         raise ValueError("exact_shapley plays with a step's samples in one process, and this step's are spread over several")
     values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
