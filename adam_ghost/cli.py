@@ -187,7 +187,7 @@ def audit(
     query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS loss_drop,
                audit_alone AS alone, abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
                WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
-    books = "SELECT count(*) AS steps, count(*) FILTER (skipped) AS skipped FROM steps WHERE target = ?"
+    books = "SELECT count(DISTINCT step) AS steps, count(DISTINCT step) FILTER (skipped) AS skipped FROM steps WHERE target = ?"
 
     def ask(ledger: Any) -> Any:
         from adam_ghost.ledger.gap import find_gap

@@ -1,5 +1,6 @@
 """Attribution inside a training loop that somebody already has: two added lines, and training stays what it was."""
 
+import io
 import os
 import time
 import weakref
@@ -172,7 +173,7 @@ class InRun:
         self._scored: Seen | None = None  # the gradients of the step about to be taken
         if self.ledger is not None:
             self.ledger.claim(self)
-            self.ledger.run = world.first(self.ledger.run)
+            self.ledger.share(world.first(self.ledger.run), world.size)
         self._handles = [
             *world.follow(model),
             optimizer.register_step_pre_hook(weakly(self._before_step)),
@@ -487,7 +488,10 @@ class InRun:
         }
 
     def scores(self) -> SampleScores:
-        """Per sample id: the sum over steps, and the mean of the scores standardised within their steps. Waits for the device."""
+        """Per sample id: the sum over steps, and the mean of the scores standardised within their steps. Waits for the device.
+
+        Where several processes train the model, of the samples that this process has had; the ledger has all.
+        """
         self._books.drain(self._book, wait=True)
         return self._totals.read(self._squeeze)
 
@@ -530,36 +534,50 @@ class InRun:
         return list(zip(table["sample"].to_pylist(), table["value"].to_pylist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to end with the same totals, as tensors and plain values; call it between steps."""
+        """Everything that a resumed run needs to end with the same totals; call it between steps.
+
+        One value of bytes, whatever the run has seen: ``torch.distributed.checkpoint`` loads it into a run that has seen nothing.
+        Where several processes train the model, all of them call it, and all get the same: what all have. Any number of processes
+        can go on from there.
+        """
         self.flush()  # a run that resumes from here finds the ledger complete up to this step
-        return {
-            "ledger": self.ledger and self.ledger.position,
+        positions = self._world.gather(None if self.ledger is None else self.ledger.position)
+        state = {
+            "ledger": _join_positions([p for p in positions if p is not None]),
             "step": self.step,
             "attributed": self._loop.attributed,
             "squeeze": self._squeeze,
-            "totals": self._totals.state_dict(),
+            "totals": Totals.join(self._world.gather(self._totals.state_dict())),
             "steps": self.steps.state_dict(),
-            "validation": self._loop.validation.state_dict(),
+            "validation": self._world.gather(self._loop.validation.state_dict()),
             "schedule": self._schedule.state_dict(),
             "books": self._books.state_dict(),
         }
+        packed = io.BytesIO()
+        torch.save(state, packed)
+        return {"run": packed.getvalue()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps.
 
+        Of several processes the first goes on with the totals of all.
+
         Raises:
             ValueError: ``state`` is something else, or the ledger is another run's.
         """
-        known = {"ledger", "step", "attributed", "squeeze", "totals", "steps", "validation", "schedule", "books"}
-        if not isinstance(state, dict) or set(state) != known:
+        if not isinstance(state, dict) or set(state) != {"run"} or not isinstance(state["run"], bytes):
             what = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state must be what InRun.state_dict() returned, with {', '.join(sorted(known))}; got {what}")
+            raise ValueError(f"state must be what InRun.state_dict() returned, the bytes of a run; got {what}")
+        state = torch.load(io.BytesIO(state["run"]), map_location="cpu", weights_only=True)
         if self.ledger is not None:
             self.ledger.resume(state["ledger"], self._settings())
         self._loop.step, self._loop.attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
-        self._totals.load_state_dict(state["totals"])
+        if self._world.rank == 0:
+            self._totals.load_state_dict(state["totals"])
         self.steps.load_state_dict(state["steps"])
-        self._loop.validation.load_state_dict(state["validation"])
+        streams = state["validation"]
+        here = self._world.rank if self._loop.validation.split else 0
+        self._loop.validation.load_state_dict(streams[here] if here < len(streams) else None)
         self._schedule.load_state_dict(state["schedule"])
         self._books.load_state_dict(state["books"])
 
@@ -585,3 +603,12 @@ def _step_schedule(name: str, loop: Loop) -> Schedule:
     if name == "lookahead":
         return AheadCompiled(loop) if is_compiled(loop.model) else Ahead(loop)
     return After(loop, name)
+
+
+def _join_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where the ledger stands, from what each process says of the ranks that it looks after; None: there is no ledger."""
+    if not positions:
+        return None
+    ranks = max(len(p["parts"]) for p in positions)
+    parts = [max((p["parts"][rank] for p in positions if rank < len(p["parts"])), default=0) for rank in range(ranks)]
+    return {"run": positions[0]["run"], "parts": parts}

@@ -77,7 +77,7 @@ class Checker:
             there = pq.read_metadata(part).num_rows if number in scored else 0
             if there != expected:
                 raise DamagedLedger(f"{part} has {there} scores, but {booked[number].name} of steps counts {expected}")
-            scored_steps = [row["step"] for row in rows if not row["skipped"]]
+            scored_steps = [row["step"] for row in rows if not row["skipped"] and row["samples"]]
             if scored_steps and _range_of_steps(part) != (min(scored_steps), max(scored_steps)):
                 raise DamagedLedger(f"{part} has other steps than {booked[number].name} of steps: it was copied")
 

@@ -122,7 +122,7 @@ class LedgerReader:
         return self.sql(f"SELECT * FROM scores s {_where(None, steps)} ORDER BY step, rank")
 
     def steps(self, steps: tuple[int, int] | None = None) -> pa.Table:
-        """The books: a row per step, target and rank."""
+        """The books: a row per step, target and rank. Numbers are those of the whole step, but ``samples`` and ``seconds``."""
         return self.sql(f"SELECT * FROM steps s {_where(None, steps)} ORDER BY step, target, rank")
 
     def samples(self) -> pa.Table:
@@ -233,7 +233,7 @@ class LedgerReader:
         return self.sql(
             f"""SELECT b.step, b.coverage,
                    abs(b.score_sum - b.total) / nullif(greatest(abs(b.total), coalesce(n.norm, 0)), 0) AS gap
-            FROM (SELECT step, sum(score_sum) AS score_sum, sum(total) AS total, min(coverage) AS coverage
+            FROM (SELECT step, avg(score_sum) AS score_sum, avg(total) AS total, min(coverage) AS coverage
                   FROM steps s {where} AND NOT skipped GROUP BY step) b
             LEFT JOIN (SELECT step, sqrt(sum(score * score)) AS norm FROM scores s {where} GROUP BY step) n USING (step)
             ORDER BY b.step"""

@@ -70,6 +70,7 @@ class LedgerWriter:
             raise ValueError(f"ledger must be a folder, but {self.folder} is a file")
         self.flush_seconds, self.flush_rows, self.on_error = flush_seconds, flush_rows, on_error
         self.rank = _rank() if rank is None else rank
+        self._ranks: int | None = None  # how many share the folder, where that is known
         self.run = uuid.uuid4().hex
         self.error: BaseException | None = None
         self._describe = describe
@@ -79,8 +80,9 @@ class LedgerWriter:
         self._process = os.getpid()
         self._filled_by: weakref.ref[leaving.Holder] | None = None
         self._lock = Lock(self.folder / f"r{self.rank}.lock")
+        self._restart = restart
         if restart:
-            self._cut_after(0)
+            self._cut_after([])
         self._schema_metadata: dict[bytes, bytes] = {}
         self._id_type: type | None = None
         self._steps: list[Arrived] = []
@@ -106,6 +108,22 @@ class LedgerWriter:
             raise RuntimeError(f"ledger: the LedgerWriter of {self.folder} is another run's; each run needs one of its own")
         self._filled_by = weakref.ref(run)
 
+    def share(self, run: str, ranks: int) -> None:
+        """The folder is written by ``ranks`` processes, as the one ``run``."""
+        self.run, self._ranks = run, ranks
+        if self._restart:
+            self._cut_after([])
+
+    def _ours(self) -> list[int]:
+        """The ranks that are this process's to look after: its own and, for the first, those that no process has any more."""
+        if self.rank or self._ranks is None:
+            return [self.rank]
+        there = {layout.rank_and_number(p)[0] for table in layout.TABLES for p in layout.parts(self.folder, table)}
+        return [0, *sorted(rank for rank in there if rank >= self._ranks)]
+
+    def _parts(self, *tables: str) -> list[Path]:
+        return [p for rank in self._ours() for table in tables for p in layout.parts(self.folder, table, rank)]
+
     @property
     def holder(self) -> leaving.Holder:
         """The run, which may hold steps that have not arrived here; this, if it is gone."""
@@ -125,8 +143,7 @@ class LedgerWriter:
             raise RuntimeError(f"the ledger in {self.folder} is written by process {self._process}, which forked this one")
         self._id_type = check_ids(ids, self._id_type)
         if not self._started:
-            found = layout.parts(self.folder, "scores", self.rank) + layout.parts(self.folder, "steps", self.rank)
-            if found:
+            if self._parts("scores", "steps"):
                 raise ValueError(
                     f"{self.folder} holds the ledger of an earlier run: continue that one with load_state_dict() before the first"
                     " batch, choose another folder, or throw it away with LedgerWriter(folder, restart=True)"
@@ -137,11 +154,14 @@ class LedgerWriter:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the ledger stands after ``flush``, for a checkpoint."""
-        return {"run": self.run, "parts": self._number}
+        """Where the ledger stands after ``flush``, for a checkpoint: the run, and the last part of each rank looked after here."""
+        parts = {rank: self._last_booked(rank) for rank in self._ours()}
+        return {"run": self.run, "parts": [parts.get(rank, 0) for rank in range(max(parts) + 1)]}
 
     def resume(self, position: Mapping[str, Any] | None, settings: Mapping[str, Any]) -> None:
         """Continues from a ``position``: what the ledger holds beyond it is thrown away. None: the run had no ledger.
+
+        ``parts`` has the last part of every rank that the folder has had; other processes throw away what is theirs.
 
         Raises:
             RuntimeError: this run's ledger has begun.
@@ -149,13 +169,15 @@ class LedgerWriter:
         """
         if self._started:
             raise RuntimeError("load_state_dict() comes before the first batch: this run's ledger has begun")
-        run, last = (self.run, 0) if position is None else (position["run"], position["parts"])
-        found = [p for table in ("scores", "steps") for p in layout.parts(self.folder, table, self.rank)]
+        run, last = (self.run, []) if position is None else (position["run"], position["parts"])
+        found = self._parts("scores", "steps")
         for part in found:
             if (owner := layout.settings_of(part).get("run")) != run:
                 raise ValueError(f"{self.folder} holds the ledger of run {owner}, but the checkpoint is of run {run}")
-        if found and self._last_booked() < last:
-            raise ValueError(f"{self.folder} ends with part {self._last_booked()}, but the checkpoint was made after part {last}")
+        for rank in self._ours():
+            there, known = self._last_booked(rank), _last_of(rank, last)
+            if found and there < known:
+                raise ValueError(f"{self.folder} ends with part {there}, but the checkpoint was made after part {known}")
         self.run = run
         self._cut_after(last)
         self._start(settings)
@@ -218,7 +240,7 @@ class LedgerWriter:
         layout.remove_leftovers(self.folder, self.rank)
         if self.rank == 0:
             layout.write_json(described, self.folder / "run.json")
-        self._number = self._last_booked()
+        self._number = self._last_booked(self.rank)
         for part in layout.parts(self.folder, "scores", self.rank)[:1]:
             self._id_type = int if pq.read_schema(part).field("sample").type == pa.int64() else str
         self._started = True
@@ -292,17 +314,19 @@ class LedgerWriter:
                 with self._condition:
                     self._samples.append(found)
 
-    def _last_booked(self) -> int:
+    def _last_booked(self, rank: int) -> int:
         """The number of the last part whose books are there."""
-        return max((layout.rank_and_number(p)[1] for p in layout.parts(self.folder, "steps", self.rank)), default=0)
+        return max((layout.rank_and_number(p)[1] for p in layout.parts(self.folder, "steps", rank)), default=0)
 
-    def _cut_after(self, last: int) -> None:
-        """Removes parts with larger numbers, newest first, books before scores: a kill in between leaves a whole ledger."""
-        numbers = {layout.rank_and_number(p)[1] for table in layout.TABLES for p in layout.parts(self.folder, table, self.rank)}
-        for number in sorted(numbers, reverse=True):
-            if number > last or last == 0:
+    def _cut_after(self, last: Sequence[int]) -> None:
+        """Removes parts with larger numbers than each rank's, newest first, books before scores: a kill in between leaves a whole
+        ledger.
+        """
+        numbers = {layout.rank_and_number(p) for p in self._parts(*layout.TABLES)}
+        for rank, number in sorted(numbers, reverse=True):
+            if number > _last_of(rank, last) or _last_of(rank, last) == 0:
                 for table in ("steps", "scores", "samples"):
-                    layout.part_path(self.folder, table, self.rank, number).unlink(missing_ok=True)
+                    layout.part_path(self.folder, table, rank, number).unlink(missing_ok=True)
 
 
 def clean_description(sample: Hashable, found: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -324,6 +348,11 @@ def clean_description(sample: Hashable, found: Mapping[str, Any] | None) -> dict
     if image is not None and not isinstance(image, (bytes, bytearray, memoryview)):
         raise TypeError(f"describe({sample!r}) must return image as bytes, got {type(image).__name__}")
     return {**row, "image": None if image is None else bytes(image)}
+
+
+def _last_of(rank: int, last: Sequence[int]) -> int:
+    """The rank's number among those of all; 0 for one that is new."""
+    return last[rank] if rank < len(last) else 0
 
 
 def _size(step: Arrived) -> int:

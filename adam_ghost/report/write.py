@@ -100,7 +100,7 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
     for i in {*helpful, *harmful}:
         samples[i]["image"] = _image(described.get(names[i], {}).get("image"))
     steps = ledger.sql(
-        """SELECT step, sum(score_sum) AS score_sum, sum(history) AS history, avg(val_loss) AS val_loss,
+        """SELECT step, avg(score_sum) AS score_sum, avg(history) AS history, avg(val_loss) AS val_loss,
            bool_or(skipped) AS skipped, min(val_loss_at) AS val_loss_at, max(horizon) AS horizon,
            max(seconds) AS seconds, min(time) AS time, sum(samples) AS samples, max(audit_r) AS r, max(audit_relative_l2) AS l2,
            max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage FROM steps WHERE target = ? GROUP BY step ORDER BY step""",

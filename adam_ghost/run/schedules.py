@@ -274,7 +274,12 @@ class After(Collecting):
         return None if self._val is None else (self._val.loss, self._val.grads)
 
     def load_state_dict(self, state: Any) -> None:
-        self._val = None if state is None else ValidationGradient(*state)
+        if state is None:
+            self._val = None
+            return
+        loss, grads = state
+        devices = {name: p.device for name, p in self.loop.params.items()}
+        self._val = ValidationGradient(loss.to(next(iter(devices.values()))), {k: g.to(devices[k]) for k, g in grads.items()})
 
 
 class Ahead(After):

@@ -74,6 +74,21 @@ class Totals:
         sums, steps = (torch.from_numpy(x[:n].copy()) for x in (self._sums, self._steps))
         return {"ids": list(self._rows), "sums": sums, "steps": steps}
 
+    @staticmethod
+    def join(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The states of several processes' totals as one, a sample that several have had added up."""
+        if len(states) == 1:
+            return states[0]
+        rows: dict[Hashable, int] = {}
+        places = [torch.tensor([rows.setdefault(i, len(rows)) for i in state["ids"]], dtype=torch.int64) for state in states]
+        like = max((state["sums"] for state in states), key=lambda x: x.shape[-1])
+        sums, steps = like.new_zeros(len(rows), 2, like.shape[-1]), torch.zeros(len(rows), dtype=torch.int64)
+        for state, place in zip(states, places, strict=True):
+            if len(place):
+                sums.index_add_(0, place, state["sums"])
+                steps.index_add_(0, place, state["steps"])
+        return {"ids": list(rows), "sums": sums, "steps": steps}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rows = {i: k for k, i in enumerate(state["ids"])}
         self._sums, self._steps = (state[name].cpu().numpy().copy() for name in ("sums", "steps"))

@@ -123,8 +123,8 @@ def test_resuming_a_ledger_that_lost_parts_is_refused(ledger):
     writer = ag.LedgerWriter(ledger)
     run = ag.open_ledger(ledger).run["run"]
     with pytest.raises(ValueError, match="ends with part 3, but the checkpoint was made after part 4"):
-        writer.resume({"run": run, "parts": 4}, {})
-    writer.resume({"run": run, "parts": 2}, {})
+        writer.resume({"run": run, "parts": [4]}, {})
+    writer.resume({"run": run, "parts": [2]}, {})
     writer.close()
     with ag.open_ledger(ledger) as reader:
         assert reader.steps()["step"].to_pylist() == list(range(1, 11)) and reader.scores().num_rows == 10 * made.BATCH

@@ -1,7 +1,10 @@
 """One loop, run by one process with the whole batch, or by several with a part of it each."""
 
 import contextlib
+import os
+import signal
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,10 +79,14 @@ def train(
     wrapper: dict | None = None,
     inner: bool = False,
     options: dict | None = None,
+    ledger: str | None = None,
+    checkpoint: str | None = None,
+    end: str = "close",
 ) -> dict[str, Any]:
     """What became of a training: scores by id, the weights, the books. ``spread``: ``one`` process, or ``ddp``.
 
-    A step's loss is the mean over the processes of their samples' mean losses.
+    A step's loss is the mean over the processes of their samples' mean losses. Training goes on from the ``checkpoint`` where
+    there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed.
     """
     several = spread != "one"
     plain = Net(extra).to(dtype)
@@ -109,8 +116,13 @@ def train(
         if schedule == "window":
             options = {"window": 3, "ahead": 2, "warm_up": 2, "train_loss": train_loss} | options
         shown = plain if inner else model
+        if ledger is not None:
+            options["ledger"] = ag.LedgerWriter(ledger, flush_rows=9)
         run = ag.InRun(shown, optimizer, validation(model, split and several), schedule, val_split=split and several, **options)
-    for t in range(steps):
+    begin = 0
+    if checkpoint is not None and Path(checkpoint).exists():
+        begin = load(checkpoint, plain, optimizer, run)
+    for t in range(begin, steps):
         for k in range(micro):
             number = micro * t + k
             shares = parts(sizes[number % 2])
@@ -129,6 +141,10 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
+        if checkpoint is not None and t == 5:
+            save(checkpoint, plain, optimizer, run, t + 1)
+    if end == "kill" and distributed.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     found: dict[str, Any] = {"weights": [p.detach().clone().numpy() for p in plain.parameters()]}
     if run is not None:
         run.close()
@@ -138,3 +154,18 @@ def train(
         found |= {"sums": [s.score_sum for s in run.steps], "totals": [s.total for s in run.steps]}
         found |= {"val_loss": [s.val_loss for s in run.steps]}
     return found
+
+
+def save(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, step: int) -> None:
+    """By the first process, of all."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run.state_dict(), "step": step}
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        torch.save(state, path)
+
+
+def load(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any) -> int:
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    run.load_state_dict(state["run"])
+    return state["step"]

@@ -5,17 +5,9 @@ import pytest
 import torch
 from faults import averaging_hook, failing, random_validation, refused, thin
 from loops import UNEVEN, WITH_NONE, train
-from ranks import Ranks
 
 # trainings end where they end, seldom with a window
 pytestmark = pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    ranks = Ranks(2, tmp_path_factory.mktemp("pair"))
-    yield ranks
-    ranks.close()
 
 
 def joined(found, what="scores"):

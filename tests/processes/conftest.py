@@ -1,0 +1,13 @@
+"""The pair of processes that all tests here share."""
+
+from collections.abc import Iterator
+
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(2, tmp_path_factory.mktemp("pair"))
+    yield ranks
+    ranks.close()
