@@ -158,9 +158,12 @@ class AttributionCallback(TrainerCallback):
                 state.log_history[-1].update(found)  # the Trainer's own record was written already
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.run is not None and state.is_world_process_zero:
+        if self.run is None:
+            return
+        found = self.run.state_dict()  # by all processes, of all
+        if state.is_world_process_zero:
             folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-            torch.save(self.run.state_dict(), os.path.join(folder, _STATE))
+            torch.save(found, os.path.join(folder, _STATE))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run is not None:
