@@ -146,7 +146,7 @@ class InRun:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         model, world = find_world(model)
         if world.size > 1:
-            check_processes(model, audit_every)
+            check_processes(model, schedule, world, audit_every)
         self.model, self.optimizer = model, optimizer
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.coverage = Coverage(strict)
@@ -157,7 +157,7 @@ class InRun:
         claim(model, self)
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
-        validation, watch = Validation(val_loss, model, world, val_split), GradientWatch(params)
+        validation, watch = Validation(val_loss, model, world, val_split), GradientWatch(params, world)
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, world)
         self._schedule_name = schedule
         if schedule == "window":
@@ -284,7 +284,9 @@ class InRun:
         """Drops micro-batches without gradients: a scaler skipped their step, or the loop went on to the next batch."""
         watch = self._loop.watch
         dropped = self._schedule.drop()
-        if self._schedule.pending() and (watch.fingerprint is None or watch.fingerprint.cleared(watch.grads())):
+        # passes before the last of a step leave nothing in .grad where parameters are sharded
+        gone = not self._world.sharded or watch.fingerprint is not None
+        if gone and self._schedule.pending() and (watch.fingerprint is None or watch.fingerprint.cleared(watch.grads())):
             self._schedule.forget()
             watch.fingerprint = None
             dropped += self._schedule.drop()

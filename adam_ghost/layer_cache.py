@@ -102,7 +102,8 @@ class LayerCache:
 
     def _grads(self) -> dict[str, Tensor]:
         named = self.model.named_parameters()
-        return {name: p.grad for name, p in named if p.grad is not None and p.grad.layout is torch.strided}
+        given = {name: p.grad for name, p in named if p.grad is not None and p.grad.layout is torch.strided}
+        return {name: self.validation.world.local(g) for name, g in given.items()}
 
     def scaled_since(self) -> dict[str, Tensor]:
         """What the gradients were multiplied by since the block ended (clipped, unscaled); empty if by nothing.
@@ -112,7 +113,7 @@ class LayerCache:
         grads = self._grads()
         if self._fingerprint is None or self._fingerprint.untouched(grads):
             return {}
-        changes = self._fingerprint.changes(grads)
+        changes = self._fingerprint.changes(grads, self.validation.world)
         if changes.edited.device.type == "cpu" and bool(changes.edited.any()):
             raise ValueError(EDITED)
         return changes.scale

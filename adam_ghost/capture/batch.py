@@ -65,6 +65,13 @@ class Batch:
         if x.grad_fn is not None:
             self.nodes.add(x.grad_fn)
 
+    def made_by(self, node: Any, output: int) -> Tensor | None:
+        """The tagged tensor that is this output of a node of the graph."""
+        for x in self._tags:
+            if x.grad_fn is node and x.output_nr == output:
+                return x
+        return None
+
     def reached_from(self, x: Tensor) -> tuple[bool, list[Tensor]]:
         """Whether samples passed anywhere in the graph of ``x``, and the leaves of the graph that were visited."""
         found, leaves, visited = [x.grad_fn], [], set()

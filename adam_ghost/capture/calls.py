@@ -93,6 +93,10 @@ class Call:
         self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
         self.grad_output: dict[int, Tensor] = {}
 
+    def weights_move(self) -> None:
+        """The parameters are elsewhere in memory whenever they are whole: that says nothing of their values."""
+        self._weights = []
+
     def watch(self, index: int, out: Tensor, tag: Tag, receive: Callable[["Call", int, Tensor], None]) -> None:
         """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
         self.outputs[index] = tag

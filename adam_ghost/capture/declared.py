@@ -13,6 +13,9 @@ DECLARED: dict[Callable, "Declared"] = {}
 # whose backward pass is followed (it runs the layers again), and those declared
 FOLLOWED: set[type] = {CheckpointFunction}
 
+# that return their tensors as they are, to be told of the backward pass there
+PASSING: set[type] = set()
+
 
 def keeps_samples_apart(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Declares that a ``torch.autograd.Function`` never mixes the samples of a batch; to be used as a decorator, too.

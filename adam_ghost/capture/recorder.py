@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
-from adam_ghost.capture.declared import DECLARED, custom_function
+from adam_ghost.capture.declared import DECLARED, PASSING, custom_function
 from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
 from adam_ghost.capture.pointwise import FACTORIES
@@ -92,6 +92,8 @@ class Recorder:
         self.open = False
         self.handles: list[Any] = []
         self.names: dict[Tensor, str] = {}  # of the parameters that are trained now
+        # by module and attribute, where the modules have other tensors while they run (fully_shard)
+        self._attributes: dict[nn.Module, list[tuple[str, str]]] = {}
         self._reset()
 
     def attach(self) -> None:
@@ -112,6 +114,18 @@ class Recorder:
                     module.register_forward_hook(Hook(self._leave_model), prepend=True),
                     module.register_forward_hook(Hook(self._close_model), always_call=True),
                 ]
+
+        known: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        if any(hasattr(p, "to_local") for p in known):
+            for module in model.modules():
+                own = module.named_parameters(recurse=False)
+                self._attributes[module] = [(name, known[p]) for name, p in own if p in known]
+
+    def _name(self, module: nn.Module) -> None:
+        for attribute, name in self._attributes.get(module, ()):
+            p = getattr(module, attribute)
+            if p.requires_grad:
+                self.names[p] = name
 
     def detach(self) -> None:
         self.end()
@@ -139,6 +153,8 @@ class Recorder:
         self._reset()
         self.recording = recording
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        for module in self._attributes:
+            self._name(module)
         self.open = True
         self.mode.__enter__()
 
@@ -168,6 +184,8 @@ class Recorder:
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.in_forward:
             return
+        self._name(module)
+        self._pass_on(pytree.tree_leaves((args, kwargs)))
         self.inside_model += 1
         if self.inside_model == 1:
             new = self._untagged(pytree.tree_leaves((args, kwargs)))
@@ -192,6 +210,16 @@ class Recorder:
 
     def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_model -= self.in_forward
+
+    def _pass_on(self, leaves: list[Any]) -> None:
+        """Gives tensors that came through a passing function the tags that they went in with."""
+        if not PASSING:
+            return
+        for x in leaves:
+            if isinstance(x, Tensor) and x not in self.batch and custom_function(x.grad_fn) in PASSING and x.grad_fn is not None:
+                origin = self.batch.made_by(*x.grad_fn.next_functions[x.output_nr])
+                if origin is not None:
+                    self.batch.tag(x, self.batch[origin])
 
     def _untagged(self, leaves: list[Any]) -> list[Tensor]:
         return [x for x in leaves if isinstance(x, Tensor) and x.ndim and x not in self.batch and not self._is_source(x)]
@@ -228,8 +256,10 @@ class Recorder:
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.active:
             return
+        self._name(module)
         self.inside_layer += 1
         leaves = pytree.tree_leaves((args, kwargs))
+        self._pass_on(leaves)
         new = self._untagged(leaves)
         if _in_backward():
             self._tag_again(module, leaves, new)
@@ -305,6 +335,8 @@ class Recorder:
         call = Call(name, module, *self._recorded(args, kwargs), own, self.names, self.rng, False, self.buffers, self.surroundings)
         if any(isinstance(x, Tensor) and x.requires_grad for x in vars(module).values()):
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
+        if self._attributes:
+            call.weights_move()
         self._classify(call, tensors, outs, place)
         self._remember(self.exits, module, outs)
 
@@ -342,6 +374,8 @@ class Recorder:
             if first is not None:
                 recorded_args = (first, *recorded_args[1:])
             call = Call(name, func, recorded_args, recorded_kwargs, {}, self.names, rng=rng, inplace=inplace)
+            if self._attributes:
+                call.weights_move()
         tagged = any(self.batch[x] for x in tensors)
         out = func(*args, **kwargs)
         if out is None and func not in _WRITING:  # backward, retain_grad and the like leave tensors as they were

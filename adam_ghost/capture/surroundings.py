@@ -32,7 +32,8 @@ def set_random_state(state: RandomState) -> None:
 
 def custom_modules(root: nn.Module) -> list[nn.Module]:
     """The modules of a tree that run code of unknown effects: all but PyTorch's own."""
-    return [m for m in root.modules() if not type(m).__module__.startswith("torch.")]
+    # fully_shard puts a class of PyTorch's before the module's own
+    return [m for m in root.modules() if any(not k.__module__.startswith(("torch.", "builtins")) for k in type(m).__mro__)]
 
 
 class Surroundings:

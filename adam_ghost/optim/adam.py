@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,9 @@ class AdamState:
             raise TypeError(
                 f"opt_state must be a torch.optim.Adam, torch.optim.AdamW or adam_ghost.AdamState, got {type(opt_state).__name__}"
             )
-        return cls(_read(opt_state))
+        made = cls(())
+        made._params = {p: row for p, row in _read(opt_state)}
+        return made
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._params
@@ -79,7 +81,7 @@ class AdamState:
         empty: list[Tensor] | None = None,
         mid: list[Tensor] | None = None,
     ) -> None:
-        adam_op.weight_points([p.data for p in params], list(grads), *self.lists(params), empty=empty, mid=mid)
+        adam_op.weight_points([self[p].param.data for p in params], list(grads), *self.lists(params), empty=empty, mid=mid)
 
     def linearize(
         self,
@@ -90,7 +92,7 @@ class AdamState:
         out: list[Tensor],
     ) -> Linearized:
         m, v, v_max, steps = self.lists(params)
-        data = [p.data for p in params]
+        data = [self[p].param.data for p in params]
         P, sums = adam_op.variance_correction(data, list(grads), m, v, v_max, list(val_grads), steps, rule=rule, out=out)
         sums = sums.total()
         return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))
@@ -224,6 +226,14 @@ class AdamState:
         return typical.sqrt_().clamp_(min=smallest).copysign_(s.exp_avg)
 
 
+def local_part(x: Any) -> Any:
+    """What this process has of a tensor that is spread over several; any other tensor, or None, is itself."""
+    if not hasattr(x, "to_local"):
+        return x
+    with torch.no_grad():
+        return x.to_local()
+
+
 def _number(x: float | Tensor) -> float | Tensor:
     """A float where reading costs no device synchronisation, else a float64 0-D tensor."""
     if not isinstance(x, Tensor):
@@ -231,7 +241,7 @@ def _number(x: float | Tensor) -> float | Tensor:
     return float(x) if x.device.type == "cpu" else x.detach().double().reshape(())
 
 
-def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
+def _read(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, ParamState]]:
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
@@ -248,7 +258,8 @@ def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
                 amsgrad=bool(group["amsgrad"]),
                 maximize=bool(group["maximize"]),
             )
-            yield ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
+            m, v, v_max = (local_part(state.get(name)) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+            yield p, ParamState(local_part(p), m, v, v_max, scalars)
 
 
 register(torch.optim.Adam, AdamState.of)

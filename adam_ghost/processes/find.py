@@ -6,14 +6,14 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adam_ghost.processes.replicas import Replicas
+from adam_ghost.processes.shards import Shards, is_sharded_whole
 from adam_ghost.processes.world import World
 
 # by class name, as these classes need not be there to be imported
 _REFUSED = {
     "DataParallel": "splits each batch over devices in one process: use DistributedDataParallel, or one device",
     "FullyShardedDataParallel": "(FSDP1) flattens parameters: use fully_shard (FSDP2) of torch.distributed.fsdp",
-    "FSDPModule": "shards parameters over processes (fully_shard, FSDP2): use DistributedDataParallel",
-    "DeepSpeedEngine": "keeps parameters and gradients of its own: use DistributedDataParallel",
+    "DeepSpeedEngine": "keeps parameters and gradients of its own: use fully_shard (FSDP2), or DistributedDataParallel",
     "PipelineEngine": "runs parts of the model in other processes: use DistributedDataParallel",
     "PipelineStage": "runs a part of the model: use DistributedDataParallel",
 }
@@ -27,6 +27,8 @@ def find_world(model: nn.Module) -> tuple[nn.Module, World]:
     refuse_unfollowed(model)
     if isinstance(model, DistributedDataParallel):
         return model.module, Replicas(model)
+    if is_sharded_whole(model):
+        return model, Shards(model)
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     # wrapped later, or by somebody else
     return model, Replicas(None) if several else World()
@@ -42,7 +44,9 @@ def refuse_unfollowed(model: Any) -> None:
                 raise TypeError(f"{where} is a {kind.__name__}, which is not supported: it {_REFUSED[kind.__name__]}")
         if name and isinstance(module, DistributedDataParallel):
             raise TypeError(f"{where} is a DistributedDataParallel: wrap the whole model, or none of it")
-    for name, p in model.named_parameters() if isinstance(model, nn.Module) else ():
+    if not isinstance(model, nn.Module) or is_sharded_whole(model):
+        return
+    for name, p in model.named_parameters():
         if _is_sharded(p):
             raise TypeError(
                 f"'{name}' is a DTensor of its own (tensor parallel), which is not supported: use DistributedDataParallel"

@@ -4,7 +4,7 @@ Every exchange begins with one number per process, which says whether that proce
 it, too, instead of what it was to do next; so the others learn of it where they would have waited for it, and raise as well.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -38,6 +38,25 @@ class World:
 
     def check_reduced(self) -> None:
         """Raises ValueError if the gradients that the optimizer is about to use are this process's own."""
+
+    # what is done with parameters of which each process has a part
+
+    sharded = False
+
+    def local(self, x: Tensor) -> Tensor:
+        """This process's part of a parameter or its gradient, in the same memory."""
+        return x
+
+    def settle(self) -> None:
+        """Drops whole parameters, after the parts have changed or before they do."""
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """The sum over the whole parameters, of which ``x`` is that over this process's parts."""
+        return x
+
+    def whole(self, P: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """The whole directions of which ``P`` has this process's parts, a few at a time."""
+        yield P
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all processes' ``x``."""

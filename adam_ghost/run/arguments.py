@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from adam_ghost.optim import OptState, read_optimizer
 from adam_ghost.processes.find import refuse_unfollowed
+from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
 from adam_ghost.run.schedules import SCHEDULES
@@ -46,10 +47,12 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
         raise ValueError("the model has no trainable parameters")
 
 
-def check_processes(model: nn.Module, audit_every: Any) -> None:
+def check_processes(model: nn.Module, schedule: str, world: World, audit_every: Any) -> None:
     """Raises ValueError for what takes all of a step's samples in one process."""
     if audit_every is not None:
         raise ValueError("audit_every plays with a step's samples in one process, and several train this model: audit a run of one")
+    if world.sharded and schedule in ("lookahead", "window"):
+        raise ValueError(f"schedule={schedule!r} is not supported where fully_shard shards the model: use 'midpoint' or 'gauss'")
     if is_compiled(model):
         raise ValueError("the model is compiled and trained by several processes, which is not supported: compile nothing")
 

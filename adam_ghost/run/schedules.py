@@ -268,7 +268,7 @@ class After(Collecting):
             val = validation_gradient(opt_state, loop.params, grads, loop.validation, at)
         keep = loop.refresh > 1
         self._val = val if keep else None
-        return form_direction(opt_state, params, grads, val, loop.rule, keep)
+        return form_direction(opt_state, params, grads, val, loop.rule, loop.world, keep)
 
     def state_dict(self) -> Any:
         return None if self._val is None else (self._val.loss, self._val.grads)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim import OptState
+from adam_ghost.processes.world import World
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
@@ -43,12 +44,12 @@ def validation_gradient(
 
     ``gauss``: the mean of those at the two Gauss points of the step, of losses that draw the same random numbers.
     """
-    held = list(params.values())
+    held, world = list(params.values()), validation.world
     with validation.weights_kept(held):
         if at == "gauss":
             loss, val_grads = _gauss_gradient(opt_state, params, grads, validation)
         else:
-            _move(opt_state, params, grads, at)
+            _move(opt_state, params, grads, at, world)
             loss, val_grads = validation.gradient(held)
     return ValidationGradient(loss, {k: g if loss.ndim else g.unsqueeze(0) for k, g in zip(params, val_grads, strict=True)})
 
@@ -59,22 +60,22 @@ def _moving(params: Mapping[str, Tensor], grads: Gradients) -> tuple[list[Tensor
     return [p for p, _ in found], [g for _, g in found]
 
 
-def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, at: str) -> None:
+def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, at: str, world: World) -> None:
     """Puts the weights at the ``midpoint`` of the step, or after history alone (``lookahead``), in place."""
     # through .data: the weights come back, so a graph that saved these parameters stays valid
     if at == "lookahead":
         held = list(params.values())
-        opt_state.weight_points(held, [None] * len(held), empty=[p.data for p in held])
+        opt_state.weight_points(held, [None] * len(held), empty=[world.local(p.data) for p in held])
     elif at == "midpoint":
         moving, step = _moving(params, grads)
-        opt_state.weight_points(moving, step, mid=[p.data for p in moving])
+        opt_state.weight_points(moving, step, mid=[world.local(p.data) for p in moving])
 
 
 def _gauss_gradient(
     opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, validation: Validation
 ) -> tuple[Tensor, list[Tensor]]:
     moving, step = _moving(params, grads)
-    data = [p.data for p in moving]
+    data = [validation.world.local(p.data) for p in moving]
     empty, mid = ([torch.empty_like(x) for x in data] for _ in range(2))
     opt_state.weight_points(moving, step, empty=empty, mid=mid)
     found = []
@@ -92,6 +93,7 @@ def form_direction(
     grads: Gradients,
     val: ValidationGradient,
     rule: str,
+    world: World,
     keep: bool = False,
 ) -> Direction:
     """``P`` of ``params`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``; takes the place of ``val``'s
@@ -100,10 +102,11 @@ def form_direction(
     wide = [torch.promote_types(x.dtype, torch.float32) for x in val_grads]
     out = [torch.empty_like(x, dtype=t) if keep or t != x.dtype else x for x, t in zip(val_grads, wide, strict=True)]
     found = opt_state.linearize(list(params.values()), [grads[name] for name in params], val_grads, rule, out)
-    return Direction(dict(zip(params, found.P, strict=True)), val.loss, found.history, found.total)
+    history, total = world.sum_parts(torch.stack([found.history, found.total]))
+    return Direction(dict(zip(params, found.P, strict=True)), val.loss, history, total)
 
 
 def find_direction(step: Step, validation: Validation, rule: str, at: str) -> Direction:
     """``P`` for the step, by ``rule``, with the validation gradient taken ``at`` the named weights."""
     val = validation_gradient(step.opt_state, step.params, step.grads, validation, at)
-    return form_direction(step.opt_state, step.params, step.grads, val, rule)
+    return form_direction(step.opt_state, step.params, step.grads, val, rule, step.world)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adam_ghost.processes.world import World
+
 EDITED = (
     "gradients were edited element by element between the backward pass and the step (clipped by value, masked, noise added):"
     " no sample's share of that is defined; scaling and clip_grad_norm_ are fine"
@@ -67,20 +69,24 @@ class Fingerprint(Seen):
             return False
         return not any(bool(g.any()) for g in sorted(grads.values(), key=Tensor.numel))
 
-    def changes(self, grads: Mapping[str, Tensor]) -> Changes:
+    def changes(self, grads: Mapping[str, Tensor], world: World | None = None) -> Changes:
         """What was done to the gradients since. Raises ValueError if some were added or removed."""
         if grads.keys() != self.tensors.keys():
             raise ValueError("gradients were added or removed between the backward pass and the step")
         now = Fingerprint.of({name: grads[name] for name in self.tensors})
-        seen = self.l2 > 0
-        scale = torch.where(seen, now.l2 / self.l2, 0.0)
+        l1, l2, l1_now, l2_now = self.l1, self.l2, now.l1, now.l2
+        if world is not None and world.sharded:  # of whole gradients
+            l1, l2, l1_now, l2_now = world.sum(torch.stack([l1, l2.square(), l1_now, l2_now.square()]))
+            l2, l2_now = l2.sqrt(), l2_now.sqrt()
+        seen = l2 > 0
+        scale = torch.where(seen, l2_now / l2, 0.0)
         # a gradient of zeros does not tell: it was scaled as the others were
         scale = torch.where(seen, scale, torch.where(seen.any(), scale.sum() / seen.sum(), 1.0))
         # half-precision gradients are rounded anew when scaled: independent errors, of which the norms see the mean
         eps = [torch.finfo(g.dtype).eps for g in now.tensors.values()]
         resolution = torch.tensor(eps, dtype=scale.dtype).to(scale.device, non_blocking=True)
-        edited = (now.l1 - scale * self.l1).abs() > (1e-4 + resolution) * now.l1 + (self.l2 == 0) * now.l1
-        return Changes(dict(zip(self.tensors, scale.unbind(), strict=True)), edited, ~now.l1.isfinite().all())
+        edited = (l1_now - scale * l1).abs() > (1e-4 + resolution) * l1_now + (l2 == 0) * l1_now
+        return Changes(dict(zip(self.tensors, scale.unbind(), strict=True)), edited, ~l1_now.isfinite().all())
 
 
 class GradientWatch:
@@ -91,8 +97,8 @@ class GradientWatch:
     changed otherwise it may not begin: that raises ValueError there.
     """
 
-    def __init__(self, params: Mapping[str, Tensor]):
-        self.params = params
+    def __init__(self, params: Mapping[str, Tensor], world: World | None = None):
+        self.params, self.world = params, world or World()
         self.on_cleared: Callable[[], None] = _nothing
         self.ended = 0  # backward passes
         self.fingerprint: Fingerprint | None = None
@@ -102,7 +108,7 @@ class GradientWatch:
 
     def grads(self) -> dict[str, Tensor]:
         """The gradients as they are now."""
-        return {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        return {name: self.world.local(p.grad) for name, p in self.params.items() if p.grad is not None}
 
     def forward_begins(self) -> None:
         self._tasks.clear()
@@ -110,7 +116,7 @@ class GradientWatch:
 
     def await_beginnings(self) -> None:
         """The gradients hold something already: what begins on them from now on is looked at."""
-        if self._beginnings:
+        if self._beginnings or self.world.sharded:  # fully_shard sets gradients itself
             return
         with torch.enable_grad():
             # not hooks on the parameters, which torch.autograd.grad would call as well

@@ -12,6 +12,7 @@ from adam_ghost.processes.world import World
 from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
+from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage, Joined
 from adam_ghost.step.fingerprint import Fingerprint
 
@@ -43,7 +44,8 @@ class Step:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
-        scores = score_recordings(self.recordings, P, per_token, half)
+        parts = [score_recordings(self.recordings, whole, per_token, half) for whole in self.world.whole(P)]
+        scores = add(parts)
         return scores if self.world.size == 1 else scores * self.world.share
 
     def joined(self, scores: Tensor, val_loss: Tensor) -> Joined:
@@ -64,7 +66,8 @@ class Step:
             return total
         if not self.world.union(self.touched(), list(self.grads)).isdisjoint(self.missing):
             return None
-        return inner(P, {name: g for name, g in self.grads.items() if name not in self.missing})
+        explained = {name: g for name, g in self.grads.items() if name not in self.missing}
+        return self.world.sum_parts(inner(P, explained))
 
     def unexplained(self, P: Directions) -> list[str]:
         """The names of parameters whose samples' shares do not add up to their gradient, as far as ``P`` sees it; worst first."""
@@ -99,7 +102,8 @@ def gather_step(
 ) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
+    world = world or World()
+    grads = {name: world.local(p.grad) for name, p in params.items() if p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
     for name, p in params.items():
@@ -110,7 +114,7 @@ def gather_step(
     for name, p in model.named_parameters():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
-    step = Step(opt_state, params, grads, recordings, world=world or World())
+    step = Step(opt_state, params, grads, recordings, world=world)
     if recordings:
         inside = set(model.parameters())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
@@ -134,6 +138,9 @@ def report_coverage(
     covered -= world.union({name for r in recordings for name in r.touched() - r.covered()}, known)
     # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
     missing = [name for name, g in grads.items() if name not in covered and bool(g.any())]
+    if world.sharded:
+        anywhere = world.union(set(missing), known)
+        missing = [name for name in known if name in anywhere]
     total = sum(x.numel() for x in (*grads.values(), *outside))
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
@@ -145,7 +152,7 @@ def follow_scaling(step: Step, before: Fingerprint, optimizer: torch.optim.Optim
 
     Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
     """
-    scale, edited, void = before.changes(step.grads)
+    scale, edited, void = before.changes(step.grads, step.world)
     # a fused optimizer unscales inside its step, on what the scaler leaves with it
     if (factor := getattr(optimizer, "grad_scale", None)) is not None:
         inverse = factor.to(void.device).reciprocal()

@@ -33,7 +33,8 @@ class Validation:
     @contextmanager
     def weights_kept(self, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """The weights, of which copies are given, may be changed inside the block, in place; afterwards they are as before."""
-        held = [p.data for p in params]
+        self.world.settle()
+        held = [self.world.local(p.data) for p in params]
         # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
         if [(x.shape, x.dtype, x.device) for x in self._copies] != [(x.shape, x.dtype, x.device) for x in held]:
             self._copies = [torch.empty_like(x) for x in held]
@@ -42,6 +43,7 @@ class Validation:
             yield self._copies
         finally:
             torch._foreach_copy_(held, self._copies)
+            self.world.settle()
 
     @contextmanager
     def undisturbed(self, advance: bool = True) -> Iterator[None]:
@@ -86,13 +88,15 @@ class Validation:
         Raises TypeError or ValueError if ``val_loss`` returns anything but a scalar or ``[K]`` with a graph, and (off the
         GPU, where looking costs no synchronisation) if it is not finite.
         """
+        self.world.settle()
+        leaves = list(self.model.parameters())  # which are others while the model runs, where they are sharded
         with self.undisturbed(advance), torch.enable_grad():
             loss = self._checked(self._evaluate())
             if not loss.requires_grad:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
             losses = loss.reshape(-1)
-            if self._reentrant:
-                rows = _by_backward(losses, params, list(self.model.parameters()))
+            if self._reentrant or self.world.sharded:
+                rows = _by_backward(losses, params, leaves)
             else:
                 try:
                     rows = _by_grad(losses, params)
@@ -103,12 +107,15 @@ class Validation:
                     rows = None
         if rows is None:
             return self.gradient(params, advance)
-        filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)] for row in rows]
+        held = [self.world.local(p.detach()) for p in params]
+        rows = [[None if g is None else self.world.local(g) for g in row] for row in rows]
+        filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, held, strict=True)] for row in rows]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         loss = loss.detach().clone()
         if self.split:
             grads = [g.contiguous() for g in grads]
-            self.world.mean([loss, *grads])
+            # sharded gradients are means already
+            self.world.mean([loss] if self.world.sharded else [loss, *grads])
         return loss, grads
 
     def _evaluate(self) -> Tensor:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,14 +86,21 @@ def train(
     checkpoint: str | None = None,
     end: str = "close",
 ) -> dict[str, Any]:
-    """What became of a training: scores by id, the weights, the books. ``spread``: ``one`` process, or ``ddp``.
+    """What became of a training: scores by id, the weights, the books. ``spread``: ``one`` process, ``ddp`` or
+    ``fsdp``.
 
     A step's loss is the mean over the processes of their samples' mean losses. Training goes on from the ``checkpoint`` where
     there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed.
     """
     several = spread != "one"
     plain = Net(extra).to(dtype)
-    model = DistributedDataParallel(plain, **(wrapper or {})) if several else plain
+    model: Any = plain
+    if spread == "ddp":
+        model = DistributedDataParallel(plain, **(wrapper or {}))
+    elif spread == "fsdp":
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        for part in (plain.block, plain):
+            fully_shard(part, mesh=mesh, **(wrapper or {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 
     if warm:
@@ -135,7 +145,9 @@ def train(
             if run is not None:
                 run.batch(ids, inputs=given)
             wait = several and k < micro - 1
-            with model.no_sync() if wait else contextlib.nullcontext():
+            if spread == "fsdp":
+                model.set_requires_gradient_sync(not wait)
+            with model.no_sync() if wait and spread == "ddp" else contextlib.nullcontext():
                 train_loss(given).backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -145,7 +157,7 @@ def train(
             save(checkpoint, plain, optimizer, run, t + 1)
     if end == "kill" and distributed.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    found: dict[str, Any] = {"weights": [p.detach().clone().numpy() for p in plain.parameters()]}
+    found: dict[str, Any] = {"weights": [whole(p).clone().numpy() for p in plain.parameters()]}
     if run is not None:
         run.close()
         sums = run.scores()
@@ -154,6 +166,10 @@ def train(
         found |= {"sums": [s.score_sum for s in run.steps], "totals": [s.total for s in run.steps]}
         found |= {"val_loss": [s.val_loss for s in run.steps]}
     return found
+
+
+def whole(p: Tensor) -> Tensor:
+    return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
 
 
 def save(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, step: int) -> None:

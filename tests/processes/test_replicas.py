@@ -3,22 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from compared import distance, joined
 from faults import averaging_hook, failing, random_validation, refused, thin
 from loops import UNEVEN, WITH_NONE, train
 
 # trainings end where they end, seldom with a window
 pytestmark = pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
-
-
-def joined(found, what="scores"):
-    return {i: s for rank in found for i, s in rank[what].items()}
-
-
-def distance(found, expected):
-    """Relative, of what is known by id."""
-    assert found.keys() == expected.keys()
-    x, y = (np.array([each[i] for i in sorted(expected)]) for each in (found, expected))
-    return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
 CASES = {

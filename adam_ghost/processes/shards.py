@@ -1,0 +1,153 @@
+"""``fully_shard`` (FSDP2): every process has a part of each parameter, of its gradient and of the optimizer's state.
+
+What is elementwise is done on the parts as they lie. Layers are contracted with whole directions, which are gathered unit by unit
+and dropped again; a unit is what one ``fully_shard`` wraps.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
+from torch.distributed.tensor import DTensor, Shard
+
+from adam_ghost.capture.declared import FOLLOWED, PASSING
+from adam_ghost.processes.world import Processes
+
+FOLLOWED.add(RegisterPostBackwardFunction)
+PASSING.add(RegisterPostBackwardFunction)
+
+
+class Shards(Processes):
+    """The shards of a model."""
+
+    sharded = True
+
+    def __init__(self, model: nn.Module):
+        self._whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        refuse_layout(model, self._whole)
+        first = next(iter(self._whole.values()))
+        assert isinstance(first, DTensor)
+        super().__init__(first.device_mesh.get_group())
+        self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self.units = _units(model, self._whole)
+
+    def check_reduced(self) -> None:
+        for module in self._modules:
+            for group in _groups(module):
+                if group.gradient_divide_factor is not None:
+                    raise ValueError("set_gradient_divide_factor() is not supported: gradients must be means over the processes")
+                if not group.reduce_grads:
+                    raise ValueError(
+                        f"the gradients are not averaged over the {self.size} processes: set_requires_gradient_sync(True) before"
+                        " the last backward pass of a step"
+                    )
+
+    def local(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.to_local() if isinstance(x, DTensor) else x
+
+    def settle(self) -> None:
+        for module in self._modules:
+            module.reshard()
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        return self.sum(x)
+
+    def whole(self, P: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """The directions ``[K, *shape]`` of one unit after another, which is unsharded meanwhile; the next ones on their way."""
+        units = [(module, [name for name in names if name in P]) for module, names in self.units]
+        units = [(module, names) for module, names in units if names]
+        coming = self._gather_parts(P, units[0][1])
+        for i, (module, names) in enumerate(units):
+            gathered, work = coming
+            work.wait()
+            if i + 1 < len(units):
+                coming = self._gather_parts(P, units[i + 1][1])
+            module.unshard()
+            try:
+                yield self._join(P, names, gathered)
+            finally:
+                module.reshard()
+
+    def _gather_parts(self, P: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, Any]:
+        """``[processes, elements]``: each one's parts, in a line and filled up to the longest."""
+        self._agree()
+        longest = max(sum(self._size(P[name], name, rank) for name in names) for rank in range(self.size))
+        parts = torch.cat([P[name].flatten() for name in names])
+        sent = parts.new_zeros(longest)
+        sent[: len(parts)] = parts
+        gathered = parts.new_empty(self.size * longest)
+        work = distributed.all_gather_into_tensor(gathered, sent, group=self.group, async_op=True)
+        return gathered.view(self.size, longest), work
+
+    def _shape(self, name: str, rank: int) -> list[int]:
+        """Of a process's part of a parameter: chunks along one dimension, the last ones smaller or empty."""
+        p = self._whole[name]
+        shape, dim = list(p.shape), _sharded_dim(p)
+        chunk = -(-shape[dim] // self.size)
+        shape[dim] = max(0, min(chunk, shape[dim] - rank * chunk))
+        return shape
+
+    def _size(self, x: Tensor, name: str, rank: int) -> int:
+        return len(x) * torch.Size(self._shape(name, rank)).numel()
+
+    def _join(self, P: Mapping[str, Tensor], names: Sequence[str], gathered: Tensor) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for rank, line in enumerate(gathered):
+            at = 0
+            for name in names:
+                size = self._size(P[name], name, rank)
+                parts[name].append(line[at : at + size].view(len(P[name]), *self._shape(name, rank)))
+                at += size
+        return {name: torch.cat(found, dim=1 + _sharded_dim(self._whole[name])) for name, found in parts.items()}
+
+
+def is_sharded_whole(model: nn.Module) -> bool:
+    """Whether any part of the model is ``fully_shard``'s."""
+    return any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def refuse_layout(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Raises TypeError, by name, for parameters that are spread in another way than in parts along one dimension."""
+    if not isinstance(model, FSDPModule):
+        raise TypeError("parts of model are fully_shard's, the model itself is not: call fully_shard(model) last, on the whole")
+    for name, p in params.items():
+        if not isinstance(p, DTensor):
+            raise TypeError(f"'{name}' is whole in every process (ignored_params), which is not supported: shard or freeze it")
+        if p.device_mesh.ndim != 1 or not isinstance(p.placements[0], Shard):
+            raise TypeError(
+                f"'{name}' lies on a mesh of {p.device_mesh.ndim} dimensions as {p.placements} (hybrid sharding, tensor parallel),"
+                " which is not supported: use fully_shard over one dimension"
+            )
+    for module in model.modules():
+        for group in _groups(module) if isinstance(module, FSDPModule) else ():
+            policy = type(group.offload_policy).__name__
+            if policy != "OffloadPolicy":
+                raise TypeError(f"fully_shard with {policy} is not supported: keep shards on the device")
+
+
+def _groups(module: Any) -> list[Any]:
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    found = [state._fsdp_param_group] if several is None else several
+    return [group for group in found if group is not None]
+
+
+def _sharded_dim(p: Tensor) -> int:
+    assert isinstance(p, DTensor)
+    placement = p.placements[0]
+    assert isinstance(placement, Shard)
+    return placement.dim
+
+
+def _units(model: nn.Module, params: Mapping[str, Tensor]) -> list[tuple[Any, list[str]]]:
+    """The sharded modules, each with the names of the parameters that no sharded module inside of it has."""
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, FSDPModule)}
+    found: dict[str, list[str]] = {name: [] for name in modules}
+    for name in params:
+        inside = [path for path in modules if path == "" or name.startswith(f"{path}.")]
+        found[max(inside, key=len)].append(name)
+    return [(modules[path], names) for path, names in found.items()]
