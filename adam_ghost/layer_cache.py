@@ -111,7 +111,10 @@ class LayerCache:
         Raises ValueError if they were changed in any other way.
         """
         grads = self._grads()
-        if self._fingerprint is None or self._fingerprint.untouched(grads):
+        if self._fingerprint is None:
+            return {}
+        # what is done to a sharded gradient leaves no mark on its parts
+        if not self.validation.world.sharded and self._fingerprint.untouched(grads):
             return {}
         changes = self._fingerprint.changes(grads, self.validation.world)
         if changes.edited.device.type == "cpu" and bool(changes.edited.any()):
@@ -139,12 +142,13 @@ def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) ->
         raise ValueError("nothing was recorded: run the model's forward and backward pass inside `with cache`")
     if not cache.same_weights():
         raise ValueError("the weights changed since `with cache`: compute the scores before optimizer.step()")
+    world = cache.validation.world
+    world.settle()
     for name, p in cache.model.named_parameters():
         # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
-        g = p.grad
+        g = None if p.grad is None else world.local(p.grad)
         if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
-    world = cache.validation.world
     world.check_reduced()
     step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage, world)
     step.scale = cache.scaled_since()

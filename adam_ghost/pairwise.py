@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.kinds import is_transposed, layer_kind
-from adam_ghost.layer_cache import LayerCache, open_step
+from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import OptState
 from adam_ghost.scores import ops
 from adam_ghost.scores.shapes import add, samples_first
@@ -34,6 +34,9 @@ def gram(layer_cache: LayerCache, opt_state: torch.optim.Optimizer | OptState, *
     """
     if preconditioner not in ("exact", "factored", None):
         raise ValueError(f"preconditioner must be 'exact', 'factored' or None, got {preconditioner!r}")
+    check_cache(layer_cache)
+    if layer_cache.validation.world.sharded:
+        raise ValueError("gram needs whole parameters, and fully_shard shards this model's")
     return add(_products(open_step(layer_cache, opt_state), preconditioner))
 
 

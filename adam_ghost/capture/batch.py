@@ -153,9 +153,10 @@ class Batch:
 
     def _reshaped(self, x: Tensor, axis: int, out: Tensor) -> Tag | None:
         """Row-major reshapes keep a sample's elements together as long as the dimensions before the batch stay."""
-        if out.numel() != x.numel() or out.shape[:axis] != x.shape[:axis] or out.ndim <= axis or out.shape[axis] % self.n:
+        n = max(self.n, 1)  # of an empty batch everything is a multiple
+        if out.numel() != x.numel() or out.shape[:axis] != x.shape[:axis] or out.ndim <= axis or out.shape[axis] % n:
             return None
-        return axis, out.shape[axis] // self.n
+        return axis, out.shape[axis] // n
 
     def _written(self, target: Tensor, index: Any, value: Any) -> Tag | None:
         """The one dimension of ``target`` that its part at ``index`` shows where ``value`` has its samples."""

@@ -5,6 +5,7 @@ and dropped again; a unit is what one ``fully_shard`` wraps.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ class Shards(Processes):
         super().__init__(first.device_mesh.get_group())
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self.units = _units(model, self._whole)
+        self._broken = False  # whether a pass broke off, in which the others wait for this process
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._broken = True
+            raise
+
+    def _agree(self, error: Exception | None = None) -> None:
+        # the others wait for parameters in a pass: they learn of the error when this process ends
+        if not self._broken:
+            super()._agree(error)
 
     def check_reduced(self) -> None:
         for module in self._modules:

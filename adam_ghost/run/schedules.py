@@ -271,7 +271,8 @@ class After(Collecting):
         return form_direction(opt_state, params, grads, val, loop.rule, loop.world, keep)
 
     def state_dict(self) -> Any:
-        return None if self._val is None else (self._val.loss, self._val.grads)
+        # parts of a gradient are of use to as many processes alone: a run on shards takes a new one when it goes on
+        return None if self._val is None or self.loop.world.sharded else (self._val.loss, self._val.grads)
 
     def load_state_dict(self, state: Any) -> None:
         if state is None:

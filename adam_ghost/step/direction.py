@@ -93,7 +93,7 @@ def form_direction(
     grads: Gradients,
     val: ValidationGradient,
     rule: str,
-    world: World,
+    world: World | None = None,
     keep: bool = False,
 ) -> Direction:
     """``P`` of ``params`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``; takes the place of ``val``'s
@@ -102,7 +102,7 @@ def form_direction(
     wide = [torch.promote_types(x.dtype, torch.float32) for x in val_grads]
     out = [torch.empty_like(x, dtype=t) if keep or t != x.dtype else x for x, t in zip(val_grads, wide, strict=True)]
     found = opt_state.linearize(list(params.values()), [grads[name] for name in params], val_grads, rule, out)
-    history, total = world.sum_parts(torch.stack([found.history, found.total]))
+    history, total = (world or World()).sum_parts(torch.stack([found.history, found.total]))
     return Direction(dict(zip(params, found.P, strict=True)), val.loss, history, total)
 
 

@@ -4,17 +4,18 @@ import contextlib
 import warnings
 
 import torch
-from loops import Net, batch, loss_of, validation
+from loops import Net, batch, loss_of, parts, spread_out, train, validation
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import adam_ghost as ag
 
 
-def wrapped(**options):
-    model = DistributedDataParallel(Net().double(), **options)
+def wrapped(spread="ddp"):
+    model = spread_out(Net().double(), spread)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
@@ -26,9 +27,9 @@ def step(model, optimizer, run, t):
     optimizer.zero_grad()
 
 
-def failing(where: str, schedule: str) -> str:
+def failing(where: str, schedule: str, spread: str = "ddp") -> str:
     """Process 1 fails in the second step; what each process raised, and that the processes are still in step afterwards."""
-    model, optimizer = wrapped()
+    model, optimizer = wrapped(spread)
     sick = where if distributed.get_rank() == 1 else ""
     calls = 0
 
@@ -103,13 +104,10 @@ def random_validation(alike: bool) -> tuple[list, list[str], int]:
     return [s.val_loss for s in run.steps], said, drawn - int(torch.randint(10**6, ()))
 
 
-def thin(sizes: tuple[int, ...], clip: float | None) -> list[float]:
+def thin(spread: str, sizes: tuple[int, ...], clip: float | None) -> list[float]:
     """The thin layer's scores of one step, of two accumulated passes' second."""
-    from loops import parts
-
-    one = len(sizes) == 1 or not distributed.is_initialized()
-    plain = Net().double()
-    model = plain if one else DistributedDataParallel(plain)
+    one = spread == "one"
+    model = spread_out(Net().double(), spread)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cache = ag.LayerCache(model, val_loss=validation(model, False))
     for t in range(3):
@@ -129,3 +127,35 @@ def thin(sizes: tuple[int, ...], clip: float | None) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
     return scores.tolist()
+
+
+def refused_shards(what: str) -> str:
+    """How a model that is sharded in another way is refused; each raises before anything is exchanged."""
+    model = Net().double()
+    mesh = init_device_mesh("cpu", (2,))
+    if what == "part":
+        fully_shard(model.block, mesh=mesh)
+    elif what == "hybrid":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts")))
+    elif what == "offloaded":
+        fully_shard(model, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    else:
+        fully_shard(model, mesh=mesh, ignored_params={model.shift} if what == "ignored" else None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    try:
+        with ag.InRun(model, optimizer, validation(model, False), what if what == "lookahead" else "midpoint") as run:
+            if what == "unaveraged":
+                model.set_requires_gradient_sync(False)
+            if what == "divided":
+                model.set_gradient_divide_factor(3.0)
+            step(model, optimizer, run, 0)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return "nothing"
+
+
+def half(steps: int) -> tuple[list, list]:
+    """Sums of scores, and what they have to add up to, where passes run in bfloat16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found = train("fsdp", "midpoint", dtype=torch.float32, steps=steps, warm=True, wrapper={"mp_policy": policy})
+    return found["sums"], found["totals"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,6 +67,27 @@ def validation(model: nn.Module, split: bool) -> Any:
     return lambda: F.cross_entropy(model(x), y)
 
 
+def spread_out(model: Net, spread: str, **options: Any) -> Any:
+    """The model as ``one`` process, ``ddp`` or ``fsdp`` train it."""
+    if spread == "ddp":
+        return DistributedDataParallel(model, **options)
+    if spread == "fsdp":
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        for part in (model.block, model):
+            fully_shard(part, mesh=mesh, **options)
+    return model
+
+
+def give_history(optimizer: torch.optim.Optimizer, p: Tensor) -> None:
+    """A hundred steps that were never taken, the same however ``p`` is spread."""
+    g = torch.Generator().manual_seed(7)
+    m, v = 0.01 * torch.randn(p.shape, generator=g), 1e-4 + 1e-3 * torch.rand(p.shape, generator=g)
+    moments = [x.to(p.dtype) for x in (m, v)]
+    if isinstance(p, DTensor):
+        moments = [distribute_tensor(x, p.device_mesh, p.placements) for x in moments]
+    optimizer.state[p] = {"step": torch.tensor(100.0), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+
 def train(
     spread: str,
     schedule: str | None,
@@ -94,23 +115,11 @@ def train(
     """
     several = spread != "one"
     plain = Net(extra).to(dtype)
-    model: Any = plain
-    if spread == "ddp":
-        model = DistributedDataParallel(plain, **(wrapper or {}))
-    elif spread == "fsdp":
-        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-        for part in (plain.block, plain):
-            fully_shard(part, mesh=mesh, **(wrapper or {}))
+    model = spread_out(plain, spread, **(wrapper or {}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 
-    if warm:
-        g = torch.Generator().manual_seed(7)
-        for p in plain.parameters():
-            moments = {
-                "exp_avg": 0.01 * torch.randn(p.shape, generator=g),
-                "exp_avg_sq": 1e-4 + 1e-3 * torch.rand(p.shape, generator=g),
-            }
-            optimizer.state[p] = {"step": torch.tensor(100.0)} | {name: x.to(dtype) for name, x in moments.items()}
+    for p in plain.parameters() if warm else ():
+        give_history(optimizer, p)
 
     def train_loss(given: Any) -> Tensor:
         x, y, shares = given

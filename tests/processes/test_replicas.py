@@ -60,8 +60,8 @@ def test_single_precision(schedule, pair):
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
 def test_the_thin_layer(clip, pair):
-    found = [s for mine in pair.run(thin, (4, 2), clip) for s in mine]
-    expected = np.array(thin((4, 2), clip))
+    found = [s for mine in pair.run(thin, "ddp", (4, 2), clip) for s in mine]
+    expected = np.array(thin("one", (4, 2), clip))
     assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 from compared import distance, joined
+from faults import failing, half, refused_shards, thin
 from loops import UNEVEN, WITH_NONE, train
 
 CASES = {
@@ -30,3 +30,39 @@ def test_scores_are_those_of_one_process(name, pair):
             np.testing.assert_allclose(mine[what], expected[what], rtol=1e-10, atol=1e-13)
         for w, x in zip(mine["weights"], plain[0]["weights"], strict=True):
             np.testing.assert_array_equal(w, x)
+
+
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
+def test_the_thin_layer(clip, pair):
+    found = [s for mine in pair.run(thin, "fsdp", (4, 2), clip) for s in mine]
+    expected = np.array(thin("one", (4, 2), clip))
+    assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
+
+
+def test_passes_in_half_precision(pair):
+    """The gradient that is used is rounded where the processes' gradients are added up: to bfloat16's half a percent."""
+    for sums, totals in pair.run(half, 4):
+        assert np.abs(np.subtract(sums, totals)).max() < 0.01 * np.abs(totals).max()
+
+
+def test_an_error_in_one_process_reaches_all(pair):
+    healthy, sick = pair.run(failing, "batch", "midpoint", "fsdp")
+    error = "RuntimeError: optimizer.step() without a recorded forward pass"
+    assert sick.startswith(error) and healthy.startswith(f"PeerFailed: process 1 raised {error}")
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("part", "the model itself is not: call fully_shard(model) last"),
+        ("hybrid", "mesh of 2 dimensions"),
+        ("offloaded", "CPUOffloadPolicy is not supported"),
+        ("ignored", "'shift' is whole in every process (ignored_params)"),
+        ("lookahead", "schedule='lookahead' is not supported where fully_shard shards the model: use 'midpoint'"),
+        ("unaveraged", "gradients are not averaged over the 2 processes"),
+        ("divided", "set_gradient_divide_factor() is not supported"),
+    ],
+)
+def test_other_shards_are_refused(what, message, pair):
+    for said in pair.run(refused_shards, what):
+        assert message in said
