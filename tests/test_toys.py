@@ -102,4 +102,4 @@ def test_toys_leave_with_the_test(monkeypatch):
     monkeypatch.undo()
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match="got SGD"):
-        protocol.read_optimizer(torch.optim.SGD(model.parameters()))
+        protocol.read_one(torch.optim.SGD(model.parameters()))

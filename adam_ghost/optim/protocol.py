@@ -124,7 +124,7 @@ def register(optimizer: type[torch.optim.Optimizer], read: Callable[[Any], OptSt
     _READERS[optimizer] = read
 
 
-def read_optimizer(opt_state: Any, name: str = "opt_state") -> OptState:
+def read_one(opt_state: Any, name: str = "opt_state") -> OptState:
     """The state of an optimizer about to step; an ``OptState`` is returned as it is.
 
     Raises TypeError for an optimizer that nobody registered, also for subclasses that step differently.

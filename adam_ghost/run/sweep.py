@@ -160,9 +160,10 @@ class Sweep:
         """
         each = len(found) // len(self.names)
         for i, (before, x, y) in enumerate(zip(start, there, found, strict=True)):
-            if x is None and y is None:
+            some = y if x is None else x
+            if some is None:
                 continue
-            x, y = (torch.zeros_like(self.params[i // each]) if t is None else t for t in (x, y))
+            x, y = (torch.zeros_like(some) if t is None else t for t in (x, y))
             moved = y if before is None else y - before
             allowed = _SAME_STATE * moved.norm() + 4 * torch.finfo(y.dtype).eps * y.norm()
             if not bool((x - y).norm() <= allowed):
