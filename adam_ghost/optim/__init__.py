@@ -1,6 +1,6 @@
 """What an optimizer will do to any gradient, without doing it; an optimizer is a file. Knows no layers."""
 
-from adam_ghost.optim import adam  # noqa: F401  registers itself
+from adam_ghost.optim import adafactor, adagrad, adam, adamax, muon, nadam, radam, rmsprop, sgd  # noqa: F401  they register
 from adam_ghost.optim.protocol import OptState, register
 from adam_ghost.optim.read import Optimizers, listed, read_optimizer
 

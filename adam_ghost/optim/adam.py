@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from adam_ghost.optim import adam_definition as definition
 from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import RULES, StepScalars
-from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, register
+from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, number, register
 
 
 class ParamState(NamedTuple):
@@ -224,13 +224,6 @@ class AdamState:
         return typical.sqrt_().clamp_(min=smallest).copysign_(s.exp_avg)
 
 
-def _number(x: float | Tensor) -> float | Tensor:
-    """A float where reading costs no device synchronisation, else a float64 0-D tensor."""
-    if not isinstance(x, Tensor):
-        return float(x)
-    return float(x) if x.device.type == "cpu" else x.detach().double().reshape(())
-
-
 def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
@@ -238,10 +231,10 @@ def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             scalars = StepScalars(
-                t=_number(state.get("step", 0)) + 1,
-                lr=_number(group["lr"]),
-                beta1=_number(beta1),
-                beta2=_number(beta2),
+                t=number(state.get("step", 0)) + 1,
+                lr=number(group["lr"]),
+                beta1=number(beta1),
+                beta2=number(beta2),
                 eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
                 decoupled=bool(decoupled),

@@ -116,6 +116,13 @@ class OptState(Protocol):
         ...
 
 
+def number(x: float | Tensor) -> float | Tensor:
+    """A float where reading costs no device synchronisation, else a float64 0-D tensor."""
+    if not isinstance(x, Tensor):
+        return float(x)
+    return float(x) if x.device.type == "cpu" else x.detach().double().reshape(())
+
+
 _READERS: dict[type[torch.optim.Optimizer], Callable[[Any], OptState]] = {}
 
 
