@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.ledger.ids import normalise
-from adam_ghost.optim import Optimizers, listed, read_optimizer
+from adam_ghost.optim import Optimizers, edits_gradients, listed, read_optimizer
 from adam_ghost.run.arguments import check_arguments, check_held, window_options
 from adam_ghost.run.attached import claim, weakly
 from adam_ghost.run.compiled import is_compiled
@@ -371,7 +371,7 @@ class InRun:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         scored = self._scored.pop(optimizer, None)
-        if scored is not None and not scored.untouched():
+        if scored is not None and not edits_gradients(optimizer) and not scored.untouched():
             self._withdraw()
             raise RuntimeError(
                 "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"

@@ -20,7 +20,7 @@ N, T, D = 5, 3, 6
 def registered(monkeypatch):
     """The toys, for one test."""
     for module, registry in ((protocol, "_READERS"), (forms, "_FORMS"), (kinds, "_KINDS")):
-        monkeypatch.setattr(module, registry, dict(getattr(module, registry)))
+        monkeypatch.setattr(module, registry, type(held := getattr(module, registry))(held))
     for toy in ("toys.heavy_ball", "toys.scale"):
         monkeypatch.delitem(sys.modules, toy, raising=False)
         importlib.import_module(toy)

@@ -1,8 +1,8 @@
 """Adam and AdamW: a ``torch.optim.Adam`` or ``AdamW`` read as what it is to one step; copies nothing."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class AdamState:
     """
 
     linearizations: tuple[str, ...] = RULES
+    not_carried: str | None = None
 
     def __init__(self, params: Iterable[ParamState]):
         self._params = {s.param: s for s in params}
@@ -54,7 +55,12 @@ class AdamState:
             raise TypeError(
                 f"opt_state must be a torch.optim.Adam, torch.optim.AdamW or adam_ghost.AdamState, got {type(opt_state).__name__}"
             )
-        return cls(_read(opt_state))
+        return cls.of_groups(opt_state, opt_state.param_groups, decoupled=isinstance(opt_state, torch.optim.AdamW))
+
+    @classmethod
+    def of_groups(cls, optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], decoupled: bool) -> "AdamState":
+        """From those groups of an optimizer that it steps as Adam does; ``decoupled``: with AdamW's decay, if they do not say."""
+        return cls(_read(optimizer, groups, decoupled))
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._params
@@ -224,10 +230,9 @@ class AdamState:
         return typical.sqrt_().clamp_(min=smallest).copysign_(s.exp_avg)
 
 
-def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
-    for group in optimizer.param_groups:
+def _read(optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], decoupled: bool) -> Iterator[ParamState]:
+    for group in groups:
         beta1, beta2 = group["betas"]
-        decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             scalars = StepScalars(
@@ -237,9 +242,9 @@ def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
                 beta2=number(beta2),
                 eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
-                decoupled=bool(decoupled),
-                amsgrad=bool(group["amsgrad"]),
-                maximize=bool(group["maximize"]),
+                decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
+                amsgrad=bool(group.get("amsgrad")),
+                maximize=bool(group.get("maximize")),
             )
             yield ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
 

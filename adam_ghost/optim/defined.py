@@ -36,6 +36,7 @@ class Defined:
 
     linearizations: tuple[str, ...]
     kinds: ClassVar[int]  # of state tensors per parameter
+    not_carried: str | None = None
 
     # (scalars, weights w, gradient x, *state) -> what the step subtracts from w, and the state after it. ``x`` points downhill
     # (negated under maximize); all tensors are at least float32, and none is written to
@@ -219,7 +220,7 @@ class Defined:
 class Elementwise(Defined):
     """An optimizer that steps each element by that element's gradient and state alone."""
 
-    linearizations = ("secant", "tangent", "sgd")
+    linearizations: tuple[str, ...] = ("secant", "tangent", "sgd")
 
     def _slopes(self, row: Row, w: Tensor, x: Tensor, state: Sequence[Tensor], val: Tensor, rule: str) -> Tensor:
         start = torch.zeros_like(x) if rule == "secant" else x
@@ -238,7 +239,7 @@ class Coupled(Defined):
     The integral of its derivative along the gradient's path is taken by four Gauss points, each a vector-Jacobian product.
     """
 
-    linearizations = ("path", "tangent", "sgd")
+    linearizations: tuple[str, ...] = ("path", "tangent", "sgd")
 
     def _slopes(self, row: Row, w: Tensor, x: Tensor, state: Sequence[Tensor], val: Tensor, rule: str) -> Tensor:
         found = torch.zeros_like(val)

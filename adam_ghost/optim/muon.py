@@ -14,16 +14,18 @@ from adam_ghost.optim.chord import Scalar
 from adam_ghost.optim.defined import Coupled
 from adam_ghost.optim.protocol import number, register
 
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+
 
 class Scalars(NamedTuple):
     lr: Scalar
     momentum: float
     weight_decay: float
-    nesterov: bool = True
-    coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315)
-    iterations: int = 5
-    eps: float = 1e-7
-    adjust: str | None = None  # of lr, by the matrix' shape: as in torch.optim.Muon
+    nesterov: bool
+    coefficients: tuple[float, float, float]
+    iterations: int
+    eps: float
+    adjust: str | None  # of lr, by the matrix' shape: as in torch.optim.Muon
     maximize: bool = False
     dtype: torch.dtype = torch.bfloat16  # of the iterations
 
@@ -44,17 +46,17 @@ class MuonState(Coupled):
     def smooth(cls, s: Scalars, w: Tensor, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
         return cls.moved(s._replace(dtype=w.dtype), w, x, *state)
 
-    @staticmethod
+    @staticmethod  # what a group does not say is as in torch.optim.Muon
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None]]:
         scalars = Scalars(
             lr=number(group["lr"]),
             momentum=float(group["momentum"]),
             weight_decay=float(group["weight_decay"]),
-            nesterov=bool(group["nesterov"]),
-            coefficients=tuple(group["ns_coefficients"]),
-            iterations=int(group["ns_steps"]),
-            eps=float(group["eps"]),
-            adjust=group["adjust_lr_fn"],
+            nesterov=bool(group.get("nesterov", True)),
+            coefficients=tuple(group.get("ns_coefficients", COEFFICIENTS)),
+            iterations=int(group.get("ns_steps", 5)),
+            eps=float(group.get("eps", 1e-7)),
+            adjust=group.get("adjust_lr_fn"),
         )
         return scalars, (held.get("momentum_buffer"),)
 

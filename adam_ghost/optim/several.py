@@ -29,6 +29,7 @@ class Several:
     """
 
     linearizations: tuple[str, ...]
+    not_carried: str | None
 
     def __init__(self, states: Sequence[OptState], order: Sequence[Tensor] | None = None):
         """``order``: that of ``parameters()``; otherwise one optimizer's after another's.
@@ -45,6 +46,7 @@ class Several:
         firsts = {state.linearizations[0] for state in self.states}
         known = [rule for rule in self.states[0].linearizations if all(rule in s.linearizations for s in self.states)]
         self.linearizations = tuple(known) if len(firsts) == 1 else ("exact", *known)
+        self.not_carried = next((state.not_carried for state in self.states if state.not_carried), None)
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._owner

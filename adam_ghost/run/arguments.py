@@ -31,6 +31,8 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
     for name, value, allowed in (("schedule", schedule, SCHEDULES), ("rule", rule, opt_state.linearizations)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if schedule == "window" and opt_state.not_carried is not None:
+        raise ValueError(f"schedule='window' carries credit through the optimizer's steps, but {opt_state.not_carried}")
     refuse_unsupported(model)
     check_held({name: p for name, p in model.named_parameters() if p.requires_grad}, opt_state)
     for group in (group for each in listed(optimizer) for group in each.param_groups):
