@@ -24,7 +24,7 @@ class MuonAndAdam(torch.optim.Optimizer):
         buffer.lerp_(p.grad, 1 - group["momentum"])
         x = p.grad.lerp_(buffer, group["momentum"]).bfloat16()  # in place, to save memory
         x = x.mT if len(p) > p.shape[1] else x
-        x = x / (x.norm() + 1e-7)
+        x = x / x.norm().clamp(min=1e-7)
         for _ in range(5):
             gram = x @ x.mT
             x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
