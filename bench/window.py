@@ -90,7 +90,7 @@ def leave_one_out(task: Task, at: list[int], K: int) -> dict[int, tuple[Tensor, 
     every = at[1] - at[0]
 
     def run(t: Task, optimizer: torch.optim.Optimizer) -> ag.InRun:
-        options = {"window": 1, "ahead": K - 1, "every": every, "warm_up": 0, "train_loss": t.loss}
+        options = {"window": 1, "ahead": K - 1, "every": every, "train_loss": t.loss}
         return ag.InRun(t.model, optimizer, t.val_loss, "window", **options)
 
     attached = train_on(task, run, each=lambda: None)
