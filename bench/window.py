@@ -136,8 +136,9 @@ WINDOWS = {
     "windows of 10": (10, 0, "differences"),
     "windows of 32": (32, 0, "differences"),
     "windows of 32, 32 ahead (the default)": (32, 32, "differences"),
-    "the same, Gauss-Newton": (32, 32, "gauss-newton"),
-    "the same, no feedback": (32, 32, "none"),
+    "windows of 40, 40 ahead": (40, 40, "differences"),
+    "the default, Gauss-Newton": (32, 32, "gauss-newton"),
+    "the default, no feedback": (32, 32, "none"),
     "the whole run": (10**6, 0, "differences"),
 }
 # the whole runs: task and learning rate

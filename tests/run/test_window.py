@@ -216,14 +216,6 @@ def test_nothing_stays_behind():
     assert residue(training.model) == before
 
 
-@pytest.mark.parametrize("option", ["Adam", "AdamW-decay", "betas", "groups"])
-def test_bounded_derivative(option):
-    training = Training(mlp(), OPTIONS[option]).attach(bounded=True).train(6)
-    want = training.credit(1, 4, 6, bounded=True)
-    assert apart(training.scores(), want) <= EXACT
-    assert apart(training.credit(1, 4, 6), want) > 1e-3
-
-
 @pytest.mark.parametrize("feedback", ["double", "forward"])
 @pytest.mark.parametrize("model, data", [(mlp, points), (gpt, texts)], ids=["mlp", "gpt"])
 def test_dropout(model, data, feedback):
