@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Recording
-from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.optim import Optimizers, OptState, read_optimizer
+from adam_ghost.optim.adam import AdamState
 from adam_ghost.processes.find import find_world, refuse_unfollowed
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, Fingerprint
@@ -132,7 +133,7 @@ def check_cache(cache: object) -> None:
         raise TypeError(f"layer_cache must be an adam_ghost.LayerCache, got {type(cache).__name__}")
 
 
-def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) -> Step:
+def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
     """The step that ``cache`` recorded, checked before anything is computed or changed. Errors as in ``attribute``."""
     check_cache(cache)
     opt_state = read_optimizer(opt_state)
@@ -143,6 +144,8 @@ def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) ->
     if not cache.same_weights():
         raise ValueError("the weights changed since `with cache`: compute the scores before optimizer.step()")
     world = cache.validation.world
+    if world.sharded and type(opt_state) is not AdamState:
+        raise ValueError("where fully_shard shards the model, one Adam or AdamW of torch.optim must train it")
     world.settle()
     for name, p in cache.model.named_parameters():
         # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite

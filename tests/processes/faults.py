@@ -41,7 +41,7 @@ def failing(where: str, schedule: str, spread: str = "ddp") -> str:
         return validation(model, False)()
 
     said = "nothing"
-    options = {"window": 1, "ahead": 0, "warm_up": 0, "train_loss": lambda given: loss_of(model, *given)}
+    options = {"window": 1, "ahead": 0, "train_loss": lambda given: loss_of(model, *given)}
     run = ag.InRun(model, optimizer, val_loss, schedule, **options if schedule == "window" else {})
     try:
         for t in range(3):

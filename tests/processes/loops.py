@@ -133,7 +133,7 @@ def train(
     if schedule is not None:
         options = dict(options or {})
         if schedule == "window":
-            options = {"window": 3, "ahead": 2, "warm_up": 2, "train_loss": train_loss} | options
+            options = {"window": 3, "ahead": 2, "train_loss": train_loss} | options
         shown = plain if inner else model
         if ledger is not None:
             options["ledger"] = ag.LedgerWriter(ledger, flush_rows=9)
