@@ -4,7 +4,7 @@ import contextlib
 import warnings
 
 import torch
-from loops import Net, batch, loss_of, parts, spread_out, train, validation
+from loops import Net, batch, give_history, loss_of, parts, spread_out, train, validation
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.nn import functional as F
 
 import adam_ghost as ag
+from adam_ghost.processes import shards, world
 
 
 def wrapped(spread="ddp"):
@@ -159,3 +160,38 @@ def half(steps: int) -> tuple[list, list]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     found = train("fsdp", "midpoint", dtype=torch.float32, steps=steps, warm=True, wrapper={"mp_policy": policy})
     return found["sums"], found["totals"]
+
+
+class Counted:
+    """torch.distributed, with a list of the exchanges made through it: the function's name, and the bytes of tensors."""
+
+    def __init__(self, made: list):
+        self._made = made
+
+    def __getattr__(self, name: str):
+        real = getattr(distributed, name)
+        if name not in ("all_reduce", "all_gather_into_tensor", "all_gather_object", "broadcast_object_list"):
+            return real
+
+        def call(first, *args, **kwargs):
+            self._made.append((name, first.nbytes if isinstance(first, torch.Tensor) else 0))
+            return real(first, *args, **kwargs)
+
+        return call
+
+
+def exchanges(spread: str, schedule: str, split: bool) -> list[tuple[str, int]]:
+    """What the third step exchanges beside the training's own exchanges."""
+    model, optimizer = wrapped(spread)
+    for p in model.parameters():
+        give_history(optimizer, p)
+    made: list = []
+    with ag.InRun(model, optimizer, validation(model, split), schedule, val_split=split) as run:
+        for t in range(3):
+            made.clear()
+            world.distributed = shards.distributed = Counted(made)
+            try:
+                step(model, optimizer, run, t)
+            finally:
+                world.distributed = shards.distributed = distributed
+    return made

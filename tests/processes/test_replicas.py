@@ -13,16 +13,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
 
 CASES = {
     "midpoint": {"schedule": "midpoint"},
-    "gauss": {"schedule": "gauss"},
     "lookahead": {"schedule": "lookahead"},
     "window": {"schedule": "window"},
-    "split": {"schedule": "midpoint", "split": True},
     "inner": {"schedule": "lookahead", "inner": True},
-    "uneven": {"schedule": "midpoint", "sizes": UNEVEN},
     "none": {"schedule": "midpoint", "sizes": WITH_NONE},
     "lookahead-none": {"schedule": "lookahead", "sizes": WITH_NONE, "split": True},
     "window-none": {"schedule": "window", "sizes": WITH_NONE, "split": True},
-    "clipped": {"schedule": "midpoint", "clip": 0.05},
     "window-clipped": {"schedule": "window", "clip": 0.05},
     "accumulated": {"schedule": "midpoint", "micro": 2, "sizes": UNEVEN, "clip": 0.05},
     "lookahead-accumulated": {"schedule": "lookahead", "micro": 3},
