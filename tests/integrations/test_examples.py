@@ -42,3 +42,14 @@ def test_lora_trainer(tmp_path):
     pytest.importorskip("transformers")
     found = dict(re.findall(r"^(\w+) +mean standardised score ([-+.\d]+)", run("lora_trainer.py", tmp_path), re.M))
     assert float(found["sentence"]) > float(found["noise"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--shard"]], ids=["replicas", "shards"])
+def test_several_processes(how, tmp_path):
+    pytest.importorskip("sklearn")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(ROOT / "examples" / "several_processes.py"), "--ledger", str(tmp_path / "ledger"), *how]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(re.findall(r"samples (\d+) have", done.stdout)[0]) > 25  # ten by chance
