@@ -24,6 +24,7 @@ from bench import kernels as kernels_bench
 from bench import ledger as ledger_bench
 from bench import machine
 from bench import ops as ops_bench
+from bench import optimizers as optimizers_bench
 from bench import predictions as predictions_bench
 from bench import throughput as throughput_bench
 from bench import window as window_bench
@@ -47,9 +48,14 @@ def _write(path: Path | None, results: Any) -> None:
 
 @app.command()
 def fidelity(
-    json: Json = None, quick: Annotated[bool, typer.Option(help="One setting, two steps.")] = False, device: str = "cpu"
+    json: Json = None,
+    quick: Annotated[bool, typer.Option(help="One setting, two steps.")] = False,
+    device: str = "cpu",
+    optimizer: Annotated[list[str] | None, typer.Option(help="Others than AdamW, by name, or 'all'.")] = None,
 ) -> None:
     """Every method against the exact Shapley values of the true step (Pearson R / relative L2)."""
+    if optimizer:
+        return _other_optimizers(optimizer, quick, json)
     table = Table()
     for name in ("batch, beta2, lr", "step", *fidelity_bench.METHODS, "exact's own error"):
         table.add_column(name, justify="right")
@@ -66,6 +72,31 @@ def fidelity(
         console.print(f"{method}: R >= 0.999 and relative L2 <= 0.02 at every audited step from 10 on", "except" if missed else "")
         for case in missed:
             console.print(f"  {case}")
+
+
+def _other_optimizers(names: list[str], quick: bool, json: Path | None) -> None:
+    known = list(optimizers_bench.OPTIMIZERS)
+    names = known if names == ["all"] else names
+    if unknown := [name for name in names if name not in known]:
+        raise typer.BadParameter(f"--optimizer: expected one of {', '.join(known)}, or all, got {unknown[0]!r}")
+    table = Table(caption="Windows of 5 steps and 5 ahead against leaving out and training on; cost beside AdamW's")
+    for name in ("optimizer", "step", *fidelity_bench.OWN_METHODS, "exact's own error", "window: R", "cost"):
+        table.add_column(name, justify="right")
+    found = []
+    for name in names:
+        result = fidelity_bench.other_optimizer(name, quick)
+        found.append(result)
+        window = "-" if result["window_r"] is None else f"{result['window_r']:.4f}"
+        for i, row in enumerate(result["rows"]):
+            cells = [f"{row[m]['r']:.4f} / {row[m]['relative_l2']:.3f}" for m in fidelity_bench.OWN_METHODS]
+            ends = ["", ""] if i else [window, f"{result['cost']:.1f}"]
+            table.add_row("" if i else name, str(row["step"]), *cells, f"{row['yardstick_error']:.4f}", *ends)
+    console.print(table)
+    _write(json, {"optimizers": found})
+    for result in found:
+        missed = [str(r["step"]) for r in result["rows"] if all(fidelity_bench.misses(r, m) for m in ("midpoint", "gauss"))]
+        if missed:
+            console.print(f"{result['optimizer']}: neither midpoint nor gauss has R >= 0.999 and error <= 0.02 at {missed}")
 
 
 @app.command()
