@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from adam_ghost.attribution import attribute
 from adam_ghost.demo.model import GPT
 from adam_ghost.layer_cache import LayerCache, open_step
-from adam_ghost.optim import Optimizers
+from adam_ghost.optim import Optimizers, read_optimizer
 from adam_ghost.shapley import ShapleyValues, exact_shapley
 from adam_ghost.step.direction import form_direction, validation_gradient
 from bench.optimizers import OPTIMIZERS, Make, cost, window_r
@@ -35,7 +35,7 @@ OWN_METHODS = {
     "midpoint": (None, "midpoint"),
     "gauss": (None, "gauss"),
 }
-OTHER_STEPS = (2, 10, 50, 200)
+OTHER_STEPS = (2, 10, 50)
 SETTINGS = [(batch, beta2, lr) for batch in (16, 64) for beta2, lr in ((0.999, 1e-3), (0.95, 3e-4))]
 STEPS = (2, 10, 50, 200, 500)
 CONTEXT = 64
@@ -129,11 +129,12 @@ def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
     training = Training(make, 16)
     rows = []
     for step, cache in training.stops((2, 10) if quick else OTHER_STEPS):
-        game = exact_shapley(cache, training.optimizers, permutations=2 if quick else 8, seed=step)
+        game = exact_shapley(cache, training.optimizers, permutations=2 if quick else 4, seed=step)
         rows.append({"optimizer": name, "step": step} | _compared(OWN_METHODS, game, cache, training.optimizers))
     window = window_r(training.model, training.optimizers, training.val_loss, training.loss, training.draw)
     model = GPT(256, CONTEXT, layers=2, width=256, heads=4)
-    return {"optimizer": name, "rows": rows, "window_r": window, "cost": cost(make, model)}
+    rules = " and ".join(dict.fromkeys(read_optimizer(each).linearizations[0] for each in training.optimizers))
+    return {"optimizer": name, "rule": rules, "rows": rows, "window_r": window, "cost": cost(make, model)}
 
 
 def measure(

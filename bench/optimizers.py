@@ -42,8 +42,8 @@ def _schedule_free(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 OPTIMIZERS: dict[str, Make] = {
     "AdamW": _alone(O.AdamW, lr=1e-3),
-    "SGD": _alone(O.SGD, lr=0.1),
-    "SGD, momentum": _alone(O.SGD, lr=0.03, momentum=0.9, nesterov=True),
+    "SGD": _alone(O.SGD, lr=0.03),
+    "SGD, momentum": _alone(O.SGD, lr=0.01, momentum=0.9, nesterov=True),
     "RMSprop": _alone(O.RMSprop, lr=1e-3),
     "RMSprop, centered": _alone(O.RMSprop, lr=3e-4, centered=True, momentum=0.9),
     "Adagrad": _alone(O.Adagrad, lr=1e-2),
@@ -107,3 +107,18 @@ def window_r(
                 each.zero_grad()
     audits = [s.audit.r for s in run.steps if s.audit is not None]
     return audits[0]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The table of docs/optimizers.md, from what ``bench fidelity --optimizer all`` wrote."""
+    lines = [
+        "| optimizer | its rule | `midpoint`, steps 10 / 50: R | relative L2 | `window`: R | cost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        rows = [row["midpoint"] for row in result["rows"] if row["step"] >= 10]
+        r = " / ".join(f"{row['r']:.4f}" for row in rows)
+        error = " / ".join(f"{row['relative_l2']:.3f}" for row in rows)
+        window = "refused" if result["window_r"] is None else f"{result['window_r']:.4f}"
+        lines.append(f"| {result['optimizer']} | {result['rule']} | {r} | {error} | {window} | {result['cost']:.1f} |")
+    return "\n".join(lines)
