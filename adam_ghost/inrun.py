@@ -84,8 +84,9 @@ class InRun:
             where windows are too long for their linearization.
         window: steps whose samples are scored together, by the validation loss at the window's end; ``auto``: chosen by audits.
         ahead: steps that the end lies beyond the last of them, so that all samples get an outlook; they are swept twice.
-        warm_up: steps that the optimizer has to have taken before the first window. Without a history of gradients its step is
-            nearly their sign, whose derivative says nothing of a change: credit of the first steps can be anything.
+        bounded: in ``window``, take Adam's derivative with a second moment of at least what one sample's share makes of it. Without
+            a history of gradients its step is nearly their sign, and the plain derivative says nothing of a change: where
+            gradients cancel, the credit of the first steps can be anything.
         train_loss: in ``window``, a function of what ``run.batch(ids, inputs=...)`` is given that returns the loss which the
             loop calls ``backward()`` on, once per micro-batch, up to a constant factor. Random numbers that it draws, of torch,
             come out as in the loop where it begins right after ``run.batch``; those that the model draws do anyhow.
@@ -119,7 +120,7 @@ class InRun:
         audit_permutations: int = 8,
         window: int | str = 32,
         ahead: int = 32,
-        warm_up: int = 10,
+        bounded: bool = True,
         train_loss: Callable[[Any], Tensor] | None = None,
         feedback: str = "differences",
         memory: str | int | None = None,
@@ -131,7 +132,7 @@ class InRun:
         rule = check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
             windows = window_options(
-                train_loss, window, ahead, warm_up, feedback, memory, audit_every, audit_samples, refresh, model
+                train_loss, window, ahead, bounded, feedback, memory, audit_every, audit_samples, refresh, model
             )
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", 1 if audit_every is None else audit_every)):
             if not isinstance(value, int) or value < 1:

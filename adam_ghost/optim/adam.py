@@ -171,21 +171,27 @@ class AdamState:
         kinds = 3 if any(s.scalars.amsgrad for s in self._params.values()) else 2
         return Adjoint(list(val_grads), [[torch.zeros_like(x) for x in val_grads] for _ in range(kinds)])
 
-    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint, shares: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """With ``shares``, the second moment counts as what one sample's share alone makes of it where it is less."""
         params = list(self.parameters())
         found: list[Tensor] = [torch.zeros_like(x) for x in after.weights]
         # a parameter without a gradient stays where it is, and so do its moments
         moving = [i for i, g in enumerate(grads) if g is not None]
-        m, v, *v_max = ([x[i] for i in moving] for x in after.state)
-        state = self.lists([params[i] for i in moving])
+        lambda_m, lambda_v, *lambda_v_max = ([x[i] for i in moving] for x in after.state)
+        m, v, v_max, steps = self.lists([params[i] for i in moving])
+        if shares is not None:
+            v = [_at_least(shares[i], s, x, grads[i]) for i, s, x in zip(moving, steps, v, strict=True)]
         adam_op.adjoint(
             [params[i] for i in moving],
             [grads[i] for i in moving],
-            *state,
-            [after.weights[i] for i in moving],
             m,
             v,
-            v_max[0] if v_max else [],
+            v_max,
+            steps,
+            [after.weights[i] for i in moving],
+            lambda_m,
+            lambda_v,
+            lambda_v_max[0] if lambda_v_max else [],
             out=[found[i] for i in moving],
         )
         return found
@@ -228,6 +234,12 @@ class AdamState:
         typical = s.exp_avg_sq / (1 - s.scalars.beta2 ** (s.scalars.t - 1))
         smallest = 0.1 * typical.mean().sqrt()
         return typical.sqrt_().clamp_(min=smallest).copysign_(s.exp_avg)
+
+
+def _at_least(share: Tensor, s: StepScalars, v: Tensor | None, g: Tensor) -> Tensor:
+    """``v`` raised where the second moment after the step would be less than what a gradient of ``share`` adds to it."""
+    least = (share.to(g.dtype).square() - g.square()) * ((1 - s.beta2) / (s.beta2 or 1.0))
+    return least.clamp_(min=0) if v is None else torch.maximum(least.to(v.dtype), v)
 
 
 def _read(optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], decoupled: bool) -> Iterator[ParamState]:

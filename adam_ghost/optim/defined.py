@@ -195,7 +195,7 @@ class Defined:
                 kind.append(val.new_zeros((*lead, *like.shape)))
         return Adjoint(list(val_grads), kinds)
 
-    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint, shares: Sequence[Tensor] | None = None) -> list[Tensor]:
         found = [torch.zeros_like(x) for x in after.weights]
         for i, (row, g) in enumerate(zip(self._rows.values(), grads, strict=True)):
             if g is None:  # it stays where it is, and so does its state

@@ -112,8 +112,12 @@ class OptState(Protocol):
         """The adjoint of a loss with this gradient by the weights, in the gradients' memory: it depends on no other state."""
         ...
 
-    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
-        """Turns the adjoint after the step with ``grads`` into that before it, in place; returns the gradient's, per parameter."""
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint, shares: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Turns the adjoint after the step with ``grads`` into that before it, in place; returns the gradient's, per parameter.
+
+        ``shares``: per parameter, ``[]``, the usual size of one sample's part of an element's gradient. A step whose derivative
+        means nothing at such a distance bounds it there (docs/method.md, 6); without them it is the derivative.
+        """
         ...
 
 
@@ -121,7 +125,7 @@ def number(x: float | Tensor) -> float | Tensor:
     """A float where reading costs no device synchronisation, else a float64 0-D tensor."""
     if not isinstance(x, Tensor):
         return float(x)
-    return float(x) if x.device.type == "cpu" else x.detach().double().reshape(())
+    return float(x) if x.device.type == "cpu" else x.detach().to(torch.float64, copy=True).reshape(())
 
 
 class Reader(NamedTuple):

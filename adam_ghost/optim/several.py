@@ -142,11 +142,11 @@ class Several:
                     kind[i] = x
         return Adjoint(list(val_grads), state)
 
-    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint, shares: Sequence[Tensor] | None = None) -> list[Tensor]:
         found: list[Tensor] = [torch.empty(0)] * len(self._order)
         for part in self._parts(self._order):
             own = [part.of(kind) for kind in after.state if kind[part.places[0]] is not _ABSENT]
-            pulled = part.state.pull(part.of(grads), Adjoint(part.of(after.weights), own))
+            pulled = part.state.pull(part.of(grads), Adjoint(part.of(after.weights), own), shares and part.of(shares))
             for i, x in zip(part.places, pulled, strict=True):
                 found[i] = x
         return found

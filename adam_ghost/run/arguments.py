@@ -61,7 +61,7 @@ def window_options(
     train_loss: Any,
     window: Any,
     ahead: Any,
-    warm_up: Any,
+    bounded: Any,
     feedback: Any,
     memory: Any,
     audit_every: int | None,
@@ -79,17 +79,18 @@ def window_options(
     for name, value, least in (
         ("window", window, 1),
         ("ahead", ahead, 0),
-        ("warm_up", warm_up, 0),
         ("audit_samples", audit_samples, 2),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if auto and audit_every is None:
         raise ValueError("window='auto' goes by audits: give audit_every, in windows")
+    if not isinstance(bounded, bool):
+        raise TypeError(f"bounded must be True or False, got {bounded!r}")
     if feedback not in FEEDBACKS:
         raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {feedback!r}")
     if refresh != 1:
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model.compile() hides the model's calls from schedule='window': use model = torch.compile(model)")
-    return WindowOptions(train_loss, window, ahead, warm_up, auto, feedback, parse_bytes(memory), audit_every, audit_samples)
+    return WindowOptions(train_loss, window, ahead, bounded, auto, feedback, parse_bytes(memory), audit_every, audit_samples)

@@ -111,7 +111,7 @@ class HeavyBallState:
     def adjoint(self, val_grads):
         return Adjoint(list(val_grads), [[torch.zeros_like(x) for x in val_grads]])
 
-    def pull(self, grads, after):
+    def pull(self, grads, after, shares=None):
         found = []
         (buffers,) = after.state
         for (_, _, (lr, momentum, decay)), w, b in zip(self.rows.values(), after.weights, buffers, strict=True):
