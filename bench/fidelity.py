@@ -35,7 +35,7 @@ OWN_METHODS = {
     "midpoint": (None, "midpoint"),
     "gauss": (None, "gauss"),
 }
-OTHER_STEPS = (2, 10, 50)
+OTHER_STEPS = (10, 30)
 SETTINGS = [(batch, beta2, lr) for batch in (16, 64) for beta2, lr in ((0.999, 1e-3), (0.95, 3e-4))]
 STEPS = (2, 10, 50, 200, 500)
 CONTEXT = 64
@@ -128,7 +128,7 @@ def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
     make = OPTIMIZERS[name]
     training = Training(make, 16)
     rows = []
-    for step, cache in training.stops((2, 10) if quick else OTHER_STEPS):
+    for step, cache in training.stops((10,) if quick else OTHER_STEPS):
         game = exact_shapley(cache, training.optimizers, permutations=2 if quick else 4, seed=step)
         rows.append({"optimizer": name, "step": step} | _compared(OWN_METHODS, game, cache, training.optimizers))
     window = window_r(training.model, training.optimizers, training.val_loss, training.loss, training.draw)

@@ -96,7 +96,7 @@ def window_r(
     """R of the first of ``2 window`` steps' credit with leaving each of 8 samples out and training on; None: no window there."""
     if read_optimizer(optimizers).not_carried:
         return None
-    options = {"window": window, "ahead": window, "warm_up": 0, "audit_every": 1, "audit_samples": 8, "feedback": "double"}
+    options = {"window": window, "ahead": window, "audit_every": 1, "audit_samples": 8, "feedback": "double"}
     with InRun(model, optimizers, val_loss, "window", train_loss=loss, every=2, **options) as run:
         for step in range(2 * window):
             x = draw()
@@ -112,7 +112,7 @@ def window_r(
 def table(results: list[dict[str, Any]]) -> str:
     """The table of docs/optimizers.md, from what ``bench fidelity --optimizer all`` wrote."""
     lines = [
-        "| optimizer | its rule | `midpoint`, steps 10 / 50: R | relative L2 | `window`: R | cost |",
+        "| optimizer | its rule | `midpoint`, steps 10 / 30: R | relative L2 | `window`: R | cost |",
         "|---|---|---|---|---|---|",
     ]
     for result in results:

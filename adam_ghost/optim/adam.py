@@ -180,7 +180,8 @@ class AdamState:
         lambda_m, lambda_v, *lambda_v_max = ([x[i] for i in moving] for x in after.state)
         m, v, v_max, steps = self.lists([params[i] for i in moving])
         if shares is not None:
-            v = [_at_least(shares[i], s, x, grads[i]) for i, s, x in zip(moving, steps, v, strict=True)]
+            entries = zip(moving, steps, v, strict=True)
+            v = [_at_least(shares[i], s, x, g) for i, s, x in entries if (g := grads[i]) is not None]
         adam_op.adjoint(
             [params[i] for i in moving],
             [grads[i] for i in moving],
