@@ -217,7 +217,7 @@ def launches(json: Json = None, lines: Annotated[int, typer.Option(help="Source 
     """What one step of GPT-2 124M asks of a GPU, counted on meta tensors: launches, bytes, copies that block, unlike operands."""
     found = launches_bench.measure()
     bound = found["bound"]
-    table = Table(caption="fused AdamW, bf16 autocast, 16 samples of 1,024 tokens; bytes of all tensors named, beyond the bound's")
+    table = Table(caption="fused AdamW, bf16 autocast, 16 samples of 1,024 tokens; bytes of tensors as large as a parameter")
     for name in (
         "",
         "launches",

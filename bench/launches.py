@@ -1,7 +1,7 @@
 """A ledger of one training step of GPT-2 124M on meta tensors: what a GPU would be asked to do, counted without one.
 
 Real shapes and no data. Every op that is dispatched is booked by the package's source line, views apart: launches (a
-``_foreach_`` op counts as one), bytes of all tensors named, copies from the host, operand dtypes. Triton's launchers run as on
+``_foreach_`` op counts as one), bytes of tensors as large as a parameter, copies from the host, operand dtypes. Triton's launchers run as on
 sm_90 and each kernel counts as one launch; an op of the extension counts the launches that ``csrc/cuda.cu`` makes. CUDA's
 autocast is imitated (bfloat16; norms and loss in float32), fused AdamW holds its step counts on the device. Whatever waits for
 the device (``.item()``, ``bool()``, a copy to the host) cannot be done on meta tensors, and ends the count with an error.
@@ -80,11 +80,12 @@ class Books(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.sizes: set[int] = set()
         self.clear()
 
     def clear(self) -> None:
         self.launches: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()  # of tensors as large as a parameter
         self.from_host: Counter[str] = Counter()  # copies by which the host waits for the device
         self.dtypes: Counter[str] = Counter()  # of the operands of kernels around products
 
@@ -99,7 +100,7 @@ class Books(TorchDispatchMode):
         out = func(*args, **kwargs)
         if name in ("_to_copy", "copy_") and self._crosses(args, out) and not kwargs.get("non_blocking") and True not in args[1:]:
             self.from_host[source()] += 1
-        if name not in _FREE:
+        if name not in _FREE and not (name == "to" and out is args[0]):
             self.enter(name, 1, (args, kwargs, out))
         return out
 
@@ -114,7 +115,7 @@ class Books(TorchDispatchMode):
             return
         where = f"{source()} {name}"
         self.launches[where] += launches
-        self.bytes[where] += sum(x.numel() * x.element_size() for x in named.values())
+        self.bytes[where] += sum(x.numel() * x.element_size() for x in named.values() if x.numel() in self.sizes)
 
     def _ours(self, name: str, args: tuple, kwargs: dict) -> Any:
         """An op of the package: its own code runs, down to the kernels."""
@@ -236,6 +237,7 @@ def count(variant: str, packed: bool = False) -> dict[str, Any]:
     with torch.device("meta"):
         model = GPT(vocabulary=50304, context=1024, layers=12, width=768, heads=12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    books.sizes = {p.numel() for p in model.parameters()}
     tokens, n = torch.zeros(17, 1025, dtype=torch.long, device="meta"), 16
 
     def loss(x: torch.Tensor) -> torch.Tensor:

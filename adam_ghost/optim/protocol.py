@@ -116,6 +116,15 @@ class OptState(Protocol):
         ...
 
 
+@runtime_checkable
+class Foreseeing(Protocol):
+    """An ``OptState`` that linearizes at the gradient which history lets expect without making it."""
+
+    def linearize_expected(self, params: Sequence[Tensor], val_grads: Sequence[Tensor], rule: str, out: list[Tensor]) -> Linearized:
+        """``linearize`` with each parameter's ``expected_gradient``."""
+        ...
+
+
 _READERS: dict[type[torch.optim.Optimizer], Callable[[Any], OptState]] = {}
 
 

@@ -258,8 +258,8 @@ class After(Collecting):
         why = partial(step.unexplained, direction.P)
         return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why)
 
-    def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
-        """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
+    def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None] | None, at: str) -> Direction:
+        """``P`` for ``params``; ``grads`` are those of all trainable parameters, None for what history lets expect."""
         loop = self.loop
         val = self._val
         if val is None or loop.refreshes:
@@ -311,8 +311,7 @@ class Ahead(After):
         opt_state = read_optimizer(loop.optimizer)
         if not self._foreseeable(opt_state):
             return None
-        expected = {name: opt_state.expected_gradient(p) for name, p in loop.params.items()}
-        return self._form(opt_state, loop.params, expected, "lookahead")
+        return self._form(opt_state, loop.params, None, "lookahead")
 
     def _foreseeable(self, opt_state: OptState) -> bool:
         # a step count on the device is not read; ours is never the larger
