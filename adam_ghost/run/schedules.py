@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.hooks import Hook
-from adam_ghost.capture.recorder import Recorder
+from adam_ghost.capture.learned import LearningRecorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState, read_optimizer
@@ -179,7 +179,7 @@ class After(Collecting):
     def __init__(self, loop: Loop, place: str):
         super().__init__(loop)
         self.place = place
-        self.recorder = Recorder(loop.model)
+        self.recorder = LearningRecorder(loop.model)
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
         self._handles: list[Any] = []
