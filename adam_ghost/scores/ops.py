@@ -5,11 +5,14 @@ device and shape; ``impl=`` overrides it for tests and benchmarks.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adam_ghost.scores import cost, cpu, definition
 from adam_ghost.warn import warn
@@ -84,6 +87,14 @@ def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:
     if impl == "triton" and why:
         raise RuntimeError(f"impl='triton': {why}")
     return impl != "reference" and not why
+
+
+def _run(op: str, impl: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls an op; without the dispatcher where nothing watches, as it costs the host more than a small product."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or isinstance(arguments[0], FakeTensor):
+        return getattr(torch.ops.adam_ghost, op)(*arguments)
+    with torch.no_grad():
+        return impl(*arguments)
 
 
 def has_kernel(op: str, *tensors: Tensor) -> bool:
@@ -177,7 +188,7 @@ def contract(
     """
     _check_tokens(offsets, {"a": a, "b": b})
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    return torch.ops.adam_ghost.contract(a, b, P, offsets, per_token, half, impl or _forced)
+    return _run("contract", _contract_impl, a, b, P, offsets, per_token, half, impl or _forced)
 
 
 @torch.library.impl(_lib, "contract", "CompositeExplicitAutograd")
@@ -214,7 +225,7 @@ def wgrad_score(
     """
     _check_tokens(offsets, {"a": a, "b": b})
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    return torch.ops.adam_ghost.wgrad_score(a, b, P, offsets, impl or _forced)
+    return _run("wgrad_score", _wgrad_score_impl, a, b, P, offsets, impl or _forced)
 
 
 @torch.library.impl(_lib, "wgrad_score", "CompositeExplicitAutograd")
@@ -323,7 +334,7 @@ def embedding_score(
     _check_tokens(offsets, {"b": b})
     _check_shape("indices", indices, *b.shape[:-1])
     _check_shape("P", P, None, P.shape[1] if P.ndim == 3 else 0, b.shape[-1])
-    return torch.ops.adam_ghost.embedding_score(indices, b, P, padding_idx, offsets, per_token, impl or _forced)
+    return _run("embedding_score", _embedding_score_impl, indices, b, P, padding_idx, offsets, per_token, impl or _forced)
 
 
 @torch.library.impl(_lib, "embedding_score", "CompositeExplicitAutograd")
@@ -371,7 +382,7 @@ def norm_score(
     _check_shape("P_weight", P_weight, None, x.shape[-1])
     _check_shape("P_bias", P_bias, *P_weight.shape)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return torch.ops.adam_ghost.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl or _forced)
+    return _run("norm_score", _norm_score_impl, x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl or _forced)
 
 
 @torch.library.impl(_lib, "norm_score", "CompositeExplicitAutograd")
