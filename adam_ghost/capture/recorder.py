@@ -19,6 +19,7 @@ from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_ax
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.surroundings import Surroundings
+from adam_ghost.capture.walk import named_parameters
 
 
 def unseen(hook: Callable) -> Callable:
@@ -149,7 +150,7 @@ class Recorder:
     def begin(self, recording: Recording) -> None:
         self._reset()
         self.recording = recording
-        self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.names = {p: name for name, p in named_parameters(self.model).items() if p.requires_grad}
         self.open = True
         self.mode.__enter__()
 

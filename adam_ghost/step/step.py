@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.walk import named_parameters
 from adam_ghost.optim import OptState
 from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Directions
@@ -77,7 +78,7 @@ def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
-    named = dict(model.named_parameters())
+    named = named_parameters(model)
     params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
     grads = {name: p.grad for name, p in params.items() if p.grad is not None}
     if not params:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture import walk
 from adam_ghost.capture.surroundings import Surroundings, is_custom, random_state, set_random_state
 
 
@@ -41,7 +42,7 @@ class Validation:
     @contextmanager
     def undisturbed(self, advance: bool = True) -> Iterator[None]:
         """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
-        modules = list(self.model.modules())
+        modules = walk.modules(self.model)
         modes = [(m, m.training) for m in modules]
         held = [(m, dict(m._buffers)) for m in modules if m._buffers]  # a forward pass may replace them
         # running statistics, power iterations
