@@ -11,7 +11,7 @@ left its route it cannot be scored; ``Recording.deviation`` says so, and the kin
 """
 
 import copy
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -426,5 +426,6 @@ def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _which(indices: Iterable[Any]) -> tuple[bool, ...]:
-    return tuple(x is None for x in indices)
+def _which(indices: Any) -> tuple[bool, ...]:
+    """Which dimensions ``x[indices]`` went along; an embedding's indices are one tensor, and no dimensions."""
+    return tuple(x is None for x in indices) if isinstance(indices, tuple) else ()
