@@ -1,10 +1,11 @@
 """A ledger of one training step of GPT-2 124M on meta tensors: what a GPU would be asked to do, counted without one.
 
 Real shapes and no data. Every op that is dispatched is booked by the package's source line, views apart: launches (a
-``_foreach_`` op counts as one), bytes of tensors as large as a parameter, copies from the host, operand dtypes. Triton's launchers run as on
-sm_90 and each kernel counts as one launch; an op of the extension counts the launches that ``csrc/cuda.cu`` makes. CUDA's
-autocast is imitated (bfloat16; norms and loss in float32), fused AdamW holds its step counts on the device. Whatever waits for
-the device (``.item()``, ``bool()``, a copy to the host) cannot be done on meta tensors, and ends the count with an error.
+``_foreach_`` op counts as one), bytes of tensors as large as a parameter, copies from the host, operand dtypes. Triton's
+launchers run as on sm_90 and each kernel counts as one launch; an op of the extension counts the launches that ``csrc/cuda.cu``
+makes. CUDA's autocast is imitated (bfloat16; norms and loss in float32), fused AdamW holds its step counts on the device.
+Whatever waits for the device (``.item()``, ``bool()``, a copy to the host) cannot be done on meta tensors, and ends the count
+with an error.
 
 ``python -m bench.launches lookahead`` prints one variant's books as JSON; a process of its own, as it replaces functions of
 torch's and of the package's.
@@ -246,7 +247,7 @@ def count(variant: str, packed: bool = False) -> dict[str, Any]:
 
     run = cache = None
     if variant == "window":
-        options = {"window": 32, "ahead": 32, "warm_up": 0, "train_loss": loss}  # a step that is kept: the sweep is another time
+        options = {"window": 32, "ahead": 32, "train_loss": loss}  # a step that is kept: the sweep is another time
         run = ag.InRun(model, optimizer, lambda: loss(tokens[n:]), variant, **options)
     elif variant in ("lookahead", "midpoint"):
         run = ag.InRun(model, optimizer, lambda: loss(tokens[n:]), variant)

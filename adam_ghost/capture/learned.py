@@ -171,12 +171,13 @@ class LearningRecorder(Recorder):
     def _kind(self, leaves: list[Any], spec: Any) -> Hashable:
         """What one route serves: how the model is called, as a pattern of sizes, and what is to become of it."""
         n = next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), 0)
-        described = []
+        described: list[Hashable] = []
         for x in leaves:
             if isinstance(x, Tensor):
                 described.append((x.dtype, x.requires_grad, *(s == n for s in x.shape), *(s == 1 for s in x.shape)))
             else:
-                described.append(x if x is None or isinstance(x, (bool, str)) else type(x))
+                plain: Hashable = x if x is None or isinstance(x, (bool, str)) else type(x).__qualname__
+                described.append(plain)
         recording = self._into
         device = next(iter(self.names)).device.type if self.names else "cpu"
         how = self.model.training, torch.is_autocast_enabled(device), recording.packing is None, type(recording)
@@ -329,7 +330,7 @@ class LearningRecorder(Recorder):
         for i, (axis, rows) in tags:
             x = leaves[i] if i < len(leaves) else None
             size = x.shape[axis] if isinstance(x, Tensor) and axis < x.ndim else -1
-            if size < 0 or size % self.batch.n or (rows == 1 and size != self.batch.n):
+            if not isinstance(x, Tensor) or size < 0 or size % self.batch.n or (rows == 1 and size != self.batch.n):
                 self._deviate(f"{type(module).__name__} returned other sizes")
                 return
             self.batch.tag(x, (axis, size // self.batch.n))

@@ -311,7 +311,7 @@ def _column(device: torch.device, values: tuple[Tensor | float, ...]) -> Tensor:
     """One field of all rows, in as few launches as it takes: a column of one number is filled with it."""
     if any(isinstance(x, Tensor) for x in values):
         return torch.stack([x if isinstance(x, Tensor) else _filled(device, x, 1)[0] for x in values]).to(device, torch.float64)
-    first, same = values[0], 0
+    first, same = float(values[0]), 0
     while same < len(values) and values[same] == first:
         same += 1
     head = _filled(device, first, same)

@@ -15,7 +15,7 @@ from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.learned import LearningRecorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
-from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.alone import WholePass
@@ -49,7 +49,7 @@ class Loop:
     """What every schedule works with."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     params: dict[str, nn.Parameter]
     validation: Validation
     watch: GradientWatch

@@ -27,7 +27,10 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     rows = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
     offsets = None if packing is None else packing.offsets
     found = None if weight is None else ops.contract(*rows, weight, offsets=offsets, half=asked.half)
-    return found if bias is None else with_bias(found, sample_sums(rows[1], offsets, bias.dtype), bias)
+    if bias is not None:
+        found = with_bias(found, sample_sums(rows[1], offsets, bias.dtype), bias)
+    assert found is not None  # a call without either is not scored
+    return found
 
 
 def with_bias(scores: Tensor | None, sums: Tensor, bias: Tensor) -> Tensor:
