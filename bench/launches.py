@@ -82,6 +82,7 @@ class Books(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: set[int] = set()
+        self.open = False  # whether what is done is booked
         self.clear()
 
     def clear(self) -> None:
@@ -111,6 +112,8 @@ class Books(TorchDispatchMode):
         return devices == {"cpu", "meta"}
 
     def enter(self, name: str, launches: int, tensors: Any) -> None:
+        if not self.open:
+            return
         named = {id(x): x for x in tree_leaves(tensors) if isinstance(x, torch.Tensor) and x.device.type == "meta"}
         if not named:
             return
@@ -270,9 +273,14 @@ def count(variant: str, packed: bool = False) -> dict[str, Any]:
         optimizer.zero_grad()
 
     with books:
-        for _ in range(14):  # lookahead needs ten steps of history
-            books.clear()
+        step()
+        if run:
+            run._loop.step += 100  # lookahead needs a history, whose length the device alone knows
+        for _ in range(4):  # after which the model's ways are known
             step()
+        books.clear()
+        books.open = True
+        step()
     count = sum(p.numel() for p in model.parameters())
     return {
         "launches": books.launches.total(),
@@ -286,13 +294,15 @@ def count(variant: str, packed: bool = False) -> dict[str, Any]:
 def measure(variants: tuple[str, ...] = VARIANTS) -> dict[str, dict[str, Any]]:
     """``count`` of each variant, in processes of their own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "bench.launches"]
+    running = {v: subprocess.Popen([*command, *v.split("+")], env=environment, cwd=ROOT, **pipe) for v in variants}
     found = {}
-    for variant in variants:
-        command = [sys.executable, "-m", "bench.launches", *variant.split("+")]
-        made = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-        if made.returncode:
-            raise RuntimeError(f"{variant}: {made.stderr[-3000:]}")
-        found[variant] = json.loads(made.stdout.splitlines()[-1])
+    for variant, process in running.items():
+        out, errors = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"{variant}: {errors[-3000:]}")
+        found[variant] = json.loads(out.splitlines()[-1])
     return found
 
 
