@@ -7,7 +7,7 @@ makes. CUDA's autocast is imitated (bfloat16; norms and loss in float32), fused 
 Whatever waits for the device (``.item()``, ``bool()``, a copy to the host) cannot be done on meta tensors, and ends the count
 with an error.
 
-``python -m bench.launches lookahead`` prints one variant's books as JSON; a process of its own, as it replaces functions of
+``python -m bench.launches 12 lookahead`` prints one variant's books as JSON; a process of its own, as it replaces functions of
 torch's and of the package's.
 """
 
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 VARIANTS = ("plain", "bound", "lookahead", "midpoint", "thin layer", "window")
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = 2 + 12 * 6 + 2  # of GPT-2 124M: modules that own parameters
+BLOCKS = 12  # of GPT-2 124M
 SLOTS = 100  # parameters of a launch, in csrc/cuda.cu
 
 
@@ -71,9 +71,10 @@ _FREE = {
 }
 
 
-def budget(variant: str, bound: int) -> int | None:
+def budget(variant: str, bound: int, blocks: int = BLOCKS) -> int | None:
     """The launches that a step may make where plain training with a bare validation pass makes ``bound``; None: no budget."""
-    return bound + 12 * LAYERS + 30 if variant == "lookahead" else None
+    layers = 2 + 6 * blocks + 2  # modules that own parameters
+    return bound + 12 * layers + 30 if variant == "lookahead" else None
 
 
 class Books(TorchDispatchMode):
@@ -231,7 +232,7 @@ def _imitate_autocast() -> None:
     torch.get_autocast_dtype = lambda device: torch.bfloat16 if device == "meta" else dtype(device)
 
 
-def count(variant: str, packed: bool = False) -> dict[str, Any]:
+def count(variant: str, packed: bool = False, blocks: int = BLOCKS) -> dict[str, Any]:
     """The books of one step in the midst of a run; ``packed``: samples lie in rows, and ``batch`` is given their offsets."""
     import adam_ghost as ag
     from adam_ghost.demo.model import GPT
@@ -239,7 +240,7 @@ def count(variant: str, packed: bool = False) -> dict[str, Any]:
     books = Books()
     _on_meta(books)
     with torch.device("meta"):
-        model = GPT(vocabulary=50304, context=1024, layers=12, width=768, heads=12)
+        model = GPT(vocabulary=50304, context=1024, layers=blocks, width=768, heads=12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     books.sizes = {p.numel() for p in model.parameters()}
     tokens, n = torch.zeros(17, 1025, dtype=torch.long, device="meta"), 16
@@ -291,12 +292,12 @@ def count(variant: str, packed: bool = False) -> dict[str, Any]:
     }
 
 
-def measure(variants: tuple[str, ...] = VARIANTS) -> dict[str, dict[str, Any]]:
-    """``count`` of each variant, in processes of their own."""
+def measure(variants: tuple[str, ...] = VARIANTS, blocks: int = BLOCKS) -> dict[str, dict[str, Any]]:
+    """``count`` of each variant (``lookahead+packed``: of packed samples), in processes of their own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "bench.launches"]
-    running = {v: subprocess.Popen([*command, *v.split("+")], env=environment, cwd=ROOT, **pipe) for v in variants}
+    running = {v: subprocess.Popen([*command, str(blocks), *v.split("+")], env=environment, cwd=ROOT, **pipe) for v in variants}
     found = {}
     for variant, process in running.items():
         out, errors = process.communicate()
@@ -307,4 +308,4 @@ def measure(variants: tuple[str, ...] = VARIANTS) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(count(sys.argv[1], "packed" in sys.argv[2:])))
+    print(json.dumps(count(sys.argv[2], "packed" in sys.argv[3:], int(sys.argv[1]))))
