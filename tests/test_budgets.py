@@ -7,7 +7,6 @@ from adam_ghost import extension
 pytest.importorskip("triton")
 from bench import launches, sass, schedule
 
-
 BLOCKS = 2  # of GPT-2's twelve, which are all alike
 
 
