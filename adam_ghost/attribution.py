@@ -1,11 +1,11 @@
 """The thin layer for hot loops: one step's scores from a LayerCache and an optimizer."""
 
-import torch
 from torch import Tensor
 
 from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.step.direction import PLACES, find_direction
+from adam_ghost.step.step import plain_precision
 
 
 def attribute(
@@ -55,9 +55,7 @@ def attribute(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     check_cache(layer_cache)
-    kind = next(layer_cache.model.parameters()).device.type
-    # autocast around this call would round our sums, and keep casts of other weights
-    with layer_cache.validation.world.together(), torch.autocast(kind, enabled=False, cache_enabled=False):
+    with layer_cache.validation.world.together(), plain_precision(layer_cache.model):
         step = open_step(layer_cache, opt_state)
         direction = find_direction(step, layer_cache.validation, rule, at)
         scores = step.scores(direction.P, per_token)

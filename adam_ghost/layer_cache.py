@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.capture.recorder import Recorder
+from adam_ghost.capture.learned import recorder_of
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.optim.adam import AdamState
@@ -59,7 +59,8 @@ class LayerCache:
         self.model, world = find_world(model)
         self.coverage = Coverage(strict)
         self.validation = Validation(val_loss, self.model, world, val_split)
-        self._recorder: Recorder | None = None
+        self._recorder = recorder_of(self.model, alone=world.size == 1)
+        self._recording = False
         self._handles: list[Any] = []
         self.clear()
 
@@ -70,20 +71,20 @@ class LayerCache:
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __enter__(self) -> "LayerCache":
-        if self._recorder is not None:
+        if self._recording:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
         refuse_mixed_samples(self.model)
         self.clear()
         self._handles = self.validation.world.follow(self.model)
-        self._recorder = Recorder(self.model)
         self._recorder.attach()
         self._recorder.begin(self.recorded)
+        self._recording = True
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._recorder is not None:
-            self._recorder.detach()
-        self._recorder = None
+        self._recorder.detach()
+        self._recorder.recording = None
+        self._recording = False
         for handle in self._handles:
             handle.remove()
         if exc[0] is not None:
@@ -124,7 +125,7 @@ class LayerCache:
 
     @property
     def recording(self) -> bool:
-        return self._recorder is not None
+        return self._recording
 
 
 def check_cache(cache: object) -> None:
@@ -139,6 +140,8 @@ def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
     opt_state = read_optimizer(opt_state)
     if cache.recording:
         raise ValueError("the scores are computed after the `with cache` block, not inside it")
+    if cache.recorded.deviation:
+        raise ValueError(cache.recorded.deviation)
     if not cache.recorded.calls:
         raise ValueError("nothing was recorded: run the model's forward and backward pass inside `with cache`")
     if not cache.same_weights():

@@ -11,7 +11,7 @@ from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import Optimizers, OptState
 from adam_ghost.scores import ops
 from adam_ghost.scores.shapes import add, samples_first
-from adam_ghost.step.step import Step
+from adam_ghost.step.step import Step, plain_precision
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
 
@@ -37,7 +37,8 @@ def gram(layer_cache: LayerCache, opt_state: Optimizers | OptState, *, precondit
     check_cache(layer_cache)
     if layer_cache.validation.world.sharded:
         raise ValueError("gram needs whole parameters, and fully_shard shards this model's")
-    return add(_products(open_step(layer_cache, opt_state), preconditioner))
+    with plain_precision(layer_cache.model):
+        return add(_products(open_step(layer_cache, opt_state), preconditioner))
 
 
 def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:

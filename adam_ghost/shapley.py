@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import Optimizers, OptState
-from adam_ghost.step.step import Step
+from adam_ghost.step.step import Step, plain_precision
 from adam_ghost.step.validation import Validation
 
 
@@ -52,7 +52,8 @@ def exact_shapley(
     check_cache(layer_cache)
     if layer_cache.validation.world.size > 1:
         raise ValueError("exact_shapley plays with a step's samples in one process, and this step's are spread over several")
-    values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
+    with plain_precision(layer_cache.model):
+        values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
     layer_cache.mark_weights()
     return values
 

@@ -32,8 +32,12 @@ def set_random_state(state: RandomState) -> None:
 
 def custom_modules(root: nn.Module) -> list[nn.Module]:
     """The modules of a tree that run code of unknown effects: all but PyTorch's own."""
+    return [m for m in root.modules() if is_custom(m)]
+
+
+def is_custom(module: nn.Module) -> bool:
     # fully_shard puts a class of PyTorch's before the module's own
-    return [m for m in root.modules() if any(not k.__module__.startswith(("torch.", "builtins")) for k in type(m).__mro__)]
+    return any(not kind.__module__.startswith(("torch.", "builtins")) for kind in type(module).__mro__)
 
 
 class Surroundings:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.walk import named_parameters
 from adam_ghost.optim import OptState
 from adam_ghost.processes.world import World
 from adam_ghost.scores.contract import score_recordings
@@ -15,6 +16,11 @@ from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage, Joined
 from adam_ghost.step.fingerprint import Fingerprint
+
+
+def plain_precision(model: nn.Module) -> torch.autocast:
+    """Around what is computed of a step: the loop's autocast would round our sums, and keep casts of other weights."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False, cache_enabled=False)
 
 
 @dataclass
@@ -107,8 +113,8 @@ def gather_step(
     model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage, world: World | None = None
 ) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    world = world or World()
+    named, world = named_parameters(model), world or World()
+    params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
     grads = {name: world.local(p.grad) for name, p in params.items() if p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
@@ -117,12 +123,12 @@ def gather_step(
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
         if grads[name].layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, whose samples' shares are not followed: use sparse=False")
-    for name, p in model.named_parameters():
+    for name, p in named.items():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
     step = Step(opt_state, params, grads, recordings, world=world)
     if recordings:
-        inside = set(model.parameters())
+        inside = set(named.values())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
         step.missing = report_coverage(grads, recordings, coverage, outside, step.world)
     return step
