@@ -34,8 +34,9 @@ def gram(layer_cache: LayerCache, opt_state: Optimizers | OptState, *, precondit
     """
     if preconditioner not in ("exact", "factored", None):
         raise ValueError(f"preconditioner must be 'exact', 'factored' or None, got {preconditioner!r}")
+    step = open_step(layer_cache, opt_state)
     with plain_precision(layer_cache.model):
-        return add(_products(open_step(layer_cache, opt_state), preconditioner))
+        return add(_products(step, preconditioner))
 
 
 def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:

@@ -49,8 +49,9 @@ def exact_shapley(
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
+    step = open_step(layer_cache, opt_state)
     with plain_precision(layer_cache.model):
-        values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
+        values = play(step, layer_cache.validation, permutations, seed)
     layer_cache.mark_weights()
     return values
 
