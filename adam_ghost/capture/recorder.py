@@ -78,6 +78,24 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     return found
 
 
+def _depend_on_each_other(outs: list[Any], inputs: list[Tensor]) -> bool:
+    """Whether any of a layer's results was made of another, or is one."""
+    made = [x.grad_fn for x in outs if isinstance(x, Tensor) and x.grad_fn is not None]
+    if len(made) < 2:
+        return False
+    before = {x.grad_fn for x in inputs}
+    for i, node in enumerate(made):
+        others = {*made[:i], *made[i + 1 :]}
+        found, visited = [node], set()
+        while found:
+            node = found.pop()
+            if node in others:
+                return True
+            visited.add(node)
+            found += [parent for parent, _ in node.next_functions if parent is not None and parent not in visited | before]
+    return False
+
+
 class Recorder:
     """The hooks on a model's layers, and the function mode that follows the batch between them.
 
@@ -137,7 +155,7 @@ class Recorder:
 
     def begin(self, recording: Recording) -> None:
         self._reset()
-        self.recording = recording
+        self.recording, recording.doubts = recording, self.batch.doubts
         self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         self.open = True
         self.mode.__enter__()
@@ -271,34 +289,35 @@ class Recorder:
         self.scored = False
 
     @unseen
-    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self.active or self.batch.n < 0:
-            return
-        outs = pytree.tree_leaves(output)
+            return None
+        outs, spec = pytree.tree_flatten(output)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         first = next((x for x in tensors if self.batch[x]), None)
         tag = None if first is None else self.batch[first]
-        if tag is not None and tag[0] != batch_axis(module, tag[0]):
+        if isinstance(tag, tuple) and tag[0] != batch_axis(module, tag[0]):
             raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag[0]}")
         if self.scored:
             self.batch.tag(output, tag)
-            return
+            return None
 
         if self.follow and self.in_forward:
             for x in outs:
                 if isinstance(x, Tensor):
                     self._look_into(x)
+        new_output = None
+        if not is_known(module) and _depend_on_each_other(outs, tensors):
+            # the gradient at one would hold that at the others, which were made of it
+            outs = [self._alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in outs]
+            new_output = pytree.tree_unflatten(outs, spec)
 
         def place(i: int, out: Tensor) -> Tag | None:
             if not is_known(module):
                 return self._as_before(self.exits, module, i, out) if _in_backward() else self.batch[out]
             tagged = self.batch.tagged(tensors)
             tags = {i: found for i, x in enumerate(tensors) for y, found in tagged if x is y}
-            rows = {rows for _, rows in tags.values()}
-            if len(rows) != 1:
-                return None
-            axis = output_axis(module, i, tensors, {i: axis for i, (axis, _) in tags.items()})
-            return None if axis is None else (axis, rows.pop())
+            return self.batch.through(tags, tensors, out, lambda axes: output_axis(module, i, tensors, axes))
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
@@ -307,6 +326,16 @@ class Recorder:
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
         self._classify(call, tensors, outs, place)
         self._remember(self.exits, module, outs)
+        return new_output
+
+    def _alias(self, x: Tensor) -> Tensor:
+        """Another tensor of the same values and samples, whose gradient is that of its own uses."""
+        alias = x.view_as(x)
+        if x in self.batch:
+            self.batch.tag(alias, self.batch[x])
+        if x in self.inner:
+            self.inner[alias] = True
+        return alias
 
     # torch functions outside of layers
 
@@ -332,9 +361,13 @@ class Recorder:
         call = None
         inplace = _writes(name)
         before = self.batch[args[0]] if inplace else None
+        base = args[0]._base if inplace else None
+        blank = base is not None and (base in self.batch or not base.requires_grad)
         if func in DECLARED:
-            axes = {i: tag[0] for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
-            DECLARED[func].try_out(args, axes, self.batch.n)
+            tags = {i: tag for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
+            axes = {i: tag[0] for i, tag in tags.items() if isinstance(tag, tuple)}
+            if len(axes) == len(tags):
+                DECLARED[func].try_out(args, axes, self.batch.n)
         if meets_parameters and not self.inside_layer:
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
             rng = rng_state(tensors[0].device)
@@ -349,7 +382,7 @@ class Recorder:
         outs = pytree.tree_leaves(args[0] if out is None else out)
 
         def place(i: int, x: Tensor) -> Tag | None:
-            return self.batch.infer(func, args, kwargs, tensors, x) if tagged else None
+            return self.batch.infer(func, args, kwargs, tensors, x, i) if tagged else None
 
         if call is not None:
             self._classify(call, tensors, outs, place)
@@ -360,9 +393,17 @@ class Recorder:
                     self.inner.pop(x, None)
                 elif isinstance(x, Tensor) and x.requires_grad and all(self._is_source(t) for t in tensors if t.requires_grad):
                     self.inner[x] = True
-        if batched and inplace and args[0]._base is not None and self.batch[args[0]] != before:
-            self._lose(args[0]._base)  # samples were written into it through a view, or mixed
+        if batched and base is not None and self.batch[args[0]] != before:
+            self._written_through(args[0], base, blank)
         return out
+
+    def _written_through(self, view: Tensor, base: Tensor, blank: bool) -> None:
+        """Samples were written into ``base`` through a view of it, or mixed; ``blank``: it held nothing but samples before."""
+        tag = self.batch.seen_through(view, base) if blank else None
+        if tag is not None and self.batch[base] in (None, tag):
+            self.batch.tag(base, tag)
+        else:
+            self._lose(base)
 
     def _keep_constants(self, tensors: list[Tensor], outs: list[Any]) -> None:
         if not torch.is_grad_enabled() and all(x in self.constants or isinstance(x, nn.Parameter) for x in tensors):

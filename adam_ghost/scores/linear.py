@@ -5,32 +5,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.declared import FOLLOWED
 from adam_ghost.capture.kinds import is_transposed
+from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import add, samples_first, sum_samples, tokens
+from adam_ghost.scores.shapes import add, collect_rows, lead_rows, samples_first, sum_samples, tokens
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     weight, bias = (P.get(call.name_of(p) or "") for p in (call.fn.weight, call.fn.bias))  # [K, d_out, d_in], [K, d_out]
-    a, b = (samples_first(x, call.outputs[0], asked.n) for x in (call.input, call.grad_output[0]))  # [n, T, ..., d]
     if weight is not None and is_transposed(call.fn):
         weight = weight.mT
+    return product_scores(call.input, call.grad_output[0], call.outputs[0], weight, bias, asked)
+
+
+def product_scores(a: Tensor, b: Tensor, tag: Tag, weight: Tensor | None, bias: Tensor | None, asked: Asked) -> Tensor:
+    """Of inputs ``a [..., d_in]`` and output gradients ``b [..., d_out]``, for ``weight [K, d_out, d_in]``, ``bias [K, d_out]``."""
+    if isinstance(tag, Rows):
+        rows = _by_token(a.flatten(0, -2)[None], b.flatten(0, -2)[None], weight, bias, asked.half)[0]  # [M, K]
+        return collect_rows(rows, lead_rows(b, tag), asked)
+    a, b = (samples_first(x, tag, asked.n) for x in (a, b))  # [n, T, ..., d]
     packing = asked.packing
     if packing is not None and (asked.per_token or b.ndim > 3 or packing.tokens != b[..., 0].numel()):
         return sum_samples(_by_token(a, b, weight, bias, asked.half), packing)
     if asked.per_token:
         return _by_token(a, b, weight, bias, asked.half)
     # one sample, one run of rows
-    rows = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
+    lines = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
     offsets = None if packing is None else packing.offsets
     parts = []
     if weight is not None:
-        parts.append(ops.contract(*rows, weight, offsets=offsets, half=asked.half))
+        parts.append(ops.contract(*lines, weight, offsets=offsets, half=asked.half))
     if bias is not None:
-        parts.append(sample_sums(rows[1], offsets, bias.dtype) @ bias.mT)
+        parts.append(sample_sums(lines[1], offsets, bias.dtype) @ bias.mT)
     return add(parts)
 
 
@@ -52,8 +62,14 @@ def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor
 
 def sample_gradients(call: Call, name: str, n: int, block: slice) -> Tensor:
     weight, bias = call.fn.weight, call.fn.bias
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (samples_first(x, call.outputs[0], n).flatten(1, -2).to(dtype) for x in (call.input, call.grad_output[0]))  # [n, T, d]
+    dtype, tag = torch.promote_types(weight.dtype, torch.float32), call.outputs[0]
+    a, b = call.input.to(dtype), call.grad_output[0].to(dtype)
+    if isinstance(tag, Rows):
+        owners = lead_rows(b, tag).samples == torch.arange(n, device=b.device).unsqueeze(1)  # [n, M]
+        a, b = (x.flatten(0, -2).expand(n, -1, -1) for x in (a, b))
+        b = b * owners.unsqueeze(-1)
+    else:
+        a, b = (samples_first(x, tag, n).flatten(1, -2) for x in (a, b))  # [n, T, d]
     if name == call.name_of(bias):
         return b.sum(1)[:, block]
     rows, columns = (a, b) if is_transposed(call.fn) else (b, a)
@@ -66,7 +82,8 @@ register("linear", Form(scores, sample_gradients))
 class _ScoredLinear(torch.autograd.Function):
     """``x @ weight.T + bias``; the gradient of ``slot [n, K]`` is the samples' scores.
 
-    Samples are the leading dimension of ``x``, in equal shares, or ``offsets`` into its tokens. ``P``: ``[K, *shape]``.
+    Samples are the leading dimension of ``x``, in equal shares, or ``offsets`` into its tokens, taken in ``order``, of which the
+    last run is nobody's. ``P``: ``[K, *shape]``.
     """
 
     @staticmethod
@@ -79,19 +96,22 @@ class _ScoredLinear(torch.autograd.Function):
         P_weight: Tensor | None,
         P_bias: Tensor | None,
         offsets: Tensor | None,
+        order: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, P_weight, P_bias, offsets)
+        ctx.save_for_backward(x, weight, P_weight, P_bias, offsets, order)
         ctx.n = len(slot)
         return cpu.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, P_weight, P_bias, offsets = ctx.saved_tensors
+        x, weight, P_weight, P_bias, offsets, order = ctx.saved_tensors
         d_input = None
         if ctx.needs_input_grad[0]:
             d_input = cpu.linear(grad, weight.t())
         shape = (ctx.n, -1) if offsets is None else (-1,)
         a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
+        if order is not None:
+            a, b = a[order], b[order]
         d_weight = d_bias = None
         scores = []
         if ctx.needs_input_grad[1]:
@@ -101,13 +121,20 @@ class _ScoredLinear(torch.autograd.Function):
             sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
             scores.append(sums @ P_bias.mT)
             d_bias = sums.sum(0)
-        return d_input, d_weight, d_bias, add(scores) if scores else None, None, None, None
+        return d_input, d_weight, d_bias, add(scores)[: ctx.n] if scores else None, None, None, None, None
 
 
 FOLLOWED.add(_ScoredLinear)
 
 
-def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | None, ...], offsets: Tensor | None) -> Tensor:
+def scored_linear(
+    layer: nn.Module,
+    x: Tensor,
+    slot: Tensor,
+    P: tuple[Tensor | None, ...],
+    offsets: Tensor | None,
+    order: Tensor | None = None,
+) -> Tensor:
     """The layer's forward, whose backward adds the samples' scores to the gradient of ``slot [n, K]``; ``P`` of weight and bias."""
     weight: Any = layer.weight  # nn.Module types its attributes as modules too
     bias: Any = layer.bias
@@ -118,7 +145,7 @@ def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | N
         # casts that autograd sees: the backward pass runs without autocast, on what the product really saw
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets)
+    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets, order)
 
 
 def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:
