@@ -1,6 +1,6 @@
 """Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
-from adam_ghost.capture.declared import DECLARED, custom_function
+from adam_ghost.capture.declared import DECLARED, custom_function, declare_known
+from adam_ghost.capture.heads import HEADS, declare_heads
 from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
 from adam_ghost.capture.pointwise import FACTORIES
@@ -113,6 +114,8 @@ class Recorder:
         self._reset()
 
     def attach(self) -> None:
+        declare_known()
+        declare_heads()
         model = self.model
         layers = _layers(model)
         for name, module in layers.items():
@@ -306,7 +309,7 @@ class Recorder:
             for x in outs:
                 if isinstance(x, Tensor):
                     self._look_into(x)
-        new_output = None
+        new_output, made = None, [x for x in outs if isinstance(x, Tensor)]
         if not is_known(module) and _depend_on_each_other(outs, tensors):
             # the gradient at one would hold that at the others, which were made of it
             outs = [self._alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in outs]
@@ -324,7 +327,7 @@ class Recorder:
         call = Call(name, module, *self._recorded(args, kwargs), own, self.names, self.rng, False, self.buffers, self.surroundings)
         if any(isinstance(x, Tensor) and x.requires_grad for x in vars(module).values()):
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
-        self._classify(call, tensors, outs, place)
+        self._classify(call, tensors, outs, place, [] if new_output is None else made)
         self._remember(self.exits, module, outs)
         return new_output
 
@@ -374,7 +377,8 @@ class Recorder:
             recorded_args, recorded_kwargs = self._recorded(args, kwargs)
             if first is not None:
                 recorded_args = (first, *recorded_args[1:])
-            call = Call(name, func, recorded_args, recorded_kwargs, {}, self.names, rng=rng, inplace=inplace)
+            does = HEADS.get(func, func)
+            call = Call(name, does, recorded_args, recorded_kwargs, {}, self.names, rng=rng, inplace=inplace)
         tagged = any(self.batch[x] for x in tensors)
         out = func(*args, **kwargs)
         if out is None and func not in _WRITING:  # backward, retain_grad and the like leave tensors as they were
@@ -382,6 +386,8 @@ class Recorder:
         outs = pytree.tree_leaves(args[0] if out is None else out)
 
         def place(i: int, x: Tensor) -> Tag | None:
+            if call is not None and func in HEADS:
+                return self._rows_of_head(call, tensors[0], tensors[1])
             return self.batch.infer(func, args, kwargs, tensors, x, i) if tagged else None
 
         if call is not None:
@@ -396,6 +402,15 @@ class Recorder:
         if batched and base is not None and self.batch[args[0]] != before:
             self._written_through(args[0], base, blank)
         return out
+
+    def _rows_of_head(self, call: Call, hidden: Tensor, weight: Tensor) -> Tag | None:
+        """The tag of the rows ``[N]`` of a head's definition, of hidden rows ``[N, d]``."""
+        tag = self.batch[hidden]
+        if tag is None or hidden.ndim != 2 or weight.ndim != 2:
+            return None
+        call.rows = len(hidden)
+        axis = lambda axes: 0 if set(axes.values()) == {0} else None  # noqa: E731
+        return self.batch.through({0: tag}, [hidden], hidden.detach()[:, 0], axis)
 
     def _written_through(self, view: Tensor, base: Tensor, blank: bool) -> None:
         """Samples were written into ``base`` through a view of it, or mixed; ``blank``: it held nothing but samples before."""
@@ -417,8 +432,18 @@ class Recorder:
             lambda x: self.sources[x] if isinstance(x, Tensor) and x.requires_grad and x in self.sources else x, (args, kwargs)
         )
 
-    def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Callable[[int, Tensor], Tag | None]) -> None:
-        """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up."""
+    def _classify(
+        self,
+        call: Call,
+        tensors: list[Tensor],
+        outs: list[Any],
+        place: Callable[[int, Tensor], Tag | None],
+        aliased: Sequence[Tensor] = (),
+    ) -> None:
+        """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up.
+
+        ``aliased``: of what the outputs are other names.
+        """
         outs = [(i, x) for i, x in enumerate(outs) if isinstance(x, Tensor)]
         if any(self.batch.lost(x) for x in tensors):
             # a penalty added to the loss takes nothing from what the samples' calls explain of its parameters, and what a
@@ -433,7 +458,7 @@ class Recorder:
                 if x in self.inner and x not in self.batch:
                     self.sources[x] = Ref(call, i)
                 else:
-                    self._watch(call, i, x, place(i, x))
+                    self._watch(call, i, x, place(i, x), [*tensors, *aliased])
         elif any(x.requires_grad and not self._is_source(x) for x in tensors):
             self._give_up(call)
         elif torch.is_grad_enabled():
@@ -443,7 +468,7 @@ class Recorder:
         else:
             self._keep_constants(tensors, [x for _, x in outs])
 
-    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None) -> None:
+    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None, inputs: Sequence[Tensor] = ()) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
         if not out.requires_grad:
@@ -452,9 +477,9 @@ class Recorder:
             self._give_up(call)
             return
         recording = self._into
-        call.watch(index, out, tag, recording.receive)
+        edge = call.watch(index, out, tag, inputs, recording.receive)
         if recording.outputs is not None:
-            recording.outputs.append(out)
+            recording.outputs.append(edge)
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)

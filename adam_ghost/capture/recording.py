@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from adam_ghost.capture.calls import Call
 
@@ -25,7 +26,7 @@ class Recording:
         self.batch_size = 0  # until the batch has been seen
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
         self.doubts: list[Tensor] = []  # [] bool each: whether rows of different samples met where nobody could look
-        self.outputs: list[Tensor] | None = None  # if a list, it takes the tensors whose gradients are awaited
+        self.outputs: list[GradientEdge] | None = None  # if a list, it takes the places where gradients are awaited
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
