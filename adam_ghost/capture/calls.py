@@ -108,7 +108,8 @@ class Call:
         self.outputs[index] = tag
         base = out._base
         # products of more than two dimensions are views; an in-place function on them leaves their own node aside
-        if base is None or base.numel() != out.numel() or any(base is x or base is x._base for x in inputs):
+        whole = base is not None and base.requires_grad and base.numel() == out.numel()
+        if base is None or not whole or any(base is x or base is x._base for x in inputs):
             out.register_hook(lambda grad: receive(self, index, self._of_rows(grad.detach())))
             return get_gradient_edge(out)
         place = out.shape, out.stride(), out.storage_offset() - base.storage_offset()

@@ -54,10 +54,7 @@ def visible(function: type[torch.autograd.Function]) -> Callable:
 
 
 # of libraries, by module and name: element by element, whatever their code
-_KNOWN = (
-    ("transformers.models.bloom.modeling_bloom", "GeLUFunction"),
-    ("transformers.models.recurrent_gemma.modeling_recurrent_gemma", "SqrtBoundDerivative"),
-)
+_KNOWN = (("transformers.models.bloom.modeling_bloom", "GeLUFunction"),)
 
 
 def declare_known() -> None:

@@ -51,7 +51,9 @@ class Family:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             known = config_class()
-            config = config_class(**{k: v for k, v in self.sizes.items() if hasattr(known, k) and k not in self.without} | self.extra)
+            config = config_class(
+                **{k: v for k, v in self.sizes.items() if hasattr(known, k) and k not in self.without} | self.extra
+            )
             config._attn_implementation = "eager"
             torch.manual_seed(seed)
             model = getattr(transformers, self.model)(config)
@@ -113,15 +115,8 @@ def losses(out: Tensor) -> Tensor:
 class InFloat64(TorchFunctionMode):
     """What models compute in float32 whatever their weights are, they compute in float64."""
 
-    def __init__(self, in_backward: bool = False):
-        super().__init__()
-        self.in_backward = in_backward
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
-        if func in (Tensor.backward, torch.autograd.grad) and not self.in_backward:
-            with InFloat64(in_backward=True):  # in whose midst layers run again
-                return func(*args, **(kwargs or {}))
         func = Tensor.double if func is Tensor.float else func
         return func(*map(wide, args), **{k: wide(x) for k, x in (kwargs or {}).items()})
 
@@ -187,7 +182,6 @@ FAMILIES: dict[str, Family] = {
     "mamba": _text("Mamba", state_size=4),
     "mamba2": _text("Mamba2", state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4),
     "falcon-mamba": _text("FalconMamba", state_size=4),
-    "recurrent-gemma": _text("RecurrentGemma", lru_width=16, num_hidden_layers=3),
     # encoders
     "bert": _text("Bert", "ForMaskedLM"),
     "roberta": _text("Roberta", "ForMaskedLM"),

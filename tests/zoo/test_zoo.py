@@ -6,11 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from families import FAMILIES, InFloat64, losses
-from oracles import close, gradients_one_by_one, inner
 from oracles import Problem as Step
+from oracles import close, gradients_one_by_one, inner
 from torch import Tensor
 
 import adam_ghost as ag
+from adam_ghost.capture.calls import Call
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.step.step import Step as ScoredStep
 
@@ -28,14 +29,23 @@ def taken_direction(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """Takes down the direction ``P`` of each step that is scored: what it is, other tests tell."""
     seen: list[dict[str, Tensor]] = []
 
-    def after(self: ScoredStep, P: dict[str, Tensor], *args: object, plain: Callable = ScoredStep.scores, **kwargs: object) -> Tensor:
+    def after(
+        self: ScoredStep, P: dict[str, Tensor], *args: object, plain: Callable = ScoredStep.scores, **kwargs: object
+    ) -> Tensor:
         seen.append({name: x[0].clone() for name, x in P.items()})
         return plain(self, P, *args, **kwargs)
 
-    def ahead(self: ContractingRecording, P: dict, *args: object, plain: Callable = ContractingRecording.__init__, **kwargs: object):
+    def ahead(
+        self: ContractingRecording, P: dict, *args: object, plain: Callable = ContractingRecording.__init__, **kwargs: object
+    ):
         seen.append({name: x[0].clone() for name, x in P.items()})
         plain(self, P, *args, **kwargs)
 
+    def replay(self: Call, *args: object, plain: Callable = Call.replay, **kwargs: object) -> list:
+        with InFloat64():  # also in the midst of a backward pass, where the outer one is not
+            return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Call, "replay", replay)
     monkeypatch.setattr(ScoredStep, "scores", after)
     monkeypatch.setattr(ContractingRecording, "__init__", ahead)
     return seen
