@@ -95,6 +95,8 @@ class InRun:
             which moved the scores of real texts by less than a thousandth. None: where it is faster, on CPUs that multiply
             bfloat16.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
+        fallback: score parameters that the layer calls lose by a forward-mode pass of the whole model in each step, as
+            ``LayerCache`` does; False: leave them out, and name them.
         ledger: a folder to write every score and every step's books to (``adam_ghost.open_ledger`` reads it), or a
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
 
@@ -123,6 +125,7 @@ class InRun:
         audit_samples: int = 4,
         half: bool | None = None,
         strict: bool = False,
+        fallback: bool = True,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
         check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
@@ -144,7 +147,7 @@ class InRun:
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
         validation, watch = Validation(val_loss, model), GradientWatch(params)
-        self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half)
+        self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, fallback)
         self._schedule_name = schedule
         if schedule == "window":
             self._schedule: Schedule = Window(self._loop, windows, self.coverage)
@@ -352,7 +355,8 @@ class InRun:
         recordings = [m.recording for m in micro if m.recording is not None]
         if changed := self._changed():
             raise ValueError(f"frozen or unfrozen between run.batch and the step: {', '.join(changed[:6])}; do it before run.batch")
-        step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage)
+        passes = [m.whole for m in micro if loop.fallback]
+        step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage, passes)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
         edited, void = follow_scaling(step, loop.watch.fingerprint, self.optimizer)
@@ -369,6 +373,7 @@ class InRun:
         found = self._schedule.score(step, micro, edited, entry, void)
         self._scored = Seen.now(loop.watch.grads())
         loop.attributed += 1
+        entry.record.coverage = self.coverage.share
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return

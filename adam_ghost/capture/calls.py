@@ -104,7 +104,7 @@ class Call:
     def watch(
         self, index: int, out: Tensor, tag: Tag, inputs: Sequence[Tensor], receive: Callable[["Call", int, Tensor], None]
     ) -> GradientEdge:
-        """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes; says where it comes."""
+        """Has ``receive(self, index, grad)`` called when the gradient of ``out`` comes; returns the place where it will."""
         self.outputs[index] = tag
         base = out._base
         # products of more than two dimensions are views; an in-place function on them leaves their own node aside
@@ -112,7 +112,7 @@ class Call:
         if base is None or not whole or any(base is x or base is x._base for x in inputs):
             out.register_hook(lambda grad: receive(self, index, self._of_rows(grad.detach())))
             return get_gradient_edge(out)
-        place = out.shape, out.stride(), out.storage_offset() - base.storage_offset()
+        place = out.shape, out.stride(), int(out.storage_offset() - base.storage_offset())
         like = base.detach().to("meta")
         base.register_hook(lambda grad: receive(self, index, _seen(grad.detach(), like, *place)))
         return get_gradient_edge(base)

@@ -60,7 +60,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Of ``torch.nn.functional.linear_cross_entropy``."""
     ignore_index = -100 if ignore_index is None else ignore_index
-    of = {"weight": weight, "ignore_index": ignore_index, "reduction": "none", "label_smoothing": label_smoothing}
+    of: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "none"}
     losses = _in_chunks(lambda x, y: F.cross_entropy(F.linear(x, linear_weight, linear_bias), y, **of), input, target)
     return losses / _share(target, reduction, ignore_index, weight)
 
@@ -83,7 +83,12 @@ def liger(
     **__: Any,
 ) -> tuple[Tensor]:
     """Of Liger's ``LigerFusedLinearCrossEntropyFunction``; its other results carry no gradient."""
-    of = {"weight": ce_weight, "ignore_index": ignore_index, "reduction": "none", "label_smoothing": label_smoothing}
+    of: dict[str, Any] = {
+        "weight": ce_weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "reduction": "none",
+    }
 
     def rows(x: Tensor, y: Tensor) -> Tensor:
         logits = F.linear(x, weight, bias)

@@ -1,10 +1,12 @@
 """Any code: its derivative along P times the output gradients; or, without forward mode, one backward pass per sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from adam_ghost.capture.batch import Tag
@@ -51,6 +53,13 @@ class _TrueForwardMode(TorchFunctionMode):
             if options.get("padding_idx") is not None or options.get("scale_grad_by_freq"):
                 raise NotImplementedError("embedding leaves out or scales gradients")
         return func(*args, **kwargs)
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Inside, forward mode takes the ways that have one, and refuses those where it is not what the backward pass takes."""
+    with _TrueForwardMode(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _derivative(call: Call, P: Directions, params: Mapping[str, Tensor], n: int, per_token: bool) -> dict[int, Tensor] | None:

@@ -131,7 +131,7 @@ def old_weight_norm():
 @pytest.mark.parametrize("T", [N, 7], ids=["T=n", "T=7"])
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixed_samples_are_named(name, T):
-    case = problem(MIXERS[name], "x", T=T).record()
+    case = problem(MIXERS[name], "x", T=T, cache_options={"fallback": False}).record()
     before = copy.deepcopy([p.detach() for p in case.model.parameters()])
     with pytest.raises(RuntimeError, match=r"not attributed: .*; the scores cover"):
         case.attribute()
@@ -139,7 +139,7 @@ def test_mixed_samples_are_named(name, T):
 
 
 def test_named_once_without_strict():
-    case = problem(MIXERS["cumsum"], "x", cache_options={"strict": False})
+    case = problem(MIXERS["cumsum"], "x", cache_options={"strict": False, "fallback": False})
     with pytest.warns(UserWarning, match=r"not attributed: b.weight, b.bias; the scores cover 75.0% of the parameters"):
         case.record().attribute()
     case.record().attribute()  # silent: warnings of the package are errors here
@@ -191,7 +191,7 @@ def test_gradients_from_elsewhere(extra):
     if extra == "partly-unseen":
         model = Fn(lambda s, x: s.b(Hidden.apply(s.a(x), s.a.weight)), a=nn.Linear(D, D), b=nn.Linear(D, 2))
     torch.manual_seed(0)
-    case = Problem(model.double(), (inputs("x", N, 7, 1),), (inputs("x", 4, 7, 2),)).warm()
+    case = Problem(model.double(), (inputs("x", N, 7, 1),), (inputs("x", 4, 7, 2),), cache_options={"fallback": False}).warm()
     case.optimizer.zero_grad()
     if extra == "gradients-from-before":
         (model(-case.inputs[0]) ** 2).sum().backward()
@@ -261,6 +261,7 @@ def test_positions_as_an_argument(T):
         lambda s, i, p: s.h(s.e(i) + s.p(p)), e=nn.Embedding(VOCABULARY, D), p=nn.Embedding(9, D), h=nn.Linear(D, 2)
     ).double()
     case = Problem(model, (inputs("ids", N, T, 1), torch.arange(T)), (inputs("ids", 4, T, 2), torch.arange(T)))
+    case.cache.fallback = False
     case.record()
     if T == N:
         with pytest.raises(RuntimeError, match=r"not attributed: h.weight, h.bias"):

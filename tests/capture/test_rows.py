@@ -143,7 +143,7 @@ def test_rows_that_meet_unseen_leave_no_number(monkeypatch):
     monkeypatch.setattr(Batch, "look", False)
     mix = lambda h: torch.zeros(2, D).double().index_add(0, torch.arange(len(flat(h))) % 2, flat(h))  # noqa: E731
     model = lambda: Fn(lambda s, x: s.b(mix(s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2))  # noqa: E731
-    case = problem(model, "x", T=7)
+    case = problem(model, "x", T=7, cache_options={"fallback": False})
     case.optimizer.zero_grad()
     with case.cache:
         case.model(*case.inputs).square().sum().backward()
@@ -169,7 +169,7 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 def test_rows_that_meet_are_named(name):
     model = lambda: Fn(lambda s, x: s.b(MIXED[name](s.a(x))), a=nn.Linear(D, D), b=nn.Linear(D, 2))  # noqa: E731
-    case = problem(model, "x", T=7)
+    case = problem(model, "x", T=7, cache_options={"fallback": False})
     case.optimizer.zero_grad()
     with case.cache:
         case.model(*case.inputs).square().sum().backward()

@@ -20,9 +20,9 @@ SMALL: dict[str, Any] = {
     "hidden_dim": 24, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "d_kv": 8, "head_dim": 8, "d_head": 8, "d_inner": 24,
     "max_position_embeddings": 32, "n_positions": 32, "n_ctx": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 1, "type_vocab_size": 2, "image_size": 16, "patch_size": 8, "embedding_size": 8,
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0, "dropout": 0.0,
-    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_dropout": 0.0, "dropout_rate": 0.0, "classifier_dropout": 0.0,
-    "drop_path_rate": 0.0, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+    "dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_dropout": 0.0, "dropout_rate": 0.0,
+    "classifier_dropout": 0.0, "drop_path_rate": 0.0, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {
     "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "moe_top_k": 2,
@@ -213,7 +213,8 @@ FAMILIES: dict[str, Family] = {
     "beit": Family("BeitConfig", "BeitForImageClassification", given="pixels"),
     "dinov2": Family("Dinov2Config", "Dinov2ForImageClassification", given="pixels"),
     "swin": Family("SwinConfig", "SwinForImageClassification", {"image_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 8,
-        "depths": [2, 1], "num_heads": [2, 2]}, given="pixels32", without=("num_attention_heads", "num_hidden_layers", "num_layers")),
+        "depths": [2, 1], "num_heads": [2, 2]}, given="pixels32",
+        without=("num_attention_heads", "num_hidden_layers", "num_layers")),
     "convnext": Family("ConvNextConfig", "ConvNextForImageClassification", {"hidden_sizes": [8, 12], "depths": [1, 1],
         "num_stages": 2}, given="pixels32"),
     "convnextv2": Family("ConvNextV2Config", "ConvNextV2ForImageClassification", {"hidden_sizes": [8, 12], "depths": [1, 1],

@@ -17,9 +17,10 @@ from adam_ghost.step.step import Step as ScoredStep
 
 transformers = pytest.importorskip("transformers")
 WAYS = ("midpoint", "lookahead", "window")
+MIXTURES = ("mixtral", "granite-moe", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss", "deepseek-v3", "ernie-moe")
 FAST = ("gpt2", "llama", "mixtral", "gpt-oss", "deepseek-v3", "bloom", "funnel", "patchtst", "t5", "vit", "mamba", "whisper")
 CASES = [
-    pytest.param(name, way, marks=() if name in FAST and (way == "lookahead" or "moe" in name) else pytest.mark.slow)
+    pytest.param(name, way, marks=() if name in FAST and way == WAYS[FAST.index(name) % 3] else pytest.mark.slow)
     for name, family in FAMILIES.items()
     for way in family.ways
 ]
@@ -72,8 +73,7 @@ def train(step: Step, way: str, seen: list[dict[str, Tensor]]) -> tuple[Tensor, 
         return torch.from_numpy(run.scores().total), torch.stack([inner(seen[-1], g) for g in alone])
 
 
-@pytest.mark.parametrize("name,way", CASES)
-def test_family(name, way, monkeypatch):
+def measured(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
     family = FAMILIES[name]
     moe = __import__("transformers.integrations.moe", fromlist=["moe"])
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)  # torch's takes no float64
@@ -81,5 +81,34 @@ def test_family(name, way, monkeypatch):
     with InFloat64(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="transformers")
         step = Step(family.build(), family.inputs(1), family.inputs(2), losses=losses)
-        got, want = train(step, way, seen)
-    close(got, want, 1e-9)
+        return train(step, way, seen)
+
+
+@pytest.mark.parametrize("name,way", CASES)
+def test_family(name, way, monkeypatch):
+    close(*measured(name, way, monkeypatch), 1e-9)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "mixtral" else pytest.mark.slow) for n in MIXTURES])
+def test_experts_by_other_means(name, implementation, monkeypatch):
+    """In a loop over experts, and with each row's own weights gathered."""
+    build = type(FAMILIES[name]).build
+
+    def with_experts(self):
+        model = build(self)
+        model.model.set_experts_implementation(implementation)
+        return model
+
+    monkeypatch.setattr(type(FAMILIES[name]), "build", with_experts)
+    close(*measured(name, "midpoint", monkeypatch), 1e-9)
+
+
+def test_grouped_products_of_torch(monkeypatch):
+    """torch's own grouped product, in float32: the scores add up, and are single samples' to rounding."""
+    seen, family = taken_direction(monkeypatch), FAMILIES["mixtral"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="transformers")
+        step = Step(family.build().float(), family.inputs(1), family.inputs(2), losses=losses)
+        got, want = train(step, "lookahead", seen)
+    close(got, want.to(got.dtype), 1e-4)
