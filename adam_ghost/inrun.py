@@ -4,6 +4,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,8 +210,13 @@ class InRun:
 
     # the user's loop
 
-    def batch(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None) -> None:
+    def batch(
+        self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None
+    ) -> AbstractContextManager:
         """Names the samples of the next forward pass; before each micro-batch, if gradients are accumulated.
+
+        The model's forward pass is followed. A loss outside of it that uses the model's weights itself (``F.linear(hidden,
+        model.head.weight)``) is followed inside ``with run.batch(ids):``.
 
         Args:
             ids: one integer or string per sample, in the order of the batch.
@@ -229,7 +235,7 @@ class InRun:
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
         if not self._schedule.due():
-            return
+            return nullcontext()
         started = time.perf_counter()
         audit = self._audit_due()
         if offsets is not None and (audit or is_compiled(self.model)):
@@ -243,6 +249,7 @@ class InRun:
         with self._plain_precision():  # which may take a validation gradient
             self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
+        return self._schedule.followed() if isinstance(self._schedule, After) else nullcontext()
 
     def losses(self, losses: Tensor) -> None:
         """Tells the ledger each sample's share of the training loss, ``[n]``; after the forward pass that ``batch`` announced."""

@@ -110,7 +110,12 @@ class Call:
         # products of more than two dimensions are views; an in-place function on them leaves their own node aside
         whole = base is not None and base.requires_grad and base.numel() == out.numel()
         if base is None or not whole or any(base is x or base is x._base for x in inputs):
-            out.register_hook(lambda grad: receive(self, index, self._of_rows(grad.detach())))
+
+            def arrived(grad: Tensor | None) -> None:
+                if grad is not None:  # as of a custom function's result that nothing used
+                    receive(self, index, self._of_rows(grad.detach()))
+
+            out.register_hook(arrived)
             return get_gradient_edge(out)
         place = out.shape, out.stride(), int(out.storage_offset() - base.storage_offset())
         like = base.detach().to("meta")

@@ -3,7 +3,8 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -184,6 +185,7 @@ class After(Collecting):
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
         self._handles: list[Any] = []
+        self._following = False  # whether the loss is recorded, too
         self._lost: set[str] | None = None  # parameters that the last step's layer calls lost; None: no step has told
 
     def attach(self) -> None:
@@ -226,16 +228,33 @@ class After(Collecting):
         micro = self._armed
         if micro is None or micro.recording is None:
             return
-        if torch.is_grad_enabled() and not self.recorder.open:
+        if torch.is_grad_enabled() and (self._following or not self.recorder.open):
             if micro.audit or (self.loop.fallback and self._lost != set()):
                 micro.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
-            self.recorder.begin(micro.recording)
+            if not self._following:
+                self.recorder.begin(micro.recording)
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Inside, all that is done with the armed micro-batch is recorded, not only the model's forward pass."""
+        micro = self._armed
+        if micro is None or micro.recording is None:
+            yield
+            return
+        self._following = True
+        self.recorder.begin(micro.recording)
+        try:
+            yield
+        finally:
+            self._following = False
+            self.recorder.end()
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.recorder.open or self.recorder.inside_model:
             return
-        self.recorder.end()
+        if not self._following:
+            self.recorder.end()
         micro, self._armed = self._armed, None
         if micro is None or micro.recording is None or output is None:  # the forward pass raised
             return

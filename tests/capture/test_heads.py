@@ -164,9 +164,11 @@ class ChunkedLogProbFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=()):
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.how = temperature, softcap, scale
-        return ChunkedLogProbFunction.log_p(ctx.how, hidden, weight, bias, targets), None
+        log_p = ChunkedLogProbFunction.log_p(ctx.how, hidden, weight, bias, targets)
+        return log_p, log_p * 2 if "entropy" in outputs else None  # which nobody uses
 
     @staticmethod
     def log_p(how, hidden, weight, bias, targets):
@@ -214,7 +216,9 @@ def stands_for(monkeypatch, function, module):
 
 def by_trl(model, hidden, labels):
     mask = labels != -100
-    found = ChunkedLogProbFunction.apply(hidden[mask], model.head.weight, model.head.bias, labels[mask], 1.0, 32, None, 1.0, ())[0]
+    found = ChunkedLogProbFunction.apply(
+        hidden[mask], model.head.weight, model.head.bias, labels[mask], 1.0, 32, None, 1.0, ("entropy",)
+    )[0]
     return -hidden.new_zeros(mask.shape).masked_scatter(mask, found).sum()
 
 
@@ -239,3 +243,29 @@ def test_heads_of_libraries(name, tied, monkeypatch):
     model = model_of(loss, tied)
     P = direction(model)
     close(scores(model, P, lambda: model(ids, labels).backward()), one_by_one(model, P, ids, labels))
+
+
+@pytest.mark.parametrize("name", ["linear", "linear-cross-entropy"])
+@pytest.mark.parametrize("way", ["midpoint", "lookahead", "window"])
+def test_a_loss_outside_of_the_model_in_a_run(way, name):
+    """Inside of ``with run.batch(ids)`` the weights that the loss uses are attributed; scores add up to the step."""
+    ids, labels = batch(1)
+    model, val = model_of(None, False), batch(2)
+    model.forward = types.MethodType(LM.hidden, model)
+    loss = lambda inputs: LOSSES[name](model, model(inputs[0])[:, :-1], inputs[1][:, 1:])  # noqa: E731
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(11):
+        optimizer.zero_grad()
+        loss((ids, labels)).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    windows = {"window": 1, "ahead": 0, "train_loss": loss, "feedback": "none"} if way == "window" else {}
+    with ag.InRun(model, optimizer, lambda: loss(val), way, strict=True, fallback=False, **windows) as run:
+        with run.batch(range(N), inputs=(ids, labels)):
+            found = loss((ids, labels))
+        found.backward()
+        optimizer.step()
+        run.flush()
+        record = run.steps[-1]
+        assert record.coverage == 1
+        close(torch.tensor(record.score_sum), torch.tensor(record.total), 1e-9)

@@ -63,7 +63,7 @@ def train(step: Step, way: str, seen: list[dict[str, Tensor]]) -> tuple[Tensor, 
         state["step"].fill_(20)
     step.optimizer.zero_grad()
     windows = {"window": 1, "ahead": 0, "train_loss": train_loss, "feedback": "none"} if way == "window" else {}
-    with ag.InRun(step.model, step.optimizer, step.val_loss, way, strict=True, **windows) as run:
+    with ag.InRun(step.model, step.optimizer, step.val_loss, way, strict=True, fallback=False, **windows) as run:
         run.batch(range(step.n), inputs=step.inputs)
         train_loss(step.inputs).backward()
         alone = gradients_one_by_one(step)
