@@ -57,6 +57,7 @@ class LayerCache:
         self.validation = Validation(val_loss, model)
         self._recorder: Recorder | None = None
         self._handles: list[RemovableHandle] = []
+        self.loses = True  # whether layer calls lose parameters, as far as a step has told
         self.clear()
 
     def clear(self) -> None:
@@ -72,7 +73,7 @@ class LayerCache:
         refuse_mixed_samples(self.model)
         self.clear()
         self._recorder = Recorder(self.model)
-        if self.fallback:
+        if self.fallback and self.loses:
             self._handles = [
                 self.model.register_forward_pre_hook(Hook(self._pass_begins), with_kwargs=True),
                 self.model.register_forward_hook(Hook(self._pass_ends)),
@@ -150,5 +151,6 @@ def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) ->
         if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
     step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage, cache.passes)
+    cache.loses = bool(step.whole or step.missing)
     step.scale = cache.scaled_since()
     return step

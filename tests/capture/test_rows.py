@@ -242,3 +242,24 @@ def test_pairs_of_experts():
     close(ag.gram(case.cache, case.optimizer, preconditioner="exact"), products(case, True), 1e-8)
     close(ag.gram(case.cache, case.optimizer, preconditioner=None), products(case, False))
     assert ag.gram(case.cache, case.optimizer, preconditioner="factored").isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["midpoint", "lookahead"])
+def test_packed_samples_among_experts(way):
+    """Samples packed in rows get their tokens' scores, wherever the tokens were sent."""
+    offsets = torch.tensor([0, 3, 4, 11, 20, 35])
+    case = experts().warm(11)
+    case.optimizer.zero_grad()
+    loss = lambda: case.shares(case.model(*case.inputs)).sum()  # noqa: E731
+    with ag.InRun(case.model, case.optimizer, case.val_loss, way, strict=True) as run:
+        run.batch(range(5), offsets)
+        with case.cache:
+            loss().backward()
+        at = "midpoint" if way == "midpoint" else None
+        per_token = None if at is None else case.attribute(per_token=True)
+        case.optimizer.step()
+        run.flush()
+        found, record = torch.from_numpy(run.scores().total), run.steps[-1]
+    close(found.sum(), torch.tensor(record.total, dtype=torch.float64).squeeze())
+    if per_token is not None:
+        close(found, torch.stack([x.sum() for x in per_token.flatten().split(offsets.diff().tolist())]))

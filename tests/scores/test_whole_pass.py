@@ -82,7 +82,7 @@ def test_in_a_run(way, parts):
             run.flush()
             record = run.steps[-1]
             assert record.coverage == 1
-            close(torch.tensor(record.score_sum).reshape(-1), torch.tensor(record.total).reshape(-1), 1e-9)
+            close(torch.tensor(record.score_sum).double(), torch.tensor(record.total).double(), 1e-9)
 
 
 class Loss(nn.Module):
