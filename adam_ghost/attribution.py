@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 
 from adam_ghost.layer_cache import LayerCache, open_step
-from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.step.direction import PLACES, find_direction
 
 
 def attribute(
     layer_cache: LayerCache,
-    opt_state: torch.optim.Optimizer | OptState,
+    opt_state: Optimizers | OptState,
     *,
-    rule: str = "secant",
+    rule: str | None = None,
     at: str = "midpoint",
     per_token: bool = False,
 ) -> Tensor:
@@ -26,9 +26,10 @@ def attribute(
 
     Args:
         layer_cache: what ``with layer_cache:`` recorded of the forward and backward pass of ``n`` samples.
-        opt_state: the ``torch.optim.Adam`` or ``AdamW`` about to step, or its state.
-        rule: how Adam's nonlinearity is linearized: ``secant`` (exact along the step), ``tangent``, ``frozen`` (the state
-            before the step, arXiv 2602.00329) or ``sgd`` (none, arXiv 2406.11011).
+        opt_state: the optimizer about to step, a list of several that share the parameters out, or its state.
+        rule: how the optimizer's nonlinearity is linearized. None: exactly along the step (Adam's ``secant``). Others, for
+            comparison: ``tangent`` (at its end), ``frozen`` (Adam's state before the step, arXiv 2602.00329), ``sgd`` (none, arXiv
+            2406.11011).
         at: where the validation gradient is taken: ``midpoint`` of the step (second order), ``gauss`` (fourth order: the mean
             at two points, for twice the validation cost), ``lookahead`` (after the history's part of the step) or
             ``current`` weights.
@@ -39,7 +40,7 @@ def attribute(
         loss, positive = lowers it; at least float32, summed in that dtype, deterministic where the model is.
 
     Raises:
-        TypeError: ``opt_state`` is no Adam, ``val_loss`` returns no tensor.
+        TypeError: ``opt_state`` is no optimizer that is known, ``val_loss`` returns no tensor.
         ValueError: nothing was recorded, ``val_loss`` is missing, without a graph or not finite, a gradient is sparse or
             not finite or edited element by element, a parameter with a gradient is not the optimizer's, the weights changed
             since the recording, unknown ``rule`` or ``at``, no token dimension.
@@ -47,6 +48,7 @@ def attribute(
             step's gradient (otherwise a warning, once).
     """
     opt_state = read_optimizer(opt_state)
+    rule = opt_state.linearizations[0] if rule is None else rule
     for name, value, allowed in (("rule", rule, opt_state.linearizations), ("at", at, PLACES)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

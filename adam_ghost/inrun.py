@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.ledger.ids import normalise
-from adam_ghost.optim import read_optimizer
+from adam_ghost.optim import Optimizers, edits_gradients, listed, read_optimizer
 from adam_ghost.run.arguments import check_arguments, check_held, window_options
 from adam_ghost.run.attached import claim, weakly
 from adam_ghost.run.compiled import is_compiled
@@ -26,8 +26,8 @@ from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import ShapleyValues, play
 from adam_ghost.step.alone import alone, tolerance
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, GradientWatch, Seen
-from adam_ghost.step.step import Step, follow_scaling, gather_step
+from adam_ghost.step.fingerprint import EDITED, FinalGradients, GradientWatch
+from adam_ghost.step.step import Step, follow_scaling, gather_step, held_by
 from adam_ghost.step.validation import Validation
 from adam_ghost.warn import warn
 
@@ -59,7 +59,10 @@ class InRun:
     Args:
         model: called with the batch along dimension 0: every tensor among its arguments whose first dimension is as long as the
             first one's is taken for samples, a table of that many rows too: make such a table a buffer of the model.
-        optimizer: the one that trains all of the model's trainable parameters.
+        optimizer: the one that trains all of the model's trainable parameters, or a list of several that share them out. Those
+            step one after another, each once in a step, when all gradients are final: attribution happens before the first of
+            them moves weights (with a gradient scaler, ``unscale_`` all of them before). Where an optimizer does not step although
+            its parameters have gradients, the run raises, unless its gradients were not finite: then the others' are scored.
         val_loss: returns the loss to attribute, ``[]`` or ``[K]``, with a graph; may draw a new batch each time. It runs the
             model in whatever mode it is in, which is that of training unless ``val_loss`` calls ``model.eval()``: the mode is
             put back; and outside of autocast, unless it enters that. The model's buffers and plain attributes, and the random
@@ -70,7 +73,7 @@ class InRun:
             have no such history, go the midpoint's way): what a sample did in its step. ``window``: what it did to the run,
             its effect carried through momentum and later gradients to the end of a window of steps (docs/method.md, 6); the
             scores of a window come when the steps ahead of it are done.
-        rule: how Adam's nonlinearity is linearized, as in ``attribute``.
+        rule: how the optimizer's nonlinearity is linearized, as in ``attribute``.
         every: attribute every that many optimizer steps, or windows; the others are plain training.
         refresh: take a new validation gradient every that many attributed steps.
         audit_every: compare every that many attributed steps with the exact game (``exact_shapley``; costs
@@ -82,8 +85,9 @@ class InRun:
             where windows are too long for their linearization.
         window: steps whose samples are scored together, by the validation loss at the window's end; ``auto``: chosen by audits.
         ahead: steps that the end lies beyond the last of them, so that all samples get an outlook; they are swept twice.
-        warm_up: steps that the optimizer has to have taken before the first window. Without a history of gradients its step is
-            nearly their sign, whose derivative says nothing of a change: credit of the first steps can be anything.
+        bounded: in ``window``, take Adam's derivative with a second moment of at least what one sample's share makes of it. Without
+            a history of gradients its step is nearly their sign, and the plain derivative says nothing of a change: where
+            gradients cancel, the credit of the first steps can be anything.
         train_loss: in ``window``, a function of what ``run.batch(ids, inputs=...)`` is given that returns the loss which the
             loop calls ``backward()`` on, once per micro-batch, up to a constant factor. Random numbers that it draws, of torch,
             come out as in the loop where it begins right after ``run.batch``; those that the model draws do anyhow.
@@ -108,18 +112,18 @@ class InRun:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         val_loss: Callable[[], Tensor],
         schedule: str = "midpoint",
         *,
-        rule: str = "secant",
+        rule: str | None = None,
         every: int = 1,
         refresh: int = 1,
         audit_every: int | None = None,
         audit_permutations: int = 8,
         window: int | str = 32,
         ahead: int = 32,
-        warm_up: int = 10,
+        bounded: bool = True,
         train_loss: Callable[[Any], Tensor] | None = None,
         feedback: str = "differences",
         memory: str | int | None = None,
@@ -129,15 +133,16 @@ class InRun:
         fallback: bool = True,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
-        check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
+        rule = check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
             windows = window_options(
-                train_loss, window, ahead, warm_up, feedback, memory, audit_every, audit_samples, refresh, model
+                train_loss, window, ahead, bounded, feedback, memory, audit_every, audit_samples, refresh, model
             )
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", 1 if audit_every is None else audit_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.model, self.optimizer = model, optimizer
+        self._optimizers: list[torch.optim.Optimizer] = listed(optimizer)
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
         self.coverage = Coverage(strict)
         self.steps = Steps()  # the newest attributed ones, as far as their numbers have arrived
@@ -160,13 +165,14 @@ class InRun:
         self._squeeze = True  # whether the validation loss is a scalar
         self._seconds = 0.0  # of the host, in this step
         self.ledger = _open_writer(ledger)
-        self._scored: Seen | None = None  # the gradients of the step about to be taken
+        self._awaited: set[torch.optim.Optimizer] = set()  # those that have yet to take the step that was begun
+        self._scored: dict[torch.optim.Optimizer, FinalGradients] = {}  # of the step that was begun
+        self._doubts: list[Readback] = []  # whether gradients of earlier steps were changed after they were scored
         if self.ledger is not None:
             self.ledger.claim(self)
-        self._handles = [
-            optimizer.register_step_pre_hook(weakly(self._before_step)),
-            optimizer.register_step_post_hook(weakly(self._after_step)),
-        ]
+        before, after = weakly(self._before_step), weakly(self._after_step)
+        self._handles = [each.register_step_pre_hook(before) for each in self._optimizers]
+        self._handles += [each.register_step_post_hook(after) for each in self._optimizers]
         self._attach()
 
     def _attach(self) -> None:
@@ -196,6 +202,7 @@ class InRun:
             return
         self._closed = True
         try:
+            self._end_step()
             with self._plain_precision():
                 self._finish(self._schedule.finish())
             self._books.drain(self._book, wait=True)
@@ -234,6 +241,7 @@ class InRun:
         ids = normalise(ids)
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
+        self._end_step()
         if not self._schedule.due():
             return nullcontext()
         started = time.perf_counter()
@@ -311,12 +319,20 @@ class InRun:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
+        if optimizer in self._awaited:
+            return self._check_final(optimizer)
+        if len(self._optimizers) > 1 and not _has_gradients(optimizer):
+            return  # it moves nothing
+        self._end_step()
         dropped = self._schedule.drop()
         if dropped:
             self._skip(dropped)
         micro = self._schedule.collect()
         due = self._schedule.due()
         self._loop.step += 1
+        stepping = {each for each in self._optimizers if each is optimizer or _has_gradients(each)}
+        if not due or micro is None:
+            self._awaited = stepping
         if not due:
             return
         if micro is None:
@@ -336,18 +352,65 @@ class InRun:
                 self._attribute(micro, started)
         finally:
             self._loop.watch.fingerprint, self._seconds = None, 0.0
+        self._awaited = stepping
+
+    def _check_final(self, optimizer: torch.optim.Optimizer) -> None:
+        """A later optimizer of the step: what it steps by has to be what was scored before the first one moved weights."""
+        scored = self._scored.get(optimizer)
+        if scored is None:
+            return
+        changed = scored.changed()
+        if changed.device.type != "cpu":  # looking would wait for the device
+            self._doubts.append(Readback(changed))
+        if getattr(optimizer, "grad_scale", None) is not None or (changed.device.type == "cpu" and bool(changed)):
+            self._refuse_late()
+
+    def _refuse_late(self) -> None:
+        self._withdraw()
+        raise RuntimeError(
+            "gradients of one optimizer changed after another had begun the step, when all were scored: unscale or clip all of them"
+            " before the first optimizer steps (with a gradient scaler, call scaler.unscale_(optimizer) for each)"
+        )
+
+    def _withdraw(self) -> None:
+        """The scores of the step that was begun are not those of the step."""
+        self._awaited, self._scored, self._doubts = set(), {}, []
+        if isinstance(self._schedule, Window):
+            self._schedule.withdraw()
+        else:
+            self._books.withdraw()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        scored, self._scored = self._scored, None
-        if scored is not None and not scored.untouched(self._loop.watch.grads()):
-            if isinstance(self._schedule, Window):
-                self._schedule.withdraw()
-            else:
-                self._books.withdraw()
+        scored = self._scored.pop(optimizer, None)
+        if scored is not None and not edits_gradients(optimizer) and not scored.untouched():
+            self._withdraw()
             raise RuntimeError(
                 "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
                 " would not be those of the step. Register that hook before the run is built"
             )
+        if optimizer in self._awaited:
+            self._awaited.remove(optimizer)
+            if not self._awaited:
+                with self._plain_precision():
+                    self._finish(self._schedule.swept())
+
+    def _end_step(self) -> None:
+        """The step that was begun, if any, is over: optimizers that have not stepped by now will not."""
+        for doubt in self._doubts:
+            if doubt.get().any():
+                self._refuse_late()
+        self._doubts = []
+        if not self._awaited:
+            return
+        absent = [type(each).__name__ for each in self._awaited if each in self._scored]
+        if absent and len(self._optimizers) > 1:
+            self._withdraw()
+            raise RuntimeError(
+                f"step {self.step}: {', '.join(sorted(absent))} did not step, but its parameters have gradients and were scored"
+                " with the others': step every optimizer once in each step, or clear the gradients of those that rest before the"
+                " first one steps (zero_grad)"
+            )
+        self._awaited, self._scored = set(), {}
         with self._plain_precision():
             self._finish(self._schedule.swept())
 
@@ -366,19 +429,31 @@ class InRun:
         step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage, passes)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
-        edited, void = follow_scaling(step, loop.watch.fingerprint, self.optimizer)
+        before = loop.watch.fingerprint
+        if len(self._optimizers) > 1 and not isinstance(self._schedule, Ahead):
+            # an optimizer that rests, its gradients cleared; foreseen scores are of all parameters in one
+            before = before.only(step.grads)
+        edited, each_void = follow_scaling(step, before, self._optimizers)
+        void = each_void.any()
         if void.device.type == "cpu":  # where looking costs no synchronisation
             if bool(edited.any()):
                 raise ValueError(EDITED)
             if bool(void):
-                return self._skip(micro)
+                # an optimizer that is skipped leaves its parameters where they are
+                left = [o for o, gone in zip(self._optimizers, each_void.tolist(), strict=True) if not gone]
+                names = [] if isinstance(self._schedule, Ahead) else [k for o in left for k in held_by(o, step.params)]
+                if not names:
+                    return self._skip(micro)
+                step, void = step.only(names), torch.zeros_like(void)
         audit = self._play(step, micro) if self._audit_due() else None
         ids = [i for m in micro for i in m.ids]
         losses = [m.losses for m in micro if m.losses is not None]
         told = torch.cat(losses) if self.ledger is not None and len(losses) == len(micro) else None
         entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told)
         found = self._schedule.score(step, micro, edited, entry, void)
-        self._scored = Seen.now(loop.watch.grads())
+        for each in self._optimizers:
+            if names := held_by(each, step.params):
+                self._scored[each] = FinalGradients({name: step.params[name] for name in names})
         loop.attributed += 1
         entry.record.coverage = self.coverage.share
         entry.record.seconds = time.perf_counter() - started
@@ -431,7 +506,8 @@ class InRun:
     # the books
 
     def _record(self, samples: int, *, refreshed: bool = False, skipped: bool = False, seconds: float = 0.0) -> StepRecord:
-        lr = [float(g["lr"]) for g in self.optimizer.param_groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
+        groups = [group for each in self._optimizers for group in each.param_groups]
+        lr = [float(g["lr"]) for g in groups if not torch.is_tensor(g["lr"]) or g["lr"].device.type == "cpu"]
         record = StepRecord(self.step, samples, lr, [], refreshed, [], [], [], self.coverage.share, skipped, seconds)
         record.epoch, record.every, record.refresh = self.epoch, self._loop.every, self._loop.refresh
         return record
@@ -463,7 +539,7 @@ class InRun:
             "audit_every": self.audit_every,
             "audit_permutations": self.audit_permutations,
             "model": type(self.model).__name__,
-            "optimizer": type(self.optimizer).__name__,
+            "optimizer": ", ".join(type(each).__name__ for each in self._optimizers),
             "parameters": sum(p.numel() for p in params),
             "device": str(next(iter(params)).device),
         }
@@ -552,6 +628,10 @@ def _open_writer(ledger: Any) -> "LedgerWriter | None":
     from adam_ghost.ledger.writer import LedgerWriter
 
     return ledger if isinstance(ledger, LedgerWriter) else LedgerWriter(ledger)
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _leave(schedule: Schedule, handles: list[Any], ledger: Any) -> None:

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Recording
-from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, Fingerprint
 from adam_ghost.step.step import Step, gather_step
@@ -134,7 +134,7 @@ class LayerCache:
         return self._recorder is not None
 
 
-def open_step(cache: LayerCache, opt_state: torch.optim.Optimizer | OptState) -> Step:
+def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
     """The step that ``cache`` recorded, checked before anything is computed or changed. Errors as in ``attribute``."""
     if not isinstance(cache, LayerCache):
         raise TypeError(f"layer_cache must be an adam_ghost.LayerCache, got {type(cache).__name__}")

@@ -9,7 +9,7 @@ from adam_ghost.capture.calls import Call
 from adam_ghost.capture.kinds import is_transposed, layer_kind
 from adam_ghost.capture.rows import Rows
 from adam_ghost.layer_cache import LayerCache, open_step
-from adam_ghost.optim import OptState
+from adam_ghost.optim import Optimizers, OptState
 from adam_ghost.scores import ops
 from adam_ghost.scores.shapes import add, in_line, lead_rows, samples_first
 from adam_ghost.step.step import Step
@@ -17,7 +17,7 @@ from adam_ghost.step.step import Step
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
 
 
-def gram(layer_cache: LayerCache, opt_state: torch.optim.Optimizer | OptState, *, preconditioner: str | None = "exact") -> Tensor:
+def gram(layer_cache: LayerCache, opt_state: Optimizers | OptState, *, preconditioner: str | None = "exact") -> Tensor:
     """``< D * g_i , g_j >`` for all pairs of the recorded batch, ``[n, n]``, at least float32.
 
     With Adam's preconditioner ``D = lr * S`` (secant) entry ``[i, j]`` is, to first order, how much sample ``i``'s share of

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.layer_cache import LayerCache, open_step
-from adam_ghost.optim import OptState
+from adam_ghost.optim import Optimizers, OptState
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
@@ -30,7 +30,7 @@ class ShapleyValues:
 
 
 def exact_shapley(
-    layer_cache: LayerCache, opt_state: torch.optim.Optimizer | OptState, *, permutations: int = 8, seed: int = 0
+    layer_cache: LayerCache, opt_state: Optimizers | OptState, *, permutations: int = 8, seed: int = 0
 ) -> ShapleyValues:
     """Shapley values of the true step: Adam's whole nonlinearity and the true validation loss, nothing linearized.
 

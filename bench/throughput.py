@@ -69,7 +69,7 @@ def stepper(variant: str, s: Setting) -> Callable[[], None]:
         run = ag.InRun(model, optimizer, lambda: loss(x_val), variant)
     elif variant in WINDOWS:
         window, ahead, every, feedback = WINDOWS[variant]
-        options = {"window": window, "ahead": ahead, "every": every, "warm_up": 0, "feedback": feedback, "train_loss": loss}
+        options = {"window": window, "ahead": ahead, "every": every, "feedback": feedback, "train_loss": loss}
         run = ag.InRun(model, optimizer, lambda: loss(x_val), "window", **options)
     params = list(model.parameters())
 

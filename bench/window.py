@@ -90,7 +90,7 @@ def leave_one_out(task: Task, at: list[int], K: int) -> dict[int, tuple[Tensor, 
     every = at[1] - at[0]
 
     def run(t: Task, optimizer: torch.optim.Optimizer) -> ag.InRun:
-        options = {"window": 1, "ahead": K - 1, "every": every, "warm_up": 0, "train_loss": t.loss}
+        options = {"window": 1, "ahead": K - 1, "every": every, "train_loss": t.loss}
         return ag.InRun(t.model, optimizer, t.val_loss, "window", **options)
 
     attached = train_on(task, run, each=lambda: None)
@@ -136,8 +136,9 @@ WINDOWS = {
     "windows of 10": (10, 0, "differences"),
     "windows of 32": (32, 0, "differences"),
     "windows of 32, 32 ahead (the default)": (32, 32, "differences"),
-    "the same, Gauss-Newton": (32, 32, "gauss-newton"),
-    "the same, no feedback": (32, 32, "none"),
+    "windows of 40, 40 ahead": (40, 40, "differences"),
+    "the default, Gauss-Newton": (32, 32, "gauss-newton"),
+    "the default, no feedback": (32, 32, "none"),
     "the whole run": (10**6, 0, "differences"),
 }
 # the whole runs: task and learning rate

@@ -44,8 +44,8 @@ def sparse(case):
 
 
 BAD = {
-    "sgd": (lambda c: replaced(c, optimizer=torch.optim.SGD(c.model.parameters())), TypeError, "opt_state must be .*Adam.*got SGD"),
-    "nadam": (lambda c: replaced(c, optimizer=torch.optim.NAdam(c.model.parameters())), TypeError, "opt_state must be .*NAdam"),
+    "lbfgs": (lambda c: replaced(c, optimizer=torch.optim.LBFGS(c.model.parameters())), TypeError, "opt_state must be .*got LBFGS"),
+    "asgd": (lambda c: replaced(c, optimizer=torch.optim.ASGD(c.model.parameters())), TypeError, "opt_state must be .*got ASGD"),
     "own-step": (lambda c: replaced(c, optimizer=Own(c.model.parameters())), TypeError, "opt_state must be .*got Own"),
     "state-dict": (lambda c: replaced(c, optimizer=c.optimizer.state_dict()), TypeError, "opt_state must be .*got dict"),
     "no-cache": (lambda c: replaced(c, cache=c.model), TypeError, "layer_cache must be an adam_ghost.LayerCache, got NanoGPT"),

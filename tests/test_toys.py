@@ -20,18 +20,19 @@ N, T, D = 5, 3, 6
 def registered(monkeypatch):
     """The toys, for one test."""
     for module, registry in ((protocol, "_READERS"), (forms, "_FORMS"), (kinds, "_KINDS")):
-        monkeypatch.setattr(module, registry, dict(getattr(module, registry)))
-    for toy in ("toys.sgd", "toys.scale"):
+        monkeypatch.setattr(module, registry, type(held := getattr(module, registry))(held))
+    for toy in ("toys.heavy_ball", "toys.scale"):
         monkeypatch.delitem(sys.modules, toy, raising=False)
         importlib.import_module(toy)
 
 
 def case():
     torch.manual_seed(0)
+    from toys.heavy_ball import HeavyBall
     from toys.scale import Scale
 
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), Scale(D), nn.Linear(D, 2)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.8, weight_decay=0.1)
+    optimizer = HeavyBall(model.parameters(), lr=1e-2, momentum=0.8, weight_decay=0.1)
     x, val = torch.randn(2, N, T, D).double()
     return Problem(model, (x,), (val,), optimizer=optimizer).warm()
 
@@ -44,14 +45,14 @@ def expected():
 
 
 def test_thin_layer():
-    close(case().record().attribute(rule="exact"), expected())
+    close(case().record().attribute(), expected())
 
 
 def test_the_form_of_the_layer_is_asked(monkeypatch):
     found = case().record()
-    of_all, form = found.attribute(rule="exact"), forms._FORMS["scale"]
+    of_all, form = found.attribute(), forms._FORMS["scale"]
     monkeypatch.setitem(forms._FORMS, "scale", form._replace(scores=lambda *call: 0 * form.scores(*call)))
-    assert (of_all - found.attribute(rule="exact")).abs().min() > 0
+    assert (of_all - found.attribute()).abs().min() > 0
 
 
 def test_gram():
@@ -65,7 +66,7 @@ def test_gram():
 def test_running_layer(schedule):
     """In lookahead the first steps, whose history is too short, go the midpoint's way."""
     loop = case()
-    with ag.InRun(loop.model, loop.optimizer, loop.val_loss, schedule, rule="exact", strict=True) as run:
+    with ag.InRun(loop.model, loop.optimizer, loop.val_loss, schedule, strict=True) as run:
         run.batch(range(N))
         loop.backward()
         loop.optimizer.step()
@@ -74,13 +75,13 @@ def test_running_layer(schedule):
 
 def test_adjoint():
     """Through two steps, against autograd through the same two steps written out."""
-    from toys.sgd import SGDState
+    from toys.heavy_ball import HeavyBallState
 
     loop = case()
     loop.backward()
     params = list(loop.model.parameters())
     grads, val = [p.grad.clone() for p in params], [torch.randn_like(p) for p in params]
-    start = SGDState.of(loop.optimizer).kept(params)
+    start = HeavyBallState.of(loop.optimizer).kept(params)
     scalars = start.scalars(list(start.parameters()))
     states = [start, start.advanced(grads, scalars)]
     adjoint = states[1].advanced(grads, scalars).adjoint([v.unsqueeze(0).clone() for v in val])
@@ -101,5 +102,7 @@ def test_adjoint():
 def test_toys_leave_with_the_test(monkeypatch):
     monkeypatch.undo()
     model = nn.Linear(2, 2)
-    with pytest.raises(TypeError, match="got SGD"):
-        protocol.read_optimizer(torch.optim.SGD(model.parameters()))
+    from toys.heavy_ball import HeavyBall
+
+    with pytest.raises(TypeError, match="got HeavyBall"):
+        protocol.read_one(HeavyBall(model.parameters(), 0.1, 0.9, 0.0))

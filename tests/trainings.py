@@ -126,7 +126,7 @@ class Training:
         options = {
             "window": 4,
             "ahead": 2,
-            "warm_up": 0,
+            "bounded": False,
             "feedback": "double",
             "train_loss": self.train_loss,
             "strict": True,
@@ -191,7 +191,15 @@ class Training:
         """``[samples]`` or ``[samples, K]``, in the order of the steps."""
         return torch.from_numpy(self.run.scores().total)
 
-    def credit(self, first: int, last: int, end: int, feedback: str = "exact", state: dict[str, tuple] | None = None) -> Tensor:
+    def credit(
+        self,
+        first: int,
+        last: int,
+        end: int,
+        feedback: str = "exact",
+        state: dict[str, tuple] | None = None,
+        bounded: bool = False,
+    ) -> Tensor:
         """What the samples of steps ``first .. last``, counted from 1, did to the validation loss after step ``end``.
 
         ``state``: of the optimizer at the start, by parameter: both moments, the second's maximum and the steps taken.
@@ -206,7 +214,8 @@ class Training:
                 factor = (self.max_norm / (norm + 1e-6)).clamp(max=1)
                 grads = [g * factor for g in grads]
             for (name, s), g in zip(t.hyper.items(), grads, strict=True):
-                weights[name], state[name] = _adam(s, weights[name], g, state.get(name))
+                share = g.detach().norm() / (g.numel() * sum(self.parts)) ** 0.5 if bounded else 0.0
+                weights[name], state[name] = _adam(s, weights[name], g, state.get(name), share)
         losses = self.validation(lambda x: functional_call(self.model, weights, (x,)))
         wanted = [e for step_eps in eps[first - 1 : last] for e in step_eps]
         found = [torch.cat(torch.autograd.grad(x, wanted, retain_graph=True)) for x in losses.reshape(-1)]
@@ -235,17 +244,27 @@ class Training:
         return total
 
 
-def _adam(s: dict[str, Any], w: Tensor, g: Tensor, state: tuple | None) -> tuple[Tensor, tuple]:
+def _adam(s: dict[str, Any], w: Tensor, g: Tensor, state: tuple | None, share: float | Tensor = 0.0) -> tuple[Tensor, tuple]:
+    """The weights and state after a step.
+
+    Its derivative, not what it does, is taken as if at least ``share`` squared had gone into the second moment.
+    """
     m, v, v_max, t = state or (torch.zeros_like(w), torch.zeros_like(w), torch.zeros_like(w), 0)
-    t += 1
+    t, given = t + 1, g
     g = -g if s["maximize"] else g
     w, g = (w * (1 - s["lr"] * s["weight_decay"]), g) if s["decoupled"] else (w, g + s["weight_decay"] * w)
     m = s["beta1"] * m + (1 - s["beta1"]) * g
+    lack = (1 - s["beta2"]) * (share**2 - given.square()) - s["beta2"] * v
     v = s["beta2"] * v + (1 - s["beta2"]) * g * g
     v_max = torch.maximum(v_max, v) if s["amsgrad"] else v
-    bc1, bc2 = 1 - s["beta1"] ** t, 1 - s["beta2"] ** t
-    root = torch.where(v_max > 0, torch.where(v_max > 0, v_max / bc2, 1.0).sqrt(), 0.0)
-    return w - s["lr"] / bc1 * m / (root + s["eps"]), (m, v, v_max, t)
+
+    def moved(second: Tensor) -> Tensor:
+        bc1, bc2 = 1 - s["beta1"] ** t, 1 - s["beta2"] ** t
+        root = torch.where(second > 0, torch.where(second > 0, second / bc2, 1.0).sqrt(), 0.0)
+        return s["lr"] / bc1 * m / (root + s["eps"])
+
+    bounded = moved(v_max + lack.detach().clamp(min=0))
+    return w - (bounded + (moved(v_max) - bounded).detach()), (m, v, v_max, t)
 
 
 def apart(got: Tensor, want: Tensor) -> float:

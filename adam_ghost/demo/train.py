@@ -163,7 +163,7 @@ def train(
         after = trainer.target_loss().item()
 
     # of a run so short that it has no ten steps to wait for, windows begin earlier
-    options = {"window": WINDOW, "ahead": AHEAD, "warm_up": min(10, steps // 8), "train_loss": again.loss, "ledger": ledgers[1]}
+    options = {"window": WINDOW, "ahead": AHEAD, "train_loss": again.loss, "ledger": ledgers[1]}
     options |= {"audit_every": max(1, steps // WINDOW // 2), "audit_samples": AUDITED_SAMPLES}
     with warnings.catch_warnings():
         # the display says it: the last windows look less far ahead, and what R the audits found

@@ -1,8 +1,8 @@
 """Adam and AdamW: a ``torch.optim.Adam`` or ``AdamW`` read as what it is to one step; copies nothing."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim.adam import adam
 from adam_ghost.optim import adam_definition as definition
 from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import RULES, StepScalars
-from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, register
+from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, number, register
 
 
 class ParamState(NamedTuple):
@@ -36,6 +36,7 @@ class AdamState:
     """
 
     linearizations: tuple[str, ...] = RULES
+    not_carried: str | None = None
 
     def __init__(self, params: Iterable[ParamState]):
         self._params = {s.param: s for s in params}
@@ -54,7 +55,12 @@ class AdamState:
             raise TypeError(
                 f"opt_state must be a torch.optim.Adam, torch.optim.AdamW or adam_ghost.AdamState, got {type(opt_state).__name__}"
             )
-        return cls(_read(opt_state))
+        return cls.of_groups(opt_state, opt_state.param_groups, decoupled=isinstance(opt_state, torch.optim.AdamW))
+
+    @classmethod
+    def of_groups(cls, optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], decoupled: bool) -> "AdamState":
+        """From those groups of an optimizer that it steps as Adam does; ``decoupled``: with AdamW's decay, if they do not say."""
+        return cls(_read(optimizer, groups, decoupled))
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._params
@@ -165,21 +171,27 @@ class AdamState:
         kinds = 3 if any(s.scalars.amsgrad for s in self._params.values()) else 2
         return Adjoint(list(val_grads), [[torch.zeros_like(x) for x in val_grads] for _ in range(kinds)])
 
-    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint, shares: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """With ``shares``, the second moment counts as what one sample's share alone makes of it where it is less."""
         params = list(self.parameters())
         found: list[Tensor] = [torch.zeros_like(x) for x in after.weights]
         # a parameter without a gradient stays where it is, and so do its moments
         moving = [i for i, g in enumerate(grads) if g is not None]
-        m, v, *v_max = ([x[i] for i in moving] for x in after.state)
-        state = self.lists([params[i] for i in moving])
+        lambda_m, lambda_v, *lambda_v_max = ([x[i] for i in moving] for x in after.state)
+        m, v, v_max, steps = self.lists([params[i] for i in moving])
+        if shares is not None:
+            v = [_at_least(shares[i], s, x, grads[i]) for i, s, x in zip(moving, steps, v, strict=True)]
         adam_op.adjoint(
             [params[i] for i in moving],
             [grads[i] for i in moving],
-            *state,
-            [after.weights[i] for i in moving],
             m,
             v,
-            v_max[0] if v_max else [],
+            v_max,
+            steps,
+            [after.weights[i] for i in moving],
+            lambda_m,
+            lambda_v,
+            lambda_v_max[0] if lambda_v_max else [],
             out=[found[i] for i in moving],
         )
         return found
@@ -224,29 +236,27 @@ class AdamState:
         return typical.sqrt_().clamp_(min=smallest).copysign_(s.exp_avg)
 
 
-def _number(x: float | Tensor) -> float | Tensor:
-    """A float where reading costs no device synchronisation, else a float64 0-D tensor."""
-    if not isinstance(x, Tensor):
-        return float(x)
-    return float(x) if x.device.type == "cpu" else x.detach().double().reshape(())
+def _at_least(share: Tensor, s: StepScalars, v: Tensor | None, g: Tensor) -> Tensor:
+    """``v`` raised where the second moment after the step would be less than what a gradient of ``share`` adds to it."""
+    least = (share.to(g.dtype).square() - g.square()) * ((1 - s.beta2) / (s.beta2 or 1.0))
+    return least.clamp_(min=0) if v is None else torch.maximum(least.to(v.dtype), v)
 
 
-def _read(optimizer: torch.optim.Optimizer) -> Iterator[ParamState]:
-    for group in optimizer.param_groups:
+def _read(optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], decoupled: bool) -> Iterator[ParamState]:
+    for group in groups:
         beta1, beta2 = group["betas"]
-        decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             scalars = StepScalars(
-                t=_number(state.get("step", 0)) + 1,
-                lr=_number(group["lr"]),
-                beta1=_number(beta1),
-                beta2=_number(beta2),
+                t=number(state.get("step", 0)) + 1,
+                lr=number(group["lr"]),
+                beta1=number(beta1),
+                beta2=number(beta2),
                 eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
-                decoupled=bool(decoupled),
-                amsgrad=bool(group["amsgrad"]),
-                maximize=bool(group["maximize"]),
+                decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
+                amsgrad=bool(group.get("amsgrad")),
+                maximize=bool(group.get("maximize")),
             )
             yield ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
 

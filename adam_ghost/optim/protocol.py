@@ -43,6 +43,7 @@ class OptState(Protocol):
     """
 
     linearizations: tuple[str, ...]  # the rules that ``linearize`` knows, the exact one first
+    not_carried: str | None  # why no credit can be carried through the step (``schedule="window"``); None: it can
 
     def __contains__(self, p: Tensor) -> bool:
         """Whether the optimizer trains ``p``."""
@@ -111,30 +112,80 @@ class OptState(Protocol):
         """The adjoint of a loss with this gradient by the weights, in the gradients' memory: it depends on no other state."""
         ...
 
-    def pull(self, grads: Sequence[Tensor | None], after: Adjoint) -> list[Tensor]:
-        """Turns the adjoint after the step with ``grads`` into that before it, in place; returns the gradient's, per parameter."""
+    def pull(self, grads: Sequence[Tensor | None], after: Adjoint, shares: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Turns the adjoint after the step with ``grads`` into that before it, in place; returns the gradient's, per parameter.
+
+        ``shares``: per parameter, ``[]``, the usual size of one sample's part of an element's gradient. A step whose derivative
+        means nothing at such a distance bounds it there (docs/method.md, 6); without them it is the derivative.
+        """
         ...
 
 
-_READERS: dict[type[torch.optim.Optimizer], Callable[[Any], OptState]] = {}
+def number(x: float | Tensor) -> float | Tensor:
+    """A float where reading costs no device synchronisation, else a float64 0-D tensor."""
+    if not isinstance(x, Tensor):
+        return float(x)
+    return float(x) if x.device.type == "cpu" else x.detach().to(torch.float64, copy=True).reshape(())
 
 
-def register(optimizer: type[torch.optim.Optimizer], read: Callable[[Any], OptState]) -> None:
-    """Has optimizers that step as this class does read by ``read``, which copies nothing."""
-    _READERS[optimizer] = read
+class Reader(NamedTuple):
+    """How optimizers of a kind are read."""
+
+    kind: type[torch.optim.Optimizer] | str
+    read: Callable[[Any], OptState]
+    edits_gradients: bool
 
 
-def read_optimizer(opt_state: Any, name: str = "opt_state") -> OptState:
+_READERS: list[Reader] = []
+
+
+def register(kind: type[torch.optim.Optimizer] | str, read: Callable[[Any], OptState], *, edits_gradients: bool = False) -> None:
+    """Has optimizers that step as this class does read by ``read``, which copies nothing.
+
+    Args:
+        kind: the class, or ``module.Class``, whichever defines ``step``, of one that need not be there to be imported.
+        read: takes the optimizer, about to step, whose parameters' ``.grad`` is what it will step by. An optimizer that averages
+            gradients over processes inside ``step`` has none such: it is not to be registered, unless ``read`` puts them there.
+        edits_gradients: whether ``step`` itself changes the gradients in place.
+    """
+    _READERS.insert(0, Reader(kind, read, edits_gradients))
+
+
+def _reader(optimizer: torch.optim.Optimizer) -> Reader | None:
+    # step is wrapped anew in each class by the optimizer's profiling hooks: compare what they wrap
+    step = inspect.unwrap(type(optimizer).step)
+    name = f"{step.__module__}.{step.__qualname__}"
+    for reader in _READERS:
+        kind = reader.kind
+        if name == f"{kind}.step" if isinstance(kind, str) else step is inspect.unwrap(kind.step):
+            return reader
+    return None
+
+
+def edits_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's ``step`` itself changes the gradients in place."""
+    reader = _reader(optimizer)
+    return reader is not None and reader.edits_gradients
+
+
+def read_one(opt_state: Any, name: str = "opt_state") -> OptState:
     """The state of an optimizer about to step; an ``OptState`` is returned as it is.
 
     Raises TypeError for an optimizer that nobody registered, also for subclasses that step differently.
     """
     if isinstance(opt_state, torch.optim.Optimizer):
-        for kind, read in _READERS.items():
-            # step is wrapped anew in each class by the optimizer's profiling hooks: compare what they wrap
-            if inspect.unwrap(type(opt_state).step) is inspect.unwrap(kind.step):
-                return read(opt_state)
+        if reader := _reader(opt_state):
+            return reader.read(opt_state)
     elif isinstance(opt_state, OptState):
         return opt_state
-    known = ", ".join(f"torch.optim.{k.__name__}" if k.__module__.startswith("torch.") else k.__name__ for k in _READERS)
-    raise TypeError(f"{name} must be one of {known}, or an optimizer's state, got {type(opt_state).__name__}")
+    known = ", ".join(sorted(_shown(reader.kind) for reader in _READERS))
+    raise TypeError(
+        f"{name} must be one of {known}, or an optimizer's state, got {type(opt_state).__name__}; adam_ghost.optim.register adds"
+        " others"
+    )
+
+
+def _shown(kind: type | str) -> str:
+    if isinstance(kind, str):
+        return f"{kind.split('.')[0]}'s {kind.rsplit('.', 1)[1]}"
+    return f"torch.optim.{kind.__name__}" if kind.__module__.startswith("torch.") else kind.__name__

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.optim import OptState, listed, read_optimizer
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
 from adam_ghost.run.schedules import SCHEDULES
@@ -15,24 +15,27 @@ from adam_ghost.run.window import WindowOptions
 from adam_ghost.step.supported import refuse_unsupported
 
 
-def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str, audit_every: Any) -> None:
+def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str | None, audit_every: Any) -> str:
+    """Returns the rule: the optimizer's own, where none is named."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a module that hooks can be hung on, got {type(model).__name__}: attribute it unscripted")
-    if isinstance(optimizer, (list, tuple, dict)):
-        raise TypeError("optimizer must be the one that trains the model: several optimizers are not supported")
     opt_state = read_optimizer(optimizer, "optimizer")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    for each in listed(optimizer):
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(each).__name__}")
     if not callable(val_loss):
         raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
+    rule = opt_state.linearizations[0] if rule is None else rule
     for name, value, allowed in (("schedule", schedule, SCHEDULES), ("rule", rule, opt_state.linearizations)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if schedule == "window" and opt_state.not_carried is not None:
+        raise ValueError(f"schedule='window' carries credit through the optimizer's steps, but {opt_state.not_carried}")
     refuse_unsupported(model)
     check_held({name: p for name, p in model.named_parameters() if p.requires_grad}, opt_state)
-    for group in optimizer.param_groups:
+    for group in (group for each in listed(optimizer) for group in each.param_groups):
         if group.get("eps") == 0:
             raise ValueError("the optimizer has eps=0: where Adam has no history yet, its step without the batch would be 0/0")
     if is_compiled(model) and schedule != "window" and (schedule != "lookahead" or audit_every):
@@ -42,14 +45,15 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no trainable parameters")
+    return rule
 
 
 def check_held(params: Mapping[str, Tensor], opt_state: OptState) -> None:
     foreign = [name for name, p in params.items() if p not in opt_state]
     if foreign:
         raise ValueError(
-            f"the optimizer does not hold {', '.join(foreign[:6])}: one optimizer must train all trainable parameters;"
-            " freeze the others with requires_grad_(False), or give them to it with add_param_group"
+            f"the optimizer does not hold {', '.join(foreign[:6])}: all trainable parameters must be trained; freeze the others"
+            " with requires_grad_(False), give them to it with add_param_group, or give a list of the optimizers that train them"
         )
 
 
@@ -57,7 +61,7 @@ def window_options(
     train_loss: Any,
     window: Any,
     ahead: Any,
-    warm_up: Any,
+    bounded: Any,
     feedback: Any,
     memory: Any,
     audit_every: int | None,
@@ -75,17 +79,18 @@ def window_options(
     for name, value, least in (
         ("window", window, 1),
         ("ahead", ahead, 0),
-        ("warm_up", warm_up, 0),
         ("audit_samples", audit_samples, 2),
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if auto and audit_every is None:
         raise ValueError("window='auto' goes by audits: give audit_every, in windows")
+    if not isinstance(bounded, bool):
+        raise TypeError(f"bounded must be True or False, got {bounded!r}")
     if feedback not in FEEDBACKS:
         raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {feedback!r}")
     if refresh != 1:
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model.compile() hides the model's calls from schedule='window': use model = torch.compile(model)")
-    return WindowOptions(train_loss, window, ahead, warm_up, auto, feedback, parse_bytes(memory), audit_every, audit_samples)
+    return WindowOptions(train_loss, window, ahead, bounded, auto, feedback, parse_bytes(memory), audit_every, audit_samples)

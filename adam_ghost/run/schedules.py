@@ -16,7 +16,7 @@ from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
-from adam_ghost.optim import OptState, read_optimizer
+from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
@@ -50,7 +50,7 @@ class Loop:
     """What every schedule works with."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     params: dict[str, nn.Parameter]
     validation: Validation
     watch: GradientWatch

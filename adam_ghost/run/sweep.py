@@ -162,9 +162,10 @@ class Sweep:
         """
         each = len(found) // len(self.names)
         for i, (before, x, y) in enumerate(zip(start, there, found, strict=True)):
-            if x is None and y is None:
+            some = y if x is None else x
+            if some is None:
                 continue
-            x, y = (torch.zeros_like(self.params[i // each]) if t is None else t for t in (x, y))
+            x, y = (torch.zeros_like(some) if t is None else t for t in (x, y))
             moved = y if before is None else y - before
             allowed = _SAME_STATE * moved.norm() + 4 * torch.finfo(y.dtype).eps * y.norm()
             if not bool((x - y).norm() <= allowed):
@@ -221,7 +222,7 @@ class Sweep:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient of the loop's backward pass, before it was scaled, and its adjoint ``[K, *shape]``, per parameter."""
         raw = [torch.zeros_like(p) if g is None else g / step.factor.to(g.dtype) for p, g in zip(self.params, used, strict=True)]
-        pulled = state.pull(used, adjoint)
+        pulled = state.pull(used, adjoint, self._shares(step, used) if self.window.options.bounded else None)
         if step.number in self.clipped:
             # the factor, max_norm over the gradient's norm, shrinks as the gradient grows: nothing along it passes
             size = norm(raw)
@@ -230,6 +231,12 @@ class Sweep:
             along = torch.stack(dots).double().sum(0) / squared
             pulled = [x - along.view(-1, *[1] * g.ndim).to(x.dtype) * g.to(x.dtype) for x, g in zip(pulled, raw, strict=True)]
         return raw, [x * step.factor.to(x.dtype) for x in pulled]
+
+    @staticmethod
+    def _shares(step: KeptStep, used: list[Tensor | None]) -> list[Tensor]:
+        """Per parameter, ``[]``: a sample's part of an element's gradient, if n samples' are as often up as down."""
+        n = sum(len(batch.ids) for batch in step.batches)
+        return [torch.zeros(()) if g is None else g.norm() / (g.numel() * n) ** 0.5 for g in used]
 
     # one step
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from adam_ghost.capture.calls import rng_state
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.ledger.books import StepRecord
-from adam_ghost.optim import read_optimizer
 from adam_ghost.run.rerun import KeptBatch, Rerun, first_output, slopes
-from adam_ghost.run.schedules import HISTORY, Collecting, Entry, Loop, MicroBatch, Scored
+from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.run.store import Store
 from adam_ghost.run.sweep import KeptStep, Sweep
 from adam_ghost.step.coverage import Coverage
@@ -38,7 +37,7 @@ class WindowOptions:
     train_loss: Callable[[Any], Tensor]
     window: int = 32
     ahead: int = 32
-    warm_up: int = HISTORY  # steps of the optimizer's history before the first window
+    bounded: bool = True  # whether a step's derivative is bounded where it means nothing at a sample's distance
     auto: bool = False  # whether audits change both
     feedback: str = "differences"
     memory: int | None = None  # bytes
@@ -72,7 +71,6 @@ class Window(Collecting):
         self._next = 1  # the first step of the next window
         self._handles: list[Any] = []
         self._sweeping = False
-        self._warm = False  # whether the optimizer has the history that windows wait for
         self._warned_of_outliers = False
 
     # the training loop's side
@@ -96,9 +94,6 @@ class Window(Collecting):
 
     def due(self) -> bool:
         coming = self.loop.step + 1
-        if not self._warm:
-            self._warm = read_optimizer(self.loop.optimizer).steps_taken(default=self.loop.step) >= self.options.warm_up
-            self._next = coming if self._warm else coming + 1
         while self._next <= coming:
             self._plan()
         return any(plan.first <= coming <= plan.end for plan in self._plans)
@@ -186,7 +181,7 @@ class Window(Collecting):
             step.drop()
         self._kept = []
         self._plans.clear()
-        self._next, self._warm = self.loop.step + 1, False
+        self._next = self.loop.step + 1
 
     # the sweeps
 

@@ -4,7 +4,7 @@ Clipping and unscaling multiply each gradient by one number, which is found from
 Whatever else is done to them (noise, masks, clipping by value) changes the proportion of two different norms.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Changes(NamedTuple):
 
     scale: dict[str, Tensor]  # per gradient the factor it was multiplied by
     edited: Tensor  # [number of gradients], bool: where it was not one factor
-    void: Tensor  # [], bool: whether any gradient is not finite
+    void: Tensor  # [number of gradients], bool: where it is not finite
 
 
 @dataclass
@@ -45,6 +45,31 @@ class Seen:
         )
 
 
+class FinalGradients:
+    """The gradients of some parameters, which an optimizer is about to step by, when they were scored."""
+
+    def __init__(self, params: Mapping[str, Tensor]):
+        self._params = params
+        grads = self._now()
+        self._seen = Seen.now(grads)
+        # what escapes autograd multiplies all of them: a few small ones tell
+        small = sorted(grads.values(), key=Tensor.numel)[:3]
+        self._small = [(g, g.detach().clone()) for g in small]
+
+    def _now(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self._params.items() if p.grad is not None}
+
+    def untouched(self) -> bool:
+        """Whether autograd knows of no change since."""
+        return self._seen.untouched(self._now())
+
+    def changed(self) -> Tensor:
+        """``[]`` bool, on their device: whether their values changed."""
+        if not self.untouched():
+            return torch.ones((), dtype=torch.bool)
+        return torch.stack([(g - before).nan_to_num().any() for g, before in self._small]).any()
+
+
 @dataclass
 class Fingerprint(Seen):
     """Norms of named gradients at one moment."""
@@ -58,6 +83,15 @@ class Fingerprint(Seen):
         dtype = reduce(torch.promote_types, {g.dtype for g in tensors}, torch.float32)
         l1, l2 = (torch.stack(torch._foreach_norm(tensors, p, dtype=dtype)) for p in (1, 2))
         return cls(dict(grads), [g._version for g in tensors], l1, l2)
+
+    def only(self, names: Collection[str]) -> "Fingerprint":
+        """Of those of the gradients that are named."""
+        if len(names) == len(self.tensors):
+            return self
+        kept = [i for i, name in enumerate(self.tensors) if name in names]
+        tensors = {name: g for name, g in self.tensors.items() if name in names}
+        places = torch.tensor(kept).to(self.l1.device, non_blocking=True)
+        return Fingerprint(tensors, [self.versions[i] for i in kept], self.l1[places], self.l2[places])
 
     def cleared(self, grads: Mapping[str, Tensor]) -> bool:
         """Whether the gradients are gone since, or zero."""
@@ -80,7 +114,7 @@ class Fingerprint(Seen):
         eps = [torch.finfo(g.dtype).eps for g in now.tensors.values()]
         resolution = torch.tensor(eps, dtype=scale.dtype).to(scale.device, non_blocking=True)
         edited = (now.l1 - scale * self.l1).abs() > (1e-4 + resolution) * now.l1 + (self.l2 == 0) * now.l1
-        return Changes(dict(zip(self.tensors, scale.unbind(), strict=True)), edited, ~now.l1.isfinite().all())
+        return Changes(dict(zip(self.tensors, scale.unbind(), strict=True)), edited, ~now.l1.isfinite())
 
 
 class GradientWatch:

@@ -71,6 +71,12 @@ class Step:
         """The parameters of whose gradient recorded calls explain a part, or all."""
         return {name for r in self.recordings for name in r.touched()}
 
+    def only(self, names: Sequence[str]) -> "Step":
+        """The step of these parameters, the others staying where they are."""
+        part = lambda held: {name: held[name] for name in names if name in held}  # noqa: E731
+        missing = [name for name in self.missing if name in names]
+        return Step(self.opt_state, part(self.params), part(self.grads), self.recordings, part(self.scale), missing)
+
     def accounted(self, P: Directions, total: Tensor) -> Tensor | None:
         """``[K]``, of ``total = < P , g >``: what the scores have to add up to, without the parameters that no call explains.
 
@@ -136,7 +142,7 @@ def gather_step(
         if p not in opt_state:
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
         if grads[name].layout is not torch.strided:
-            raise ValueError(f"'{name}' has a sparse gradient, which Adam does not take: use sparse=False")
+            raise ValueError(f"'{name}' has a sparse gradient, whose samples' shares are not followed: use sparse=False")
     for name, p in model.named_parameters():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
@@ -176,18 +182,34 @@ def report_coverage(
     return whole, missing
 
 
-def follow_scaling(step: Step, before: Fingerprint, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+def follow_scaling(step: Step, before: Fingerprint, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Tensor, Tensor]:
     """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
 
-    Returns which were edited otherwise, and whether they are void (not finite, or a scaler's fused step found them so).
+    Returns which were edited otherwise, per gradient, and per optimizer whether its gradients are void (not finite, or a scaler's
+    fused step found them so).
     """
-    scale, edited, void = before.changes(step.grads)
-    # a fused optimizer unscales inside its step, on what the scaler leaves with it
-    if (factor := getattr(optimizer, "grad_scale", None)) is not None:
-        inverse = factor.to(void.device).reciprocal()
-        scale = {name: x * inverse for name, x in scale.items()}
-        step.grads = {name: g * inverse.to(g.dtype) for name, g in step.grads.items()}
-    if (found := getattr(optimizer, "found_inf", None)) is not None:
-        void = void | (found.to(void.device) > 0).any()
+    scale, edited, not_finite = before.changes(step.grads)
+    places = {name: i for i, name in enumerate(before.tensors)}
+    void = []
+    for optimizer in optimizers:
+        names = list(step.params) if len(optimizers) == 1 else held_by(optimizer, step.params)
+        # a fused optimizer unscales inside its step, on what the scaler leaves with it
+        if (factor := getattr(optimizer, "grad_scale", None)) is not None:
+            inverse = factor.to(not_finite.device).reciprocal()
+            scale.update((name, scale[name] * inverse) for name in names)
+            step.grads = step.grads | {name: step.grads[name] * inverse.to(step.grads[name].dtype) for name in names}
+        own = {places[name] for name in names}
+        theirs = torch.tensor([i in own for i in range(len(places))]).to(not_finite.device, non_blocking=True)
+        gone = (not_finite & theirs).any()
+        if (found := getattr(optimizer, "found_inf", None)) is not None:
+            gone = gone | (found.to(gone.device) > 0).any()
+        void.append(gone)
+        edited = edited & ~(theirs & gone)
     step.scale = {name: scale[name] for name in step.params}
-    return edited & ~void, void
+    return edited, torch.stack(void)
+
+
+def held_by(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]) -> list[str]:
+    """The names of those of ``params`` that the optimizer trains."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in params.items() if p in held]

@@ -131,7 +131,7 @@ def test_trainer(tmp_path, case):
         assert ledger.scores().num_rows == 2 * N
 
 
-WINDOW = {"schedule": "window", "window": 3, "ahead": 2, "warm_up": 0}
+WINDOW = {"schedule": "window", "window": 3, "ahead": 2}
 
 
 @pytest.mark.parametrize("case", ["plain", "accumulation", "clipping"])

@@ -57,11 +57,7 @@ class Training:
         for seed in range(11):  # a past for lookahead to look at
             self.step(seed)
         self.residue = residue(self.bare)
-        options = (
-            {"window": 2, "ahead": 1, "warm_up": 0, "train_loss": lambda seed: loss(self.model, seed)}
-            if schedule == "window"
-            else {}
-        )
+        options = {"window": 2, "ahead": 1, "train_loss": lambda seed: loss(self.model, seed)} if schedule == "window" else {}
         self.run = ag.InRun(self.model, self.optimizer, lambda: loss(self.model, 99), schedule, ledger=ledger, **options)
 
     def step(self, seed, announced=False):

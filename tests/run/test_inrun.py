@@ -613,8 +613,8 @@ def test_exceptions_leave_the_model_as_it_was():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (lambda m: (m, [torch.optim.AdamW(m.parameters())] * 2, id), TypeError, "several optimizers"),
-        (lambda m: (m, torch.optim.SGD(m.parameters()), id), TypeError, "SGD"),
+        (lambda m: (m, [torch.optim.AdamW(m.parameters())] * 2, id), ValueError, "hold the same parameter"),
+        (lambda m: (m, torch.optim.ASGD(m.parameters()), id), TypeError, "ASGD"),
         (lambda m: (m, torch.optim.AdamW(m.norm.parameters()), id), ValueError, "does not hold tokens.weight"),
         (lambda m: (m, torch.optim.AdamW(m.parameters()), 3), TypeError, "val_loss must be callable"),
         (lambda m: (m, torch.optim.AdamW(m.parameters()), id, "soon"), ValueError, "schedule must be one of"),

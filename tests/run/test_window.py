@@ -53,6 +53,14 @@ def test_every_option_of_the_optimizer(make):
     assert apart(training.scores(), training.credit(1, 4, 6)) <= EXACT
 
 
+@pytest.mark.parametrize("option", ["Adam", "AdamW-decay", "betas", "groups"])
+def test_bounded_derivative(option):
+    training = Training(mlp(), OPTIONS[option]).attach(bounded=True).train(6)
+    want = training.credit(1, 4, 6, bounded=True)
+    assert apart(training.scores(), want) <= EXACT
+    assert apart(training.credit(1, 4, 6), want) > 1e-3
+
+
 @pytest.mark.parametrize("feedback", ["double", "forward"])
 @pytest.mark.parametrize("model, data", [(mlp, None), (gpt, texts), (conv, pictures)], ids=["mlp", "gpt", "conv"])
 def test_every_model_and_exact_feedback(model, data, feedback):
@@ -606,7 +614,6 @@ def test_models_whose_output_has_no_batch(option, message):
         "window",
         window=2,
         ahead=0,
-        warm_up=0,
         train_loss=loss,
         **{"feedback": "double"} | option,
     )

@@ -1,4 +1,4 @@
-"""Plain SGD with momentum, as somebody would add it: one file, one line of registration."""
+"""An optimizer of one's own, and how somebody would add it: one file, one line of registration."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,19 +22,34 @@ class Row(NamedTuple):
     scalars: Scalars
 
 
-class SGDState:
+class HeavyBall(torch.optim.Optimizer):
+    """Polyak's momentum with decay."""
+
+    def __init__(self, params, lr, momentum, weight_decay):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(p.grad).add_(p, alpha=group["weight_decay"])
+                p.sub_(group["lr"] * buffer)
+
+
+class HeavyBallState:
     """``buffer <- momentum * buffer + g + weight_decay * w;  w <- w - lr * buffer``: linear in the gradient."""
 
     linearizations = ("exact",)
+    not_carried = None
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = {row.param: row for row in rows}
 
     @classmethod
-    def of(cls, optimizer: torch.optim.SGD) -> "SGDState":
+    def of(cls, optimizer: HeavyBall) -> "HeavyBallState":
         rows = []
         for group in optimizer.param_groups:
-            assert not (group["nesterov"] or group["dampening"] or group["maximize"])
             scalars = Scalars(group["lr"], group["momentum"], group["weight_decay"])
             for p in group["params"]:
                 buffer = optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None
@@ -84,19 +99,19 @@ class SGDState:
         return [self.rows[p].scalars for p in params]
 
     def kept(self, params):
-        return SGDState([Row(p.detach().clone(), *(self.rows[p].buffer.clone(), self.rows[p].scalars)) for p in params])
+        return HeavyBallState([Row(p.detach().clone(), *(self.rows[p].buffer.clone(), self.rows[p].scalars)) for p in params])
 
     def advanced(self, grads, scalars):
         after = []
         for (p, buffer, (lr, momentum, decay)), g, then in zip(self.rows.values(), grads, scalars, strict=True):
             buffer = momentum * buffer + g + decay * p
             after.append(Row(p - lr * buffer, buffer, then))
-        return SGDState(after)
+        return HeavyBallState(after)
 
     def adjoint(self, val_grads):
         return Adjoint(list(val_grads), [[torch.zeros_like(x) for x in val_grads]])
 
-    def pull(self, grads, after):
+    def pull(self, grads, after, shares=None):
         found = []
         (buffers,) = after.state
         for (_, _, (lr, momentum, decay)), w, b in zip(self.rows.values(), after.weights, buffers, strict=True):
@@ -107,4 +122,4 @@ class SGDState:
         return found
 
 
-adam_ghost.optim.register(torch.optim.SGD, SGDState.of)
+adam_ghost.optim.register(HeavyBall, HeavyBallState.of)

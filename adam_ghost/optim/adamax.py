@@ -1,0 +1,53 @@
+"""``torch.optim.Adamax``: Adam with the largest gradient, decaying, in place of the root mean square."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adam_ghost.optim.chord import Scalar, Value, absolute, at_least
+from adam_ghost.optim.defined import Elementwise, typical_gradient
+from adam_ghost.optim.protocol import number, register
+
+
+class Scalars(NamedTuple):
+    t: Scalar
+    lr: Scalar
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
+class AdamaxState(Elementwise):
+    """The state: the first moment, and the largest gradient."""
+
+    kinds = 2
+
+    @staticmethod
+    def moved(s: Scalars, w: Tensor, x: Value, exp_avg: Tensor, exp_inf: Tensor) -> tuple[Value, Any, Any]:
+        x = x + w * s.weight_decay
+        mean = x * (1 - s.beta1) + exp_avg * s.beta1
+        largest = at_least(absolute(x) + s.eps, exp_inf * s.beta2)
+        return mean / largest * (s.lr / (1 - s.beta1**s.t)), mean, largest
+
+    @staticmethod
+    def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:
+        scalars = Scalars(
+            t=number(held.get("step", 0)) + 1,
+            lr=number(group["lr"]),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            maximize=bool(group["maximize"]),
+        )
+        return scalars, (held.get("exp_avg"), held.get("exp_inf"))
+
+    def expected_gradient(self, p: Tensor) -> Tensor | None:
+        exp_avg, exp_inf = self._rows[p].state
+        return None if exp_inf is None else typical_gradient(exp_avg, exp_inf * exp_inf)
+
+
+register(torch.optim.Adamax, AdamaxState.of)
