@@ -14,7 +14,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from families import FAMILIES  # noqa: E402
-from test_zoo import WAYS, measured  # noqa: E402
+from measure import WAYS, measured  # noqa: E402
 
 HEAD = f"""# Architectures
 
