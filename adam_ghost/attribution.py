@@ -1,11 +1,11 @@
 """The thin layer for hot loops: one step's scores from a LayerCache and an optimizer."""
 
-import torch
 from torch import Tensor
 
 from adam_ghost.layer_cache import LayerCache, open_step
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.step.direction import PLACES, find_direction
+from adam_ghost.step.step import plain_precision
 
 
 def attribute(
@@ -53,9 +53,7 @@ def attribute(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     step = open_step(layer_cache, opt_state)
-    kind = next(layer_cache.model.parameters()).device.type
-    # autocast around this call would round our sums, and keep casts of other weights
-    with torch.autocast(kind, enabled=False, cache_enabled=False):
+    with plain_precision(layer_cache.model):
         direction = find_direction(step, layer_cache.validation, rule, at)
         scores = step.scores(direction.P, per_token)
     layer_cache.mark_weights()

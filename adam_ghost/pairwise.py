@@ -12,7 +12,7 @@ from adam_ghost.layer_cache import LayerCache, open_step
 from adam_ghost.optim import Optimizers, OptState
 from adam_ghost.scores import ops
 from adam_ghost.scores.shapes import add, in_line, lead_rows, samples_first
-from adam_ghost.step.step import Step
+from adam_ghost.step.step import Step, plain_precision
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
 
@@ -35,7 +35,8 @@ def gram(layer_cache: LayerCache, opt_state: Optimizers | OptState, *, precondit
     """
     if preconditioner not in ("exact", "factored", None):
         raise ValueError(f"preconditioner must be 'exact', 'factored' or None, got {preconditioner!r}")
-    return add(_products(open_step(layer_cache, opt_state), preconditioner))
+    with plain_precision(layer_cache.model):
+        return add(_products(open_step(layer_cache, opt_state), preconditioner))
 
 
 def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
@@ -44,7 +45,7 @@ def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
     for name, p in step.params.items():
         D = None if preconditioner is None else step.opt_state.metric(p, step.grads[name])
         calls = [call for call in recorded.calls if name in call.parameters()]
-        linear = calls and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls)
+        linear = calls and name not in step.whole and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls)
         if linear and D is not None and preconditioner == "factored":
             yield from _factored(calls, D * step.scale[name] ** 2 if step.scale else D, recorded.batch_size)
         else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adam_ghost.layer_cache import LayerCache, open_step
 from adam_ghost.optim import Optimizers, OptState
-from adam_ghost.step.step import Step
+from adam_ghost.step.step import Step, plain_precision
 from adam_ghost.step.validation import Validation
 
 
@@ -49,7 +49,8 @@ def exact_shapley(
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
-    values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
+    with plain_precision(layer_cache.model):
+        values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
     layer_cache.mark_weights()
     return values
 

@@ -16,6 +16,11 @@ from adam_ghost.step.fingerprint import Fingerprint
 from adam_ghost.step.whole_pass import WholePass
 
 
+def plain_precision(model: nn.Module) -> torch.autocast:
+    """Around what is computed of a step: the loop's autocast would round our sums, and keep casts of other weights."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False, cache_enabled=False)
+
+
 @dataclass
 class Step:
     """One step about to be taken: the parameters that will move by their gradient, and the recordings that explain it.

@@ -320,7 +320,7 @@ def test_buffers_that_a_forward_pass_replaces_are_those_of_bare_training(schedul
     assert torch.equal(train(attributed=True), train(attributed=False))
 
 
-def test_attribute_inside_of_autocast_is_as_outside():
+def test_inside_of_autocast_is_as_outside():
     model = small_network().float()
     (x, y), (x_val, y_val) = batches(2)
 
@@ -330,11 +330,17 @@ def test_attribute_inside_of_autocast_is_as_outside():
 
     cache = adam_ghost.LayerCache(model, lambda: loss(x_val, y_val))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+
+    def found():
+        grams = [adam_ghost.gram(cache, optimizer, preconditioner=D) for D in ("exact", "factored", None)]
+        return adam_ghost.attribute(cache, optimizer), *grams, adam_ghost.exact_shapley(cache, optimizer, permutations=2).values
+
     with torch.autocast("cpu", torch.bfloat16):
         with cache:
             loss(x, y).backward()
-        inside = adam_ghost.attribute(cache, optimizer)
-    torch.testing.assert_close(inside, adam_ghost.attribute(cache, optimizer), rtol=0, atol=0)
+        inside = found()
+    for got, want in zip(inside, found(), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 class Deep(nn.Module):
