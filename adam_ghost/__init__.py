@@ -1,4 +1,4 @@
-"""In-run data attribution for Adam and AdamW: what each training sample did to a validation target, while training."""
+"""In-run data attribution through the optimizer: what each training sample did to a validation target, while training."""
 
 import importlib
 import importlib.metadata

@@ -41,7 +41,7 @@ def _version(asked: bool) -> None:
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """In-run data attribution for Adam and AdamW: which training samples helped, which harmed, read from a run's ledger."""
+    """In-run data attribution through the optimizer: which training samples helped, which harmed, read from a run's ledger."""
 
 
 @app.command()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adam_ghost.capture.hooks import Hook
-from adam_ghost.capture.recorder import Recorder
+from adam_ghost.capture.learned import LearningRecorder
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
@@ -55,7 +55,8 @@ class LayerCache:
         self.model = model
         self.coverage, self.fallback = Coverage(strict), fallback
         self.validation = Validation(val_loss, model)
-        self._recorder: Recorder | None = None
+        self._recorder = LearningRecorder(model)
+        self._recording = False
         self._handles: list[RemovableHandle] = []
         self.loses = True  # whether layer calls lose parameters, as far as a step has told
         self.clear()
@@ -68,11 +69,10 @@ class LayerCache:
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __enter__(self) -> "LayerCache":
-        if self._recorder is not None:
+        if self._recording:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
         refuse_mixed_samples(self.model)
         self.clear()
-        self._recorder = Recorder(self.model)
         if self.fallback and self.loses:
             self._handles = [
                 self.model.register_forward_pre_hook(Hook(self._pass_begins), with_kwargs=True),
@@ -80,12 +80,13 @@ class LayerCache:
             ]
         self._recorder.attach()
         self._recorder.begin(self.recorded)
+        self._recording = True
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._recorder is not None:
-            self._recorder.detach()
-        self._recorder = None
+        self._recorder.detach()
+        self._recorder.recording = None
+        self._recording = False
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -131,7 +132,7 @@ class LayerCache:
 
     @property
     def recording(self) -> bool:
-        return self._recorder is not None
+        return self._recording
 
 
 def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
@@ -141,6 +142,8 @@ def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
     opt_state = read_optimizer(opt_state)
     if cache.recording:
         raise ValueError("the scores are computed after the `with cache` block, not inside it")
+    if cache.recorded.deviation:
+        raise ValueError(cache.recorded.deviation)
     if not cache.recorded.calls:
         raise ValueError("nothing was recorded: run the model's forward and backward pass inside `with cache`")
     if not cache.same_weights():

@@ -3,7 +3,7 @@
 Computed in float64: the yardstick's differences of losses would drown in float32's rounding before the scores' errors show.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from adam_ghost.attribution import attribute
 from adam_ghost.demo.model import GPT
 from adam_ghost.layer_cache import LayerCache, open_step
-from adam_ghost.shapley import exact_shapley
+from adam_ghost.optim import Optimizers, read_optimizer
+from adam_ghost.shapley import ShapleyValues, exact_shapley
 from adam_ghost.step.direction import form_direction, validation_gradient
+from bench.optimizers import OPTIMIZERS, Make, cost, window_r
 
 METHODS = {
     "sgd at w": ("sgd", "current"),
@@ -25,6 +27,15 @@ METHODS = {
     "secant at w_mid": ("secant", "midpoint"),
     "secant at two points": ("secant", "gauss"),
 }
+# of any optimizer, by its own exact rule
+OWN_METHODS = {
+    "sgd at w": ("sgd", "current"),
+    "own at w(empty)": (None, "lookahead"),
+    "lookahead (predicted)": None,
+    "midpoint": (None, "midpoint"),
+    "gauss": (None, "gauss"),
+}
+OTHER_STEPS = (10, 30)
 SETTINGS = [(batch, beta2, lr) for batch in (16, 64) for beta2, lr in ((0.999, 1e-3), (0.95, 3e-4))]
 STEPS = (2, 10, 50, 200, 500)
 CONTEXT = 64
@@ -35,35 +46,54 @@ def characters() -> Tensor:
     return torch.tensor(list("".join(topics[name] for name in sorted(topics)).encode()))
 
 
+class Training:
+    """A character GPT of 120,576 parameters on the Python documentation."""
+
+    def __init__(self, make: Make, batch: int, device: str = "cpu"):
+        torch.manual_seed(0)
+        self.data, self.batch, self.device = characters(), batch, device
+        self.model = GPT(256, CONTEXT, layers=2, width=64, heads=4).double().to(device)
+        self.optimizers = make(self.model)
+        self.held_out = len(self.data) * 9 // 10
+        self.x_val = self._texts(16, self.held_out, len(self.data))
+
+    def _texts(self, n: int, start: int, end: int) -> Tensor:
+        places = torch.randint(start, end - CONTEXT - 1, (n,))
+        return torch.stack([self.data[i : i + CONTEXT + 1] for i in places]).to(self.device)
+
+    def draw(self) -> Tensor:
+        return self._texts(self.batch, 0, self.held_out)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    def val_loss(self) -> Tensor:
+        return self.loss(self.x_val)
+
+    def stops(self, steps: tuple[int, ...]) -> Iterator[tuple[int, LayerCache]]:
+        """Trains, and stops before each of ``steps``, recorded and ready to be scored."""
+        cache = LayerCache(self.model, self.val_loss)
+        for step in range(1, max(steps) + 1):
+            x = self.draw()
+            if step in steps:
+                with cache:
+                    self.loss(x).backward()
+                yield step, cache
+                cache.clear()
+            else:
+                self.loss(x).backward()
+            for each in self.optimizers:
+                each.step()
+                each.zero_grad()
+
+
 def trained(
     batch: int, beta2: float, lr: float, steps: tuple[int, ...], device: str = "cpu"
 ) -> Iterator[tuple[int, LayerCache, torch.optim.Optimizer]]:
-    """A training run that stops before each of ``steps``, recorded and ready to be scored."""
-    torch.manual_seed(0)
-    data = characters()
-    model = GPT(256, CONTEXT, layers=2, width=64, heads=4).double().to(device)  # 120,576 parameters
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, beta2))
-    held_out = len(data) * 9 // 10
-
-    def draw(n: int, start: int, end: int) -> Tensor:
-        return torch.stack([data[i : i + CONTEXT + 1] for i in torch.randint(start, end - CONTEXT - 1, (n,))]).to(device)
-
-    def loss(x: Tensor) -> Tensor:
-        return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
-
-    x_val = draw(16, held_out, len(data))
-    cache = LayerCache(model, lambda: loss(x_val))
-    for step in range(1, max(steps) + 1):
-        x = draw(batch, 0, held_out)
-        if step in steps:
-            with cache:
-                loss(x).backward()
-            yield step, cache, optimizer
-            cache.clear()
-        else:
-            loss(x).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    """A training run by AdamW that stops before each of ``steps``, recorded and ready to be scored."""
+    training = Training(lambda model: [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, beta2))], batch, device)
+    for step, cache in training.stops(steps):
+        yield step, cache, training.optimizers[0]
 
 
 def audited_steps(
@@ -72,21 +102,39 @@ def audited_steps(
     """One row per audited step: R and relative L2 of every method, and the yardstick's own relative standard error."""
     for step, cache, optimizer in trained(batch, beta2, lr, steps, device):
         game = exact_shapley(cache, optimizer, permutations=permutations, seed=step)
-        row = {"batch": batch, "beta2": beta2, "lr": lr, "step": step}
-        row["yardstick_error"] = float(game.standard_error.norm() / game.values.norm())
-        for name, how in METHODS.items():
-            scores = attribute(cache, optimizer, rule=how[0], at=how[1]) if how else predicted(cache, optimizer)
-            r, error = game.compare(scores)
-            row[name] = {"r": r, "relative_l2": error}
-        yield row
+        yield {"batch": batch, "beta2": beta2, "lr": lr, "step": step} | _compared(METHODS, game, cache, optimizer)
 
 
-def predicted(cache: LayerCache, optimizer: torch.optim.Optimizer) -> Tensor:
+def _compared(methods: Mapping[str, Any], game: ShapleyValues, cache: LayerCache, optimizers: Optimizers) -> dict[str, Any]:
+    row: dict[str, Any] = {"yardstick_error": float(game.standard_error.norm() / game.values.norm())}
+    for name, how in methods.items():
+        scores = attribute(cache, optimizers, rule=how[0], at=how[1]) if how else predicted(cache, optimizers)
+        r, error = game.compare(scores)
+        row[name] = {"r": r, "relative_l2": error}
+    return row
+
+
+def predicted(cache: LayerCache, optimizers: Optimizers) -> Tensor:
     """The scores that InRun's lookahead gives: the scaling at the gradient that history lets expect."""
-    step = open_step(cache, optimizer)
+    step = open_step(cache, optimizers)
     expected = {name: step.opt_state.expected_gradient(p) for name, p in step.params.items()}
     val = validation_gradient(step.opt_state, step.params, expected, cache.validation, "lookahead")
-    return step.scores(form_direction(step.opt_state, step.params, expected, val, "secant").P).squeeze(-1)
+    rule = step.opt_state.linearizations[0]
+    return step.scores(form_direction(step.opt_state, step.params, expected, val, rule).P).squeeze(-1)
+
+
+def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
+    """A training by the named optimizer: rows as of AdamW's, what its rule costs beside AdamW's, and R of a window's credit."""
+    make = OPTIMIZERS[name]
+    training = Training(make, 16)
+    rows = []
+    for step, cache in training.stops((10,) if quick else OTHER_STEPS):
+        game = exact_shapley(cache, training.optimizers, permutations=2 if quick else 4, seed=step)
+        rows.append({"optimizer": name, "step": step} | _compared(OWN_METHODS, game, cache, training.optimizers))
+    window = window_r(training.model, training.optimizers, training.val_loss, training.loss, training.draw)
+    model = GPT(256, CONTEXT, layers=2, width=256, heads=4)
+    rules = " and ".join(dict.fromkeys(read_optimizer(each).linearizations[0] for each in training.optimizers))
+    return {"optimizer": name, "rule": rules, "rows": rows, "window_r": window, "cost": cost(make, model)}
 
 
 def measure(
@@ -100,11 +148,16 @@ def measure(
     return rows
 
 
+def misses(row: dict[str, Any], method: str) -> bool:
+    """Whether ``method`` misses R >= 0.999 or relative L2 <= 0.02, from step 10 on."""
+    return row["step"] >= 10 and (row[method]["r"] < 0.999 or row[method]["relative_l2"] > 0.02)
+
+
 def shortfalls(rows: list[dict[str, Any]], method: str) -> list[str]:
-    """Where ``method`` misses R >= 0.999 or relative L2 <= 0.02, from step 10 on."""
+    """Where ``method`` misses that, in words."""
     found = []
     for row in rows:
         r, error = row[method]["r"], row[method]["relative_l2"]
-        if row["step"] >= 10 and (r < 0.999 or error > 0.02):
+        if misses(row, method):
             found.append(f"batch {row['batch']}, beta2 {row['beta2']}, step {row['step']}: {r:.4f} / {error:.3f}")
     return found

@@ -66,6 +66,24 @@ def test_bench_fidelity(tmp_path):
     assert "secant at w_mid: R >= 0.999 and relative L2 <= 0.02" in out and "except" not in out
 
 
+def test_bench_fidelity_of_another_optimizer(tmp_path):
+    run("-m", "bench", "fidelity", "--quick", "--optimizer", "SGD", "--json", str(tmp_path / "f.json"))
+    (found,) = json.loads((tmp_path / "f.json").read_text())["optimizers"]
+    assert found["window_r"] > 0.98 and found["cost"] > 0
+    assert found["rows"][0]["midpoint"]["r"] > 0.999 and found["rows"][0]["midpoint"]["relative_l2"] < 0.02
+
+
+def test_sgd_is_exact():
+    pytest.importorskip("sklearn")
+    out = run("examples/sgd_is_exact.py")
+    found = re.findall(r"^(.+?) +(dot products|its own rule) +R (\S+) +relative error (\S+)$", out, re.M)
+    errors = {(name, rule): float(error) for name, rule, _, error in found}
+    assert len(errors) == 6
+    assert errors["SGD, momentum", "its own rule"] <= 1e-3 and errors["SGD, momentum", "dot products"] <= 0.01
+    for name, most in (("AdamW", 0.05), ("Muon and AdamW", 0.3)):
+        assert errors[name, "its own rule"] < most and errors[name, "dot products"] > 0.5
+
+
 @pytest.mark.parametrize(("schedule", "dtype"), [("midpoint", "float32"), ("lookahead", "float16")])
 def test_nanogpt_loop(schedule, dtype):
     out = run("examples/nanogpt_loop.py", "--steps", "24", "--schedule", schedule, "--dtype", dtype)

@@ -27,6 +27,7 @@ class Recording:
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
         self.doubts: list[Tensor] = []  # [] bool each: whether rows of different samples met where nobody could look
         self.outputs: list[GradientEdge] | None = None  # if a list, it takes the places where gradients are awaited
+        self.deviation = ""  # what was unlike in earlier steps, where that leaves this one without scores
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:

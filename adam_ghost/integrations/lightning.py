@@ -18,7 +18,7 @@ from adam_ghost.integrations.ids import ID, logged, take_ids
 
 
 class AttributionCallback(Callback):
-    """Attributes the steps of a ``LightningModule`` with one Adam or AdamW.
+    """Attributes the steps of a ``LightningModule`` with one optimizer.
 
     The scalars ``attribution/score_sum``, ``/total``, ``/val_loss``, ``/gap`` (how far the scores miss ``/total``) and
     ``/coverage`` go to the Trainer's loggers every ``log_every_n_steps``, the run's state into its checkpoints.
@@ -57,7 +57,7 @@ class AttributionCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if len(trainer.optimizers) != 1:
-            raise TypeError(f"one Adam or AdamW must train the module, configure_optimizers returned {len(trainer.optimizers)}")
+            raise TypeError(f"one optimizer must train the module, configure_optimizers returned {len(trainer.optimizers)}")
         if self._windows and not pl_module.automatic_optimization:
             raise ValueError(
                 "schedule='window' runs batches again by training_step, which must return the loss and leave the optimizer to"

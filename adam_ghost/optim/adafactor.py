@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar
-from adam_ghost.optim.defined import Coupled
+from adam_ghost.optim.defined import Coupled, raised
 from adam_ghost.optim.protocol import number, register
 
 
@@ -47,6 +47,15 @@ class AdafactorState(Coupled):
         clipped = update / (update.norm() / (w.numel() ** 0.5 * s.d)).clamp(min=1.0)
         size = (w.norm() / w.numel() ** 0.5).clamp(min=s.eps2)
         return clipped * (size * min(s.lr, s.t**-0.5)) + w * (s.lr * s.weight_decay), rows, columns
+
+    @staticmethod
+    def bounded(s: Scalars, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        new, squares = s.t**s.beta2_decay, g * g
+        if g.ndim < 2:
+            return raised(state[0], squares, share, new, 1 - new), state[1]
+        of_both = zip(state, (-1, -2), strict=True)
+        rows, columns = (raised(x, squares.mean(dim, keepdim=True), share, new, 1 - new) for x, dim in of_both)
+        return rows, columns
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:

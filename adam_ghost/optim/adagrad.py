@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
-from adam_ghost.optim.defined import Elementwise, typical_gradient
+from adam_ghost.optim.defined import Elementwise, raised, typical_gradient
 from adam_ghost.optim.protocol import number, register
 
 
@@ -41,6 +41,10 @@ class AdagradState(Elementwise):
             maximize=bool(group["maximize"]),
         )
         return scalars, (held.get("sum"),)
+
+    @staticmethod
+    def bounded(s: Scalars, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (raised(state[0], g * g, share, 1.0, 1.0),)
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
         s, (total,) = self._rows[p].scalars, self._rows[p].state

@@ -45,6 +45,10 @@ class AdamaxState(Elementwise):
         )
         return scalars, (held.get("exp_avg"), held.get("exp_inf"))
 
+    @staticmethod
+    def bounded(s: Scalars, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return state[0], torch.maximum(state[1], share / s.beta2) if s.beta2 else state[1]
+
     def expected_gradient(self, p: Tensor) -> Tensor | None:
         exp_avg, exp_inf = self._rows[p].state
         return None if exp_inf is None else typical_gradient(exp_avg, exp_inf * exp_inf)

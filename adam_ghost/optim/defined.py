@@ -48,6 +48,11 @@ class Defined:
         return cls.moved(s, w, x, *state)
 
     @staticmethod
+    def bounded(s: Any, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The state with second moments of at least what one sample's ``share`` ``[]`` of an element's gradient makes of them."""
+        return state
+
+    @staticmethod
     def read(group: Mapping[str, Any], held: Mapping[str, Any]) -> tuple[Any, tuple[Tensor | None, ...]]:
         """Scalars and state of a parameter's next step, from its group and what the optimizer holds of it."""
         raise NotImplementedError
@@ -207,6 +212,8 @@ class Defined:
                 return (w - by, *new)
 
             w, state = self._wide(row)
+            if shares is not None:
+                state = self.bounded(s, g.to(w.dtype), shares[i].to(w.dtype), state)
             lambdas = [after.weights[i], *(kind[i] for kind in after.state)]
             with torch.enable_grad():
                 _, pull, *_ = torch.func.vjp(step, w, g.to(w.dtype), *state)
@@ -249,6 +256,11 @@ class Coupled(Defined):
             pull = torch.func.vmap(pull) if val.ndim > w.ndim else pull
             found += weight * pull(val)[0]
         return found
+
+
+def raised(mean_square: Tensor, square: Tensor, share: Tensor, new: Any, kept: Any) -> Tensor:
+    """``mean_square`` so that ``kept`` times it and ``new`` times the gradient's ``square`` are at least ``new * share**2``."""
+    return torch.maximum(mean_square, (share * share - square) * (new / kept)) if kept else mean_square
 
 
 def typical_gradient(mean: Tensor | None, mean_square: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
-from adam_ghost.optim.defined import Elementwise, typical_gradient
+from adam_ghost.optim.defined import Elementwise, raised, typical_gradient
 from adam_ghost.optim.protocol import number, register
 
 
@@ -57,6 +57,10 @@ class NAdamState(Elementwise):
             maximize=bool(group["maximize"]),
         )
         return scalars, (held.get("exp_avg"), held.get("exp_avg_sq"))
+
+    @staticmethod
+    def bounded(s: Scalars, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return state[0], raised(state[1], g * g, share, 1 - s.beta2, s.beta2)
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
         s, (exp_avg, exp_avg_sq) = self._rows[p].scalars, self._rows[p].state

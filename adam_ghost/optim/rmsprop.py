@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
-from adam_ghost.optim.defined import Elementwise, typical_gradient
+from adam_ghost.optim.defined import Elementwise, raised, typical_gradient
 from adam_ghost.optim.protocol import number, register
 
 
@@ -48,6 +48,10 @@ class RMSpropState(Elementwise):
             maximize=bool(group["maximize"]),
         )
         return scalars, tuple(held.get(k) for k in ("square_avg", "grad_avg", "momentum_buffer"))
+
+    @staticmethod
+    def bounded(s: Scalars, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return raised(state[0], g * g, share, 1 - s.alpha, s.alpha), *state[1:]
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
         s, (square_avg, grad_avg, _) = self._rows[p].scalars, self._rows[p].state

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
-from adam_ghost.optim.defined import Elementwise, typical_gradient
+from adam_ghost.optim.defined import Elementwise, raised, typical_gradient
 from adam_ghost.optim.protocol import number, register
 
 
@@ -55,6 +55,10 @@ class ScheduleFreeState(Elementwise):
             share=weight / total if total else 0.0,
         )
         return scalars, (held.get("z"), held.get("exp_avg_sq"))
+
+    @staticmethod
+    def bounded(s: Scalars, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return state[0], raised(state[1], g * g, share, 1 - s.beta2, s.beta2)
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
         s, (_, exp_avg_sq) = self._rows[p].scalars, self._rows[p].state

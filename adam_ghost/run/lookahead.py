@@ -95,9 +95,10 @@ class ScoredLinears:
         own = own_parameters(layer)
         names = {p: recorder.names.get(p, "") for p in own if p is not None}
         tag = recorder.batch[x] if names else None
-        if tag is None or x.ndim < 2 or any(name not in recording.P for name in names.values()):
+        by_index = isinstance(tag, Rows) and tag.of.shape[-1] == 1
+        if not names or x.ndim < 2 or any(name not in recording.P for name in names.values()):
             return None
-        if tag[0] != 0 if isinstance(tag, tuple) else tag.of.shape[-1] != 1:
+        if not by_index and not recorder.leads(layer, x):
             return None
         recorder.scored = True
         recording.scored.update(names.values())

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adam_ghost.capture.calls import Call, Ref
-from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.names import counterpart, functions
 from adam_ghost.scores.shapes import add
 
@@ -28,8 +27,7 @@ _LINEAR = _TRANSPOSES | frozenset(f for name in _LINEAR_BY_NAME.split() for f in
 
 def is_linear(call: Call) -> bool:
     """Whether the outputs of ``call`` are linear in its parameters: then it is its own derivative, run with P in their place."""
-    kind = layer_kind(call.fn)
-    if kind in ("affine", "norm"):
+    if call.kind in ("affine", "norm"):
         # an argument made of parameters makes it a product of two
         return set(call.parameters()) == {call.name_of(p) for p in call.own.values()}
     if isinstance(call.fn, nn.Module) or call.inplace:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.walk import named_parameters
 from adam_ghost.optim import OptState
 from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Directions
@@ -139,7 +140,8 @@ def gather_step(
 
     ``passes``: of the recordings, by which those can be scored.
     """
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    named = named_parameters(model)
+    params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
     grads = {name: p.grad for name, p in params.items() if p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
@@ -148,12 +150,12 @@ def gather_step(
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
         if grads[name].layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, whose samples' shares are not followed: use sparse=False")
-    for name, p in model.named_parameters():
+    for name, p in named.items():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
     step = Step(opt_state, params, grads, recordings, coverage=coverage)
     if recordings:
-        inside = set(model.parameters())
+        inside = set(named.values())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
         step.passes = [whole for whole in passes if whole is not None]
         usable = coverage.forward_mode and len(step.passes) == len(recordings)

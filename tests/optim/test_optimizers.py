@@ -233,6 +233,26 @@ def test_adjoint_is_the_derivative_of_the_real_step(kind, options, which):
                 assert (x[k] - want).norm() <= 1e-7 * (want.norm() + 1)
 
 
+@pytest.mark.parametrize("kind, options", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+def test_bounded_where_the_derivative_says_nothing(kind, options):
+    """Elements without a history or a gradient: a sample's share of 1 bounds the derivative; with none it is the derivative."""
+    params, opt = made(kind, options | {"weight_decay": 0.0})
+    for p in params:
+        p.grad = torch.zeros(p.shape)
+    opt.step()
+    opt.step()
+    state, grads = read_optimizer(opt), [p.grad for p in params]
+
+    def pulled(size):
+        shares = [torch.tensor(size) for _ in params] if size is not None else None
+        return state.pull(grads, state.adjoint([torch.ones(1, *p.shape) for p in params]), shares)
+
+    plain, at_zero, bounded = pulled(None), pulled(0.0), pulled(1.0)
+    for p, x, y, z in zip(params, plain, at_zero, bounded, strict=True):
+        assert torch.equal(x, y)
+        assert z.abs().max() <= 5 * max(1.0, options["lr"]) * max(1.0, float(p.detach().norm()))
+
+
 def test_path_is_the_integral_of_the_derivative():
     """Of Adafactor's real step, by differences at many points of the gradient's path."""
     params, opt = made(O.Adafactor, {"lr": 0.1})

@@ -95,7 +95,7 @@ def test_window(make):
         "window",
         window=2,
         ahead=2,
-        warm_up=0,
+        bounded=False,
         feedback="double",
         train_loss=loop.train_loss,
     )

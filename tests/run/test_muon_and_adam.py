@@ -179,7 +179,7 @@ def test_window_is_the_derivative_of_the_training(make, monkeypatch):
     steps, first, h = 16, 12, 1e-5
     loop = Loop(make).train(first)
     given = loop.optimizers if len(loop.optimizers) > 1 else loop.optimizers[0]
-    options = {"window": 2, "ahead": 2, "warm_up": 0, "feedback": "double", "train_loss": loop.train_loss}
+    options = {"window": 2, "ahead": 2, "bounded": False, "feedback": "double", "train_loss": loop.train_loss}
     loop.run = ag.InRun(loop.model, given, loop.val_loss, "window", strict=True, **options)
     loop.train(4)
     found = torch.from_numpy(loop.run.scores().total).reshape(-1, sum(PARTS))[:2]

@@ -57,7 +57,7 @@ class Loop:
         self.scaler, self.max_norm, self.order, self.number = scaler, max_norm, order, 0
         given = self.optimizers if isinstance(made, tuple) else made
         if schedule == "window":
-            options = {"window": 3, "ahead": 2, "warm_up": 0, "feedback": "double", "train_loss": self.train_loss} | options
+            options = {"window": 3, "ahead": 2, "bounded": False, "feedback": "double", "train_loss": self.train_loss} | options
         self.run = ag.InRun(self.model, given, self.val_loss, schedule, **options)
 
     def val_loss(self):

@@ -1,0 +1,26 @@
+"""docs/optimizers.md says what was measured, and leaves out no optimizer that is known."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from adam_ghost.optim import protocol
+from bench.optimizers import OPTIMIZERS, table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+RESULTS = json.loads((ROOT / "bench" / "results" / "optimizers-cpu.json").read_text(encoding="utf-8"))["optimizers"]
+
+
+def test_the_table_is_what_was_measured():
+    assert [result["optimizer"] for result in RESULTS] == list(OPTIMIZERS)
+    (found,) = re.findall(r"<!-- table -->\n(.*?)\n<!-- end of table -->", PAGE, re.S)
+    assert found.strip().startswith(table(RESULTS))
+
+
+@pytest.mark.parametrize("kind", [reader.kind for reader in protocol._READERS], ids=str)
+def test_the_page_names_what_is_known(kind):
+    name = kind.split(".")[0] if isinstance(kind, str) else kind.__name__
+    assert re.search(rf"\b{name}\b", PAGE.replace("lion-pytorch", "lion_pytorch"))
