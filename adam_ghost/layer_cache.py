@@ -1,10 +1,13 @@
 """The thin layer's recorder: a `with` block around one step's forward and backward pass."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.learned import LearningRecorder
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
@@ -13,6 +16,7 @@ from adam_ghost.step.fingerprint import EDITED, Fingerprint
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
+from adam_ghost.step.whole_pass import WholePass
 
 
 class LayerCache:
@@ -30,6 +34,9 @@ class LayerCache:
         val_loss: called without arguments whenever the validation gradient is needed; returns the loss to attribute, a
             scalar or ``[K]`` for ``K`` targets, with a graph. It runs the model itself, in any mode it likes.
         strict: raise instead of warning where a parameter's gradient cannot be attributed.
+        fallback: score parameters that the layer calls lose by the derivative of the whole model along ``P``, one forward-mode
+            pass of about two forward passes' cost, and say so once: a sample's share is then what comes through its rows of the
+            model's output. False: leave them out, and name them.
 
     Raises:
         TypeError: the model is spread over processes or devices, or has complex parameters.
@@ -37,22 +44,27 @@ class LayerCache:
             the batch is not dimension 0.
     """
 
-    def __init__(self, model: nn.Module, val_loss: Callable[[], Tensor] | None = None, *, strict: bool = False):
+    def __init__(
+        self, model: nn.Module, val_loss: Callable[[], Tensor] | None = None, *, strict: bool = False, fallback: bool = True
+    ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if val_loss is not None and not callable(val_loss):
             raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
         refuse_unsupported(model)
         self.model = model
-        self.coverage = Coverage(strict)
+        self.coverage, self.fallback = Coverage(strict), fallback
         self.validation = Validation(val_loss, model)
         self._recorder = LearningRecorder(model)
         self._recording = False
+        self._handles: list[RemovableHandle] = []
+        self.loses = True  # whether layer calls lose parameters, as far as a step has told
         self.clear()
 
     def clear(self) -> None:
         """Forgets what was recorded."""
         self.recorded = Recording()
+        self.passes: list[WholePass] = []
         self._fingerprint: Fingerprint | None = None
         self._versions: list[tuple[nn.Parameter, int]] = []
 
@@ -61,6 +73,11 @@ class LayerCache:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
         refuse_mixed_samples(self.model)
         self.clear()
+        if self.fallback and self.loses:
+            self._handles = [
+                self.model.register_forward_pre_hook(Hook(self._pass_begins), with_kwargs=True),
+                self.model.register_forward_hook(Hook(self._pass_ends)),
+            ]
         self._recorder.attach()
         self._recorder.begin(self.recorded)
         self._recording = True
@@ -70,6 +87,9 @@ class LayerCache:
         self._recorder.detach()
         self._recorder.recording = None
         self._recording = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         if exc[0] is not None:
             self.clear()
             return
@@ -77,6 +97,14 @@ class LayerCache:
         if grads:
             self._fingerprint = Fingerprint.of(grads)
         self.mark_weights()
+
+    def _pass_begins(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.is_grad_enabled():
+            self.passes.append(WholePass(module, args, kwargs))
+
+    def _pass_ends(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.passes[-1].ended(output)
 
     def mark_weights(self) -> None:
         """The weights are those that the recorded gradients belong to."""
@@ -125,6 +153,7 @@ def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
         g = p.grad
         if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
-    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage)
+    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage, cache.passes)
+    cache.loses = bool(step.whole or step.missing)
     step.scale = cache.scaled_since()
     return step

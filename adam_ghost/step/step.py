@@ -14,6 +14,7 @@ from adam_ghost.scores.forms import Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.fingerprint import Fingerprint
+from adam_ghost.step.whole_pass import WholePass
 
 
 def plain_precision(model: nn.Module) -> torch.autocast:
@@ -34,11 +35,20 @@ class Step:
     grads: dict[str, Tensor]
     recordings: list[Recording]
     scale: dict[str, Tensor] = field(default_factory=dict)  # what gradients were multiplied by since they were recorded
-    missing: list[str] = field(default_factory=list)  # parameters whose gradient no recorded call explains
+    missing: list[str] = field(default_factory=list)  # parameters whose gradient is not explained
+    # parameters that recorded calls do not explain, scored by the whole passes, one to a recording
+    whole: list[str] = field(default_factory=list)
+    passes: list[WholePass] = field(default_factory=list)
+    coverage: Coverage | None = None
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
         p = self.params[name]
+        if name in self.whole:
+            passes = zip(self.recordings, self.passes, strict=True)
+            shares = torch.cat([whole.sample_gradients({name: p}, r.batch_size)[name] for r, whole in passes])
+            shares = shares[:, block] if p.ndim else shares
+            return shares * self.scale[name] if self.scale else shares
         shares = torch.cat([sample_gradients(r.calls, name, p, r.batch_size, block) for r in self.recordings])
         return shares * self.scale[name] if self.scale else shares
 
@@ -46,7 +56,22 @@ class Step:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
-        return score_recordings(self.recordings, P, per_token, half)
+        by_passes = self.whole_scores({name: P[name] for name in self.whole if name in P}, per_token)
+        by_calls = {name: x for name, x in P.items() if name not in self.whole}
+        if by_passes is None:
+            return score_recordings(self.recordings, by_calls, per_token, half)
+        return by_passes + score_recordings(self.recordings, by_calls, per_token, half) if by_calls else by_passes
+
+    def whole_scores(self, P: Directions, per_token: bool = False) -> Tensor | None:
+        """The part of the parameters that whole passes score; None where there are none, or the model has no forward mode."""
+        if not P:
+            return None
+        found = score_passes(self.passes, self.recordings, self.params, P, per_token)
+        if self.coverage is not None:
+            self.coverage.tell_of_passes(self.whole, self.grads, found is not None)
+        if found is None:
+            self.missing, self.whole = [*self.missing, *self.whole], []
+        return found
 
     def touched(self) -> set[str]:
         """The parameters of whose gradient recorded calls explain a part, or all."""
@@ -72,7 +97,7 @@ class Step:
     def unexplained(self, P: Directions) -> list[str]:
         """The names of parameters whose samples' shares do not add up to their gradient, as far as ``P`` sees it; worst first."""
         off = {}
-        for name in self.touched() & self.grads.keys():
+        for name in (self.touched() - set(self.whole)) & self.grads.keys():
             total = inner(P, {name: self.grads[name]})
             gap = (self.scores({name: P[name]}).sum(0) - total).abs().max()
             if not gap <= 1e-3 * total.abs().max():
@@ -81,14 +106,40 @@ class Step:
         return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
 
 
+def score_passes(
+    passes: Sequence[WholePass],
+    recordings: Sequence[Recording],
+    params: Mapping[str, Tensor],
+    P: Directions,
+    per_token: bool = False,
+) -> Tensor | None:
+    """``[n, K]``, or ``[n, T, K]``: by the whole passes of all recordings; None where the model has no forward mode."""
+    params, found = {name: params[name] for name in P}, []
+    for recording, whole in zip(recordings, passes, strict=True):
+        scores = whole.scores(params, P, recording.packing, per_token)
+        if scores is None:
+            return None
+        found.append(scores)
+    return torch.cat(found)
+
+
 def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
     """``< P , g >``, ``[K]``, over the parameters of ``grads``."""
     found = [P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in grads.items()]
     return torch.stack(found).sum(0) if found else next(iter(P.values())).flatten(1).sum(1) * 0
 
 
-def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
-    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
+def gather_step(
+    model: nn.Module,
+    opt_state: OptState,
+    recordings: list[Recording],
+    coverage: Coverage,
+    passes: Sequence[WholePass | None] = (),
+) -> Step:
+    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains.
+
+    ``passes``: of the recordings, by which those can be scored.
+    """
     named = named_parameters(model)
     params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
     grads = {name: p.grad for name, p in params.items() if p.grad is not None}
@@ -102,28 +153,40 @@ def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recordin
     for name, p in named.items():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
-    step = Step(opt_state, params, grads, recordings)
+    step = Step(opt_state, params, grads, recordings, coverage=coverage)
     if recordings:
         inside = set(named.values())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
-        step.missing = report_coverage(grads, recordings, coverage, outside)
+        step.passes = [whole for whole in passes if whole is not None]
+        usable = coverage.forward_mode and len(step.passes) == len(recordings)
+        usable = usable and all(whole.by_sample(r.batch_size, r.packing) for r, whole in zip(recordings, step.passes, strict=True))
+        step.whole, step.missing = report_coverage(grads, recordings, coverage, outside, usable)
     return step
 
 
 def report_coverage(
-    grads: Mapping[str, Tensor], recordings: Sequence[Recording], coverage: Coverage, outside: Sequence[Tensor] = ()
-) -> list[str]:
-    """Tells ``coverage`` which gradients no recorded call explains, and returns their names.
+    grads: Mapping[str, Tensor],
+    recordings: Sequence[Recording],
+    coverage: Coverage,
+    outside: Sequence[Tensor] = (),
+    by_passes: bool = False,
+) -> tuple[list[str], list[str]]:
+    """Tells ``coverage`` which gradients no recorded call explains: the names of those that whole passes do, and of the others.
 
-    ``outside``: trained parameters that are not the model's.
+    ``outside``: trained parameters that are not the model's; ``by_passes``: whether there are such passes.
     """
     covered = {name for r in recordings for name in r.covered()}
     # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
     missing = [name for name, g in grads.items() if name not in covered and bool(g.any())]
+    whole: list[str] = []
     total = sum(x.numel() for x in (*grads.values(), *outside))
+    # what was contracted as it came is in the scores already, in part
+    contracted = {name for r in recordings if not r.calls for name in r.touched()}
+    if missing and by_passes and contracted.isdisjoint(missing):
+        whole, missing = missing, []
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
-    return missing
+    return whole, missing
 
 
 def follow_scaling(step: Step, before: Fingerprint, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Tensor, Tensor]:
