@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-import torch  # noqa: F401  the extension finds libtorch in the process
+import torch  # the extension finds libtorch in the process
 
 from adam_ghost import checkout
 from adam_ghost.warn import warn
@@ -26,9 +26,23 @@ def reason(device: str) -> str:
     """Why the extension does not serve tensors on ``device``; empty where it does."""
     if device not in built:
         return f"no kernels for {device} tensors"
-    if missing or built[device]:
+    if missing:
         return missing
-    return "the extension was built without CUDA"
+    if not built[device]:
+        return "the extension was built without CUDA"
+    return _no_code_for_gpu() if device == "cuda" else ""
+
+
+@functools.cache
+def _no_code_for_gpu() -> str:
+    """Why the CUDA part does not run on the GPUs that are here: each needs a target of its generation, or the last, as PTX."""
+    targets = [int(t.rstrip("af")) for t in built["cuda"].split()]
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        sm = 10 * major + minor
+        if not any(t // 10 == major and t <= sm for t in targets) and sm < targets[-1]:
+            return f"the extension's CUDA part was built for sm {built['cuda']}, and GPU {i} is sm_{sm}"
+    return ""
 
 
 @functools.cache

@@ -336,6 +336,10 @@ class InRun:
             )
             cure = "" if dropped else cure
             raise RuntimeError(f"optimizer.step() without {what}{cure}")
+        if (gone := next((m.recording.deviation for m in micro if m.recording and m.recording.deviation), "")) and not self._closed:
+            self.coverage.tell("deviation", f"step {self.step}: {gone}")
+            self._loop.watch.fingerprint, self._seconds = None, 0.0
+            return self._skip(micro)
         started = time.perf_counter() - self._seconds
         try:
             with self._plain_precision():

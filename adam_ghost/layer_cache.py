@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.capture.recorder import Recorder
+from adam_ghost.capture.learned import LearningRecorder
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
@@ -46,7 +46,8 @@ class LayerCache:
         self.model = model
         self.coverage = Coverage(strict)
         self.validation = Validation(val_loss, model)
-        self._recorder: Recorder | None = None
+        self._recorder = LearningRecorder(model)
+        self._recording = False
         self.clear()
 
     def clear(self) -> None:
@@ -56,19 +57,19 @@ class LayerCache:
         self._versions: list[tuple[nn.Parameter, int]] = []
 
     def __enter__(self) -> "LayerCache":
-        if self._recorder is not None:
+        if self._recording:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
         refuse_mixed_samples(self.model)
         self.clear()
-        self._recorder = Recorder(self.model)
         self._recorder.attach()
         self._recorder.begin(self.recorded)
+        self._recording = True
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._recorder is not None:
-            self._recorder.detach()
-        self._recorder = None
+        self._recorder.detach()
+        self._recorder.recording = None
+        self._recording = False
         if exc[0] is not None:
             self.clear()
             return
@@ -103,7 +104,7 @@ class LayerCache:
 
     @property
     def recording(self) -> bool:
-        return self._recorder is not None
+        return self._recording
 
 
 def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
@@ -113,6 +114,8 @@ def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
     opt_state = read_optimizer(opt_state)
     if cache.recording:
         raise ValueError("the scores are computed after the `with cache` block, not inside it")
+    if cache.recorded.deviation:
+        raise ValueError(cache.recorded.deviation)
     if not cache.recorded.calls:
         raise ValueError("nothing was recorded: run the model's forward and backward pass inside `with cache`")
     if not cache.same_weights():

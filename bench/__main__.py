@@ -20,12 +20,16 @@ from rich.table import Table
 from bench import books as books_bench
 from bench import compile as compile_bench
 from bench import fidelity as fidelity_bench
+from bench import host as host_bench
 from bench import kernels as kernels_bench
+from bench import launches as launches_bench
 from bench import ledger as ledger_bench
 from bench import machine
 from bench import ops as ops_bench
 from bench import optimizers as optimizers_bench
 from bench import predictions as predictions_bench
+from bench import sass as sass_bench
+from bench import schedule as schedule_bench
 from bench import throughput as throughput_bench
 from bench import window as window_bench
 
@@ -237,6 +241,87 @@ def compile(json: Json = None) -> None:
             table.add_row(k["kernel"], " ".join(case.split()), *map(str, numbers))
         console.print(table)
     _write(json, {"kernels": found})
+
+
+@app.command()
+def launches(json: Json = None, lines: Annotated[int, typer.Option(help="Source lines told per variant.")] = 8) -> None:
+    """What one step of GPT-2 124M asks of a GPU, counted on meta tensors: launches, bytes, copies that block, unlike operands."""
+    found = launches_bench.measure()
+    bound = found["bound"]
+    table = Table(caption="fused AdamW, bf16 autocast, 16 samples of 1,024 tokens; bytes of tensors as large as a parameter")
+    for name in (
+        "",
+        "launches",
+        "beyond the bound",
+        "budget",
+        "bytes per parameter beyond",
+        "copies that block",
+        "kernels' operands",
+    ):
+        table.add_column(name, justify="right" if name else "left")
+    for v, row in found.items():
+        extra, allowed = row["launches"] - bound["launches"], launches_bench.budget(v, bound["launches"])
+        moved = row["bytes_per_parameter"] - bound["bytes_per_parameter"]
+        cells = (row["launches"], extra, "" if allowed is None else allowed - bound["launches"], f"{moved:.0f}")
+        table.add_row(v, *map(str, cells), str(sum(row["waits"].values())), ", ".join(f"{n} {k}" for k, n in row["dtypes"].items()))
+    console.print(table)
+    for v in ("lookahead", "midpoint", "thin layer"):
+        beyond = {k: n - bound["by_line"].get(k, [0])[0] for k, (n, _) in found[v]["by_line"].items()}
+        top = sorted(beyond.items(), key=lambda x: -x[1])[:lines]
+        console.print(f"{v}:", ", ".join(f"{n} {k}" for k, n in top))
+    _write(json, {"variants": found})
+
+
+@app.command()
+def host(json: Json = None, rounds: Annotated[int, typer.Option(min=3, help="Steps of each variant.")] = 40) -> None:
+    """The host's time in one step, as a ratio to that of training and a bare validation pass."""
+    found = host_bench.measure(rounds)
+    table = Table(caption=f"{host_bench.LAYERS} layers of width {host_bench.WIDTH}, one thread, medians of {rounds} steps in turn")
+    for name in ("", "ms", "of the bound", "budget", "function calls"):
+        table.add_column(name, justify="right" if name else "left")
+    for v, row in found.items():
+        allowed = str(host_bench.BUDGET.get(v, ""))
+        table.add_row(v, f"{row['ms']:.2f}", f"{row['of_bound']:.2f}", allowed, f"{row['calls']:,}")
+    console.print(table)
+    _write(json, {"variants": found})
+
+
+@app.command()
+def sass(json: Json = None) -> None:
+    """Machine code for sm_90: what a sample's end costs the matrix kernels, and how wide the extension's kernels write."""
+    from adam_ghost import extension
+
+    kernels = [k for k in compile_bench.finish(compile_bench.start(90)) if "barriers per end" in k]
+    names = ("barriers per step", "barriers per end", "fences per end", "fetches per end", "chain", "registers", "shared", "blocks")
+    table = Table(caption="budget of wgrad_score with one direction: 4 barriers, no fence and no fetch at a sample's end")
+    for name in ("kernel", "case", *names):
+        table.add_column(name, justify="left" if name in ("kernel", "case") else "right")
+    for k in kernels:
+        k["blocks"] = sass_bench.blocks(k["registers"], k["shared"], k["warps"])
+        table.add_row(k["kernel"], re.sub(r"torch\.|Config|[(),]|\b\w+=(False|None)", "", k["case"]), *(str(k[n]) for n in names))
+    console.print(table)
+    compiled = sass_bench.of_extension(extension.C.__file__) if extension.built["cuda"] else {}
+    table = Table(caption="budget: 128-bit stores" if compiled else "the extension was built without CUDA")
+    for name in ("csrc", "store bits", "load bits", "wide stores", "barriers", "registers", "blocks"):
+        table.add_column(name, justify="left" if name == "csrc" else "right")
+    for name, row in compiled.items():
+        table.add_row(name, *map(str, row.values()))
+    console.print(table)
+    _write(json, {"matrix": kernels, "csrc": compiled})
+
+
+@app.command()
+def schedule(json: Json = None) -> None:
+    """DRAM traffic of the matrix kernels' order of work by a model of the level-2 cache, and their balance."""
+    rows = schedule_bench.measure()
+    table = Table(caption=f"{schedule_bench.PROGRAMS} multiprocessors, {schedule_bench.CACHE / 1e6:.0f} MB of cache")
+    for name in ("op", "shape", "least, MB", "DRAM over least", "budget", "balance", "budget "):
+        table.add_column(name, justify="left" if name in ("op", "shape") else "right")
+    for row in rows:
+        cells = f"{row['least_mb']:.0f}", f"{row['dram']:.2f}", str(schedule_bench.DRAM), f"{row['balance']:.3f}"
+        table.add_row(row["op"], row["shape"], *cells, str(schedule_bench.BALANCE))
+    console.print(table)
+    _write(json, {"rows": rows})
 
 
 @app.command()

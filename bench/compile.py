@@ -19,11 +19,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from adam_ghost.kernels import contract, embedding, ghost_gram, norm, wgrad_score
+from adam_ghost.kernels import contract, embedding, ghost_gram, norm, ragged, wgrad_score
+from bench import sass
 
 CHIPS = (80, 90, 100)
-# bytes of shared memory that one block may have, and the chip's matrix instruction
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# bytes of shared memory that one block may have (sm_80's list serves sm_86, 89 and 120, too), and the chip's matrix instruction
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 HALF, SINGLE = torch.bfloat16, torch.float32
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +74,9 @@ def facts(kernel, arch: int) -> dict[str, int | bool]:
         file.flush()
         command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    code = sass.of_matrix_kernel(sass.disassemble(kernel.asm["cubin"])) if arch == 90 and "wgmma.mma_async" in ptx else {}
     return {
+        **code,
         "registers": int(re.search(r"Used (\d+) registers", log)[1]),
         "spills": sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log).groups())),
         "shared": kernel.metadata.shared,
@@ -84,6 +87,13 @@ def facts(kernel, arch: int) -> dict[str, int | bool]:
         "bulk copies": ptx.count("cp.async.bulk.tensor"),
         "serialized": "C7511" in log or "serialized" in log,
     }
+
+
+def ragged_steps(n: int, N: int, BT: int) -> ragged.Steps:
+    steps = N // BT + n
+    return ragged.Steps(
+        n, steps, meta(n + 1, dtype=torch.int32), meta(steps + 1, dtype=torch.int32), meta(n + 1, dtype=torch.int64)
+    )
 
 
 def launches(arch: int) -> Iterator[tuple[str, bool]]:
@@ -100,13 +110,12 @@ def launches(arch: int) -> Iterator[tuple[str, bool]]:
             contract._launch(*flat, meta(1, d_out, d_in, dtype=dtype), c)
             yield f"{dtype} {c}", matrix
         for c in wgrad_score.configs(arch, dtype, able):
-            for K, ragged in ((1, False), (3, False), (1, True)):
-                if ragged and able:
-                    continue
-                samples = (*flat,) if ragged else (a, b)
-                wgrad_score._launch(*samples, meta(K, d_out, d_in, dtype=dtype), offsets if ragged else None, c)
-                yield f"{dtype} {c} K={K}{' ragged' * ragged}", matrix
-        for c in ghost_gram.configs(arch, dtype, able):
+            for K, packed in ((1, False), (3, False), (1, True)):
+                plan = ragged_steps(n, n * T, c.BT) if packed else None
+                samples = [x.view(1, -1, x.shape[-1]) for x in flat] if packed else (a, b)
+                wgrad_score._launch(*samples, meta(K, d_out, d_in, dtype=dtype), plan, c)
+                yield f"{dtype} {c} K={K}{' ragged' * packed}", matrix
+        for c in (ghost_gram.choose(arch, dtype, able),):
             for tokens, scaled in ((1, True), (16, False), (256, True)):
                 x, y = meta(64, tokens, d_in, dtype=dtype), meta(64, tokens, d_out, dtype=dtype)
                 scales = (meta(d_out, dtype=SINGLE), meta(d_in, dtype=SINGLE)) if scaled else (None, None)
@@ -117,17 +126,19 @@ def launches(arch: int) -> Iterator[tuple[str, bool]]:
                 ghost_gram._launch(*flat, *flat, *scales, offsets, offsets, n, n, False, c)
                 yield f"{dtype} {c} ragged scaled", matrix
     # float32 by tf32, where the user's PyTorch allows it
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     a, b, P = meta(n, T, d_in, dtype=SINGLE), meta(n, T, d_out, dtype=SINGLE), meta(1, d_out, d_in, dtype=SINGLE)
     contract._launch(a.flatten(0, 1), b.flatten(0, 1), P, contract.configs(arch, SINGLE, False)[0])
     wgrad_score._launch(a, b, P, None, wgrad_score.configs(arch, SINGLE, False)[0])
-    ghost_gram._launch(a, b, a, b, None, None, None, None, n, n, True, ghost_gram.configs(arch, SINGLE, False)[0])
+    ghost_gram._launch(a, b, a, b, None, None, None, None, n, n, True, ghost_gram.choose(arch, SINGLE, False))
     yield "tf32", True
     # strides past 2^31
     wide = torch.empty(1, dtype=HALF, device="meta").as_strided((2, 64, 64), (2**31, 64, 1))
     c = wgrad_score.configs(arch, HALF, False)[0]
     wgrad_score._launch(wide, wide, meta(1, 64, 64), None, c)
     yield f"{c} samples 2^31 elements apart", True
+    ragged.aligned(flat[0], ragged_steps(n, n * T, 64), 64)
+    yield "aligned", False
     embedding.embedding_score(meta(n, T, dtype=torch.int64), meta(n, T, d_in), meta(1, 50257, d_in, dtype=SINGLE))
     yield "embedding", False
     embedding.embedding_score(meta(n * T, dtype=torch.int64), meta(n * T, d_in), meta(1, 50257, d_in), offsets=offsets)

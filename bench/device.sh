@@ -19,12 +19,16 @@ nvidia-smi >"$OUT/gpu.txt" 2>&1
 stage build 100 "$PYTHON" -m pip install -q --no-build-isolation --no-deps -e .
 stage doctor 10 "$PYTHON" -m adam_ghost doctor
 KERNELS=(tests/kernels/test_{contract,wgrad_score,ghost_gram,embedding,norm}.py)
-stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider "${KERNELS[@]}" tests/optim/test_variance_correction.py tests/optim/test_adjoint.py \
+stage synced 40 "$PYTHON" -m bench.synced
+# each variant of a kernel compiles anew: in parallel where pytest-xdist is there
+PARALLEL=()
+"$PYTHON" -c "import xdist" 2>/dev/null && PARALLEL=(-n 12)
+stage tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider "${PARALLEL[@]}" "${KERNELS[@]}" tests/optim/test_variance_correction.py tests/optim/test_adjoint.py \
   tests/scores/test_ops.py tests/scores/test_impl.py tests/csrc/test_reading.py
-stage kernels 50 "$PYTHON" -m bench kernels --json "$OUT/kernels-gpu.json"
-stage ops 30 "$PYTHON" -m bench ops --device cuda --json "$OUT/ops-gpu.json"
+stage kernels 40 "$PYTHON" -m bench kernels --json "$OUT/kernels-gpu.json"
+stage ops 20 "$PYTHON" -m bench ops --device cuda --json "$OUT/ops-gpu.json"
 stage throughput 50 "$PYTHON" -m bench throughput --device cuda --gpt2 --rounds 15 --json "$OUT/throughput-gpu.json"
-stage throughput-compiled 70 "$PYTHON" -m bench throughput --device cuda --gpt2 --compile --rounds 15 --json "$OUT/throughput-compiled-gpu.json"
+stage throughput-compiled 60 "$PYTHON" -m bench throughput --device cuda --gpt2 --compile --rounds 15 --json "$OUT/throughput-compiled-gpu.json"
 stage fidelity 40 "$PYTHON" -m bench fidelity --device cuda --quick --json "$OUT/fidelity-gpu.json"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

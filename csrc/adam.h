@@ -67,6 +67,13 @@ struct Element {
   float w, g, m, v, v_max;
 };
 
+// The gradient that history lets expect, of at least `least`: a tenth of the root mean square of the parameter's.
+AG_INLINE float foresee(const Step& s, float m, float v, float least) {
+  return s.sign * copysignf(larger(least, sqrtf(v) * s.old_root_scale), m);
+}
+
+AG_INLINE float least_foreseen(const Step& s, double mean_v) { return float(0.1 * sqrt(mean_v) * double(s.old_root_scale)); }
+
 // The ends of the gradient's path, a -> e, and the update at a: what momentum and decay do alone.
 template <bool AMSGRAD>
 struct Ends {

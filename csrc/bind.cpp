@@ -250,9 +250,9 @@ PyObject* answer(const Body& body) {
 
 PyObject* variance_correction(PyObject*, PyObject* args) {
   PyObject *state[5], *val, *out, *table, *rows, *sums;
-  int rule;
-  if (!PyArg_ParseTuple(args, "OOOOOOOOOiO", &state[0], &state[1], &state[2], &state[3], &state[4], &val, &out, &table, &rows,
-                        &rule, &sums))
+  int rule, foreseen;
+  if (!PyArg_ParseTuple(args, "OOOOOOOOOipO", &state[0], &state[1], &state[2], &state[3], &state[4], &val, &out, &table, &rows,
+                        &rule, &foreseen, &sums))
     return nullptr;
   return answer([&] {
     Job job = read_state(state, table, rows);
@@ -261,6 +261,7 @@ PyObject* variance_correction(PyObject*, PyObject* args) {
     require(s.ndim == 2 && s.shape[0] == int64_t(job.params.size()) && s.shape[1] == sum_count(job.K) && s.dtype.bits == 64 &&
                 row_major(s.shape, s.strides, 2) && rule >= SECANT && rule <= SGD, SHAPE);
     double* to = static_cast<double*>(s.data);
+    for (Param& p : job.params) p.foreseen = foreseen && p.m.data && p.v.data;
     run(job, job.K, [&] { variance_correction_cpu(job.params, job.steps.data(), rule, job.K, to); },
         [&](const auto& l, void* workspace) { return variance_correction_cuda(l, job.params, rule, job.K, workspace, to); });
   });

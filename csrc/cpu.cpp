@@ -47,6 +47,7 @@ namespace {
 
 struct Kernels {
   decltype(&baseline::correct_range) correct;
+  decltype(&baseline::sum_v_range) sum_v;
   decltype(&baseline::move_range) move;
   decltype(&baseline::adjoint_range) adjoint;
   const char* name;
@@ -60,11 +61,11 @@ Kernels choose() {
   const auto asked = [&](const char* name) { return any || std::strcmp(cap, name) == 0; };
   if (asked("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {avx512::correct_range, avx512::move_range, avx512::adjoint_range, "avx512"};
+    return {avx512::correct_range, avx512::sum_v_range, avx512::move_range, avx512::adjoint_range, "avx512"};
   if ((asked("avx512") || asked("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::correct_range, avx2::move_range, avx2::adjoint_range, "avx2"};
+    return {avx2::correct_range, avx2::sum_v_range, avx2::move_range, avx2::adjoint_range, "avx2"};
 #endif
-  return {baseline::correct_range, baseline::move_range, baseline::adjoint_range, "baseline"};
+  return {baseline::correct_range, baseline::sum_v_range, baseline::move_range, baseline::adjoint_range, "baseline"};
 }
 
 const Kernels& kernels() {
@@ -142,12 +143,22 @@ void variance_correction_cpu(const std::vector<Param>& params, const StepRow* ro
   const std::vector<Step> steps = derive_rows(params, rows);
   int64_t cost;
   const std::vector<Chunk> chunks = split(params, cost);
-  std::vector<double> partial(chunks.size() * width, 0.0);
+  std::vector<double> partial(chunks.size() * width, 0.0), of_chunk(chunks.size(), 0.0), mean_v(params.size(), 0.0);
+  if (std::any_of(params.begin(), params.end(), [](const Param& p) { return p.foreseen; })) {
+    share_out(chunks, cost, [&](size_t first, size_t last) {
+      for (size_t i = first; i < last; ++i) {
+        const Param& p = params[chunks[i].param];
+        of_chunk[i] = kernels().sum_v(p, chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel));
+      }
+    });
+    for (size_t i = 0; i < chunks.size(); ++i) mean_v[chunks[i].param] += of_chunk[i] / double(params[chunks[i].param].numel);
+  }
   share_out(chunks, cost, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
       const Param& p = params[chunks[i].param];
       const int64_t begin = chunks[i].begin, end = std::min(begin + CHUNK, p.numel);
-      kernels().correct(p, steps[p.row], rule, K, begin, end, &partial[i * width]);
+      const float least = least_foreseen(steps[p.row], mean_v[chunks[i].param]);
+      kernels().correct(p, steps[p.row], rule, K, begin, end, least, &partial[i * width]);
     }
   });
   std::fill_n(sums, params.size() * width, 0.0);

@@ -111,11 +111,33 @@ inline void direction_sums_bf16(const float* val, const float* g, const Scratch&
   sums[K] += history;
 }
 
-inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, int64_t begin, int64_t end, double* sums) {
+inline double sum_v_range(const Param& p, int64_t begin, int64_t end) {
+  alignas(64) float scratch[TILE];
+  double sum = 0;
+  for (int64_t start = begin; start < end; start += TILE) {
+    const int n = int(end - start < TILE ? end - start : TILE);
+    const float* v = widen(p.v, start, n, scratch);
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; ++i) sum += double(v[i]);
+  }
+  return sum;
+}
+
+inline void foresee_tile(const Step& s, const State& x, int n, float least, float* __restrict g) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) g[i] = foresee(s, x.m[i], x.v[i], least);
+}
+
+inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, int64_t begin, int64_t end, float least,
+                          double* sums) {
   Scratch t;
   for (int64_t start = begin; start < end; start += TILE) {
     const int n = int(end - start < TILE ? end - start : TILE);
-    const State x = load(p, reads_weights(s), start, n, t);
+    State x = load(p, reads_weights(s), start, n, t);
+    if (p.foreseen) {
+      foresee_tile(s, x, n, least, t.g);
+      x.g = t.g;
+    }
     linearize_any(rule, s, x, n, t);
     for (int64_t k = 0; k < K; ++k) {
       const float* val = widen(p.planes[VAL][k], start, n, t.val);

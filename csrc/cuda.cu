@@ -77,16 +77,21 @@ __device__ __forceinline__ void load(const Array& a, int64_t i, int64_t n, bool 
   }
 }
 
+// One access. A plain store is split into words beside code that stores words.
+__device__ __forceinline__ void write16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  __stcg(static_cast<uint4*>(to), make_uint4(a, b, c, d));
+}
+
 // Writes `x`, and leaves in it what was written: rounded where the array is bfloat16.
 __device__ __forceinline__ void store(const Array& a, int64_t i, int64_t n, bool whole, float (&x)[VECTOR]) {
   if (a.dtype == F32) {
     float* to = static_cast<float*>(a.data) + i;
     if (whole) {
-      Bytes16 low, high;
+      uint32_t bits[VECTOR];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) low.x[j] = __float_as_uint(x[j]), high.x[j] = __float_as_uint(x[j + 4]);
-      reinterpret_cast<Bytes16*>(to)[0] = low;
-      reinterpret_cast<Bytes16*>(to)[1] = high;
+      for (int j = 0; j < VECTOR; ++j) bits[j] = __float_as_uint(x[j]);
+      write16(to, bits[0], bits[1], bits[2], bits[3]);
+      write16(to + 4, bits[4], bits[5], bits[6], bits[7]);
     } else {
 #pragma unroll
       for (int j = 0; j < VECTOR; ++j)
@@ -98,10 +103,8 @@ __device__ __forceinline__ void store(const Array& a, int64_t i, int64_t n, bool
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) rounded[j] = round_bf16(x[j]), x[j] = from_bits(rounded[j] << 16);
     if (whole) {
-      Bytes16 all;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) all.x[j] = rounded[2 * j] | rounded[2 * j + 1] << 16;
-      *reinterpret_cast<Bytes16*>(to) = all;
+      write16(to, rounded[0] | rounded[1] << 16, rounded[2] | rounded[3] << 16, rounded[4] | rounded[5] << 16,
+              rounded[6] | rounded[7] << 16);
     } else {
 #pragma unroll
       for (int j = 0; j < VECTOR; ++j)
@@ -119,26 +122,32 @@ __device__ __forceinline__ int slot_of(const Batch& b, uint32_t block) {
   return low;
 }
 
-// The sum of every thread's `x`, in the first thread, always in the same order.
-__device__ __forceinline__ double block_sum(double x) {
-  __shared__ double shared[THREADS];
-  __syncthreads();  // of the sum before
-  shared[threadIdx.x] = x;
+// The sums over every thread's `x`, in the first thread, always in the same order.
+template <int COUNT>
+__device__ __forceinline__ void block_sum(double (&x)[COUNT]) {
+  __shared__ double shared[COUNT][THREADS];
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) shared[j][threadIdx.x] = x[j];
   for (int half = THREADS / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (int(threadIdx.x) < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    if (int(threadIdx.x) < half) {
+#pragma unroll
+      for (int j = 0; j < COUNT; ++j) shared[j][threadIdx.x] += shared[j][threadIdx.x + half];
+    }
   }
-  return shared[0];
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) x[j] = shared[j][0];
 }
 
 // One chunk against targets first_k .. first_k + KB - 1.
 template <int RULE, bool AMSGRAD, int KB>
 __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K,
-                                              double* sums) {
+                                              const double* mean_v, double* sums) {
   const Param& p = slot.p;
-  double reached[KB] = {}, history[KB] = {};
+  double total[2 * KB] = {};  // reached, history of each target
   const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
   const bool weights = reads_weights(s);
+  const float least = p.foreseen ? least_foreseen(s, mean_v[slot.index]) : 0.f;
   for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
     const bool whole = slot.aligned && i + VECTOR <= p.numel;
     float w[VECTOR] = {}, g[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {}, scale[VECTOR], moved[VECTOR], x[VECTOR];
@@ -147,6 +156,11 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
     load(p.m, i, p.numel, whole, m);
     load(p.v, i, p.numel, whole, v);
     if (AMSGRAD) load(p.v_max, i, p.numel, whole, v_max);
+    if (p.foreseen) {
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) g[j] = foresee(s, m[j], v[j], least);
+    }
+    if (KB == 1) load(p.planes[VAL][first_k], i, p.numel, whole, x);  // on its way while the others are worked on
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
       const Linearized y = linearize<RULE, AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
@@ -156,37 +170,36 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
 #pragma unroll
     for (int k = 0; k < KB; ++k) {
       if (first_k + k >= K) break;
-      load(p.planes[VAL][first_k + k], i, p.numel, whole, x);
+      if (KB > 1) load(p.planes[VAL][first_k + k], i, p.numel, whole, x);
 #pragma unroll
       for (int j = 0; j < VECTOR; ++j) {
-        history[k] += double(x[j]) * double(moved[j]);
+        total[2 * k + 1] += double(x[j]) * double(moved[j]);
         x[j] *= i + j < p.numel ? scale[j] : 0.f;  // past the end the state is zero, and its scale need not be finite
       }
       store(p.planes[OUT][first_k + k], i, p.numel, whole, x);
 #pragma unroll
-      for (int j = 0; j < VECTOR; ++j) reached[k] += double(x[j]) * double(g[j]);
+      for (int j = 0; j < VECTOR; ++j) total[2 * k] += double(x[j]) * double(g[j]);
     }
   }
+  block_sum(total);
+  if (threadIdx.x != 0) return;
 #pragma unroll
-  for (int k = 0; k < KB; ++k) {
-    if (first_k + k >= K) break;
-    const double total[] = {block_sum(reached[k]), block_sum(history[k])};
-    if (threadIdx.x == 0) sums[first_k + k] = total[0], sums[K + first_k + k] = total[1];
-  }
+  for (int k = 0; k < KB; ++k)
+    if (first_k + k < K) sums[first_k + k] = total[2 * k], sums[K + first_k + k] = total[2 * k + 1];
 }
 
 template <int RULE, int KB>
 __global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1)
-    correct(const __grid_constant__ Batch batch, int64_t K, double* partial) {
+    correct(const __grid_constant__ Batch batch, int64_t K, const double* mean_v, double* partial) {
   const int at = slot_of(batch, blockIdx.x);
   const Slot& slot = batch.slot[at];
   const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
   const int64_t chunk = blockIdx.x - batch.first_block[at];
   double* sums = partial + (slot.first_chunk + chunk) * (2 * K);
   if (s.amsgrad)
-    correct_chunk<RULE, true, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, sums);
+    correct_chunk<RULE, true, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, mean_v, sums);
   else
-    correct_chunk<RULE, false, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, sums);
+    correct_chunk<RULE, false, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, mean_v, sums);
 }
 
 // One block per tensor and kind of sum adds up the chunks'.
@@ -194,10 +207,37 @@ __global__ void __launch_bounds__(THREADS)
     add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
   const Slot& slot = batch.slot[blockIdx.x];
   const int64_t width = 2 * K, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum += partial[(slot.first_chunk + i) * width + blockIdx.y];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[slot.index * width + blockIdx.y] = sum;
+  double sum[1] = {};
+  for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum[0] += partial[(slot.first_chunk + i) * width + blockIdx.y];
+  block_sum(sum);
+  if (threadIdx.x == 0) sums[slot.index * width + blockIdx.y] = sum[0];
+}
+
+// Each chunk's sum of second moments, and each tensor's mean from these.
+__global__ void __launch_bounds__(THREADS) sum_v(const __grid_constant__ Batch batch, double* partial) {
+  const int at = slot_of(batch, blockIdx.x);
+  const Slot& slot = batch.slot[at];
+  const int64_t chunk = blockIdx.x - batch.first_block[at], n = slot.p.numel, begin = chunk * CHUNK;
+  const int64_t end = begin + CHUNK < n ? begin + CHUNK : n;
+  double sum[1] = {};
+  for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
+    float v[VECTOR];
+    load(slot.p.v, i, n, slot.aligned && i + VECTOR <= n, v);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) sum[0] += double(v[j]);
+  }
+  block_sum(sum);
+  if (threadIdx.x == 0) partial[slot.first_chunk + chunk] = sum[0];
+}
+
+__global__ void __launch_bounds__(THREADS)
+    average_v(const __grid_constant__ Batch batch, const double* partial, double* mean_v) {
+  const Slot& slot = batch.slot[blockIdx.x];
+  const int64_t chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
+  double sum[1] = {};
+  for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum[0] += partial[slot.first_chunk + i];
+  block_sum(sum);
+  if (threadIdx.x == 0) mean_v[slot.index] = sum[0] / double(slot.p.numel);
 }
 
 template <bool AMSGRAD>
@@ -292,12 +332,16 @@ bool aligned(const Param& p) {
 // The tensors' device is current while this lives.
 struct OnDevice {
   int before = 0;
+  bool moved = false;
   cudaError_t error;
 
   explicit OnDevice(int device) : error(cudaGetDevice(&before)) {
-    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+    moved = error == cudaSuccess && before != device;
+    if (moved) error = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(before); }
+  ~OnDevice() {  // setting a device makes a context there: only where one is left
+    if (moved) cudaSetDevice(before);
+  }
 };
 
 // Calls run(batch, blocks) for as many tensors as fit a launch, until all are done.
@@ -327,11 +371,11 @@ const char* in_batches(const Launch& l, const std::vector<Param>& params, void* 
 }
 
 template <int RULE>
-void launch_correct(const Batch& batch, int64_t blocks, int64_t K, double* partial, void* stream) {
+void launch_correct(const Batch& batch, int64_t blocks, int64_t K, const double* mean_v, double* partial, void* stream) {
   if (K == 1)
-    launch(correct<RULE, 1>, dim3(unsigned(blocks)), stream, batch, K, partial);
+    launch(correct<RULE, 1>, dim3(unsigned(blocks)), stream, batch, K, mean_v, partial);
   else
-    launch(correct<RULE, TARGETS>, dim3(unsigned(blocks), unsigned((K + TARGETS - 1) / TARGETS)), stream, batch, K, partial);
+    launch(correct<RULE, TARGETS>, dim3(unsigned(blocks), unsigned((K + TARGETS - 1) / TARGETS)), stream, batch, K, mean_v, partial);
 }
 
 int64_t steps_bytes(const Launch& l) { return l.on_device ? (l.rows * int64_t(sizeof(Step)) + 255) / 256 * 256 : 0; }
@@ -344,19 +388,30 @@ int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch& l, 
   int64_t chunks = 0;
   if (K)
     for (const Param& p : params) chunks += chunks_of(p);
-  return steps_bytes(l) + chunks * sum_count(K) * int64_t(sizeof(double));
+  // sums of each chunk, and means of each tensor
+  return steps_bytes(l) + (chunks * sum_count(K) + (K ? int64_t(params.size()) : 0)) * int64_t(sizeof(double));
 }
 
 const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace,
                                      double* sums) {
-  double* partial = reinterpret_cast<double*>(static_cast<char*>(workspace) + steps_bytes(l));
+  double* mean_v = reinterpret_cast<double*>(static_cast<char*>(workspace) + steps_bytes(l));
+  double* partial = mean_v + params.size();
+  if (std::any_of(params.begin(), params.end(), [](const Param& p) { return p.foreseen; })) {
+    const char* error = in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
+      if (blocks) launch(sum_v, dim3(unsigned(blocks)), l.stream, batch, partial);
+      const double* made = partial;
+      launch(average_v, dim3(unsigned(batch.count)), l.stream, batch, made, mean_v);
+    });
+    if (error) return error;
+  }
+  const double* means = mean_v;
   return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
     if (blocks) {
       switch (rule) {
-        case SECANT: launch_correct<SECANT>(batch, blocks, K, partial, l.stream); break;
-        case TANGENT: launch_correct<TANGENT>(batch, blocks, K, partial, l.stream); break;
-        case FROZEN: launch_correct<FROZEN>(batch, blocks, K, partial, l.stream); break;
-        default: launch_correct<SGD>(batch, blocks, K, partial, l.stream);
+        case SECANT: launch_correct<SECANT>(batch, blocks, K, means, partial, l.stream); break;
+        case TANGENT: launch_correct<TANGENT>(batch, blocks, K, means, partial, l.stream); break;
+        case FROZEN: launch_correct<FROZEN>(batch, blocks, K, means, partial, l.stream); break;
+        default: launch_correct<SGD>(batch, blocks, K, means, partial, l.stream);
       }
     }
     const double* made = partial;

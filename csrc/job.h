@@ -38,6 +38,7 @@ struct Param {
   int64_t row = 0;          // its row in the step table
   Array w, g, m, v, v_max;  // the state before the step
   Planes planes[PLANES];
+  bool foreseen = false;    // variance_correction: g is what history lets expect of it
 };
 
 // Sums of one parameter: K of <P, g>, then K of <val, w - w(empty)>.

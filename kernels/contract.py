@@ -15,7 +15,8 @@ from adam_ghost.kernels.device import capability, multiprocessors
 from adam_ghost.kernels.reduce import per_token as by_token
 from adam_ghost.kernels.reduce import sum_samples
 from adam_ghost.kernels.tiles import describable, descriptor, matrix_tile, narrow, near, precision, token_tile
-from adam_ghost.kernels.tune import fastest
+
+GROUP = 22  # blocks of tokens that share a tile of P: six tiles of 132 programs at a time (`bench schedule`)
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -56,17 +57,25 @@ class Config(NamedTuple):
 
 
 def configs(arch: int, dtype: torch.dtype, descriptors: bool) -> list[Config]:
-    """The short list for a chip; each compiles without spills. The first is the default where nothing can be timed."""
+    """What may run on a chip; each compiles without spills."""
     if dtype == torch.float32:
         return [Config(64, 64, 32, 4, 3, False)]
-    if not descriptors or arch < 90:
+    if not descriptors or arch < 90 or arch >= 120:
         return [Config(128, 128, 32, 8, 3, False), Config(128, 64, 32, 4, 3, False)]
-    if arch < 100:
-        # the flat loop loads the next tile during this one's end; two small tiles per multiprocessor cover each other's ends
-        return [
-            Config(128, 256, 64, 8, 3, True, flat=True), Config(128, 256, 64, 8, 4, True), Config(128, 128, 64, 4, 3, True),
-        ]  # fmt: skip
-    return [Config(128, 256, 64, 8, 3, True, flat=True), Config(128, 128, 64, 8, 4, True, flat=True)]
+    # the flat loop loads the next tile during this one's end; a small tile leaves fewer multiprocessors without one
+    last = Config(128, 128, 64, 8, 4, True, flat=True) if arch >= 100 else Config(128, 128, 64, 4, 3, True)
+    return [Config(128, 256, 64, 8, 3, True, flat=True), last]
+
+
+def choose(arch: int, dtype: torch.dtype, descriptors: bool, N: int, d_out: int, slots: int) -> Config:
+    """By the time of the last program on ``slots`` multiprocessors, in products; the same wherever they are as many."""
+
+    def longest(c: Config) -> float:
+        tiles, blocks = triton.cdiv(N, c.BT) * triton.cdiv(d_out, c.BO), 2 if c.warps == 4 else 1
+        # a small tile reads more for as many products: a 128 x 128 tile's step takes its multiprocessor about an eighth longer
+        return triton.cdiv(tiles, slots * blocks) * blocks * c.BT * c.BO * (1 + 32 / c.BT + 32 / c.BO)
+
+    return min(configs(arch, dtype, descriptors), key=longest)
 
 
 def contract(
@@ -82,8 +91,7 @@ def contract(
     if a.shape[0] == 0 or P.numel() == 0:
         return torch.zeros(*(tokens if per_token else (n,)), len(P), device=a.device)
     if config is None:
-        key = ("contract", a.dtype, *P.shape)
-        config = fastest(key, configs(capability(), a.dtype, describable(a, b, P)), lambda c: _launch(a, b, P, c))
+        config = choose(capability(), a.dtype, describable(a, b, P), len(a), len(P) * P.shape[1], multiprocessors(a))
     part = _launch(a, b, P, config)
     scores = by_token(part, tokens) if per_token else sum_samples(part, n, offsets)
     return scores if scale is None else scores * scale
@@ -99,7 +107,7 @@ def _launch(a: Tensor, b: Tensor, P: Tensor, c: Config) -> Tensor:
     if c.descriptors:
         sources = (descriptor(a[None], 1, c.BT, c.BI), descriptor(b[None], 1, c.BT, c.BO), descriptor(P, 1, c.BO, c.BI))
     _contract[(min(tiles, multiprocessors(a)) if c.flat else tiles,)](
-        sources[0], *a.stride(), sources[1], *b.stride(), sources[2], part, N, d_in, d_out, K, c.BT, c.BO, c.BI, 8, c.stages,
+        sources[0], *a.stride(), sources[1], *b.stride(), sources[2], part, N, d_in, d_out, K, c.BT, c.BO, c.BI, GROUP, c.stages,
         c.descriptors, c.flat, precision(a.dtype), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return part

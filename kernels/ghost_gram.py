@@ -13,7 +13,6 @@ from torch import Tensor
 
 from adam_ghost.kernels.device import capability, multiprocessors
 from adam_ghost.kernels.tiles import describable, descriptor, near, precision, sample_strides, token_range, token_tile
-from adam_ghost.kernels.tune import fastest
 
 
 @triton.jit
@@ -80,13 +79,13 @@ class Config(NamedTuple):
     registers: int | None = None  # per thread, where the assembler would rather spill a little than use them
 
 
-def configs(arch: int, dtype: torch.dtype, descriptors: bool) -> list[Config]:
-    """The short list for a chip; each compiles without spills. The first is the default where nothing can be timed."""
+def choose(arch: int, dtype: torch.dtype, descriptors: bool) -> Config:
+    """What runs on a chip; compiles without spills."""
     if dtype == torch.float32:
-        return [Config(64, 64, 16, 8, 1, False, 192)]
-    if not descriptors or arch < 90:
-        return [Config(128, 64, 32, 8, 3, False), Config(64, 64, 32, 8, 3, False)]
-    return [Config(128, 128, 64, 8, 3, True), Config(128, 128, 64, 8, 4, True)]
+        return Config(64, 64, 16, 8, 1, False, 192)
+    if not descriptors or arch < 90 or arch >= 120:
+        return Config(128, 64, 32, 8, 3, False)
+    return Config(128, 128, 64, 8, 3, True)
 
 
 def ghost_gram(
@@ -109,12 +108,8 @@ def ghost_gram(
     if a.dtype == torch.float16:
         row, col = (x if x is None else (scales.append(x.abs().amax()), x / scales[-1].clamp_min(1e-38))[1] for x in (row, col))
     able = offsets is None and offsets2 is None and describable(a, b, a2, b2)
-    args = (a, b, a2, b2, row, col, offsets, offsets2, n, m, symmetric)
-    if config is None:
-        T, U = (_tokens(x, k, 128) for x, k in ((a, n), (a2, m)))
-        key = ("ghost_gram", a.dtype, a.shape[-1], b.shape[-1], row is None, col is None, T, U)
-        config = fastest(key, configs(capability(), a.dtype, able), lambda c: _launch(*args, c))
-    out = _launch(*args, config)
+    chosen = choose(capability(), a.dtype, able) if config is None else config
+    out = _launch(a, b, a2, b2, row, col, offsets, offsets2, n, m, symmetric, chosen)
     for scale in scales:
         out = out * scale
     return out

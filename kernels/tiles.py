@@ -83,7 +83,7 @@ def sample_strides(x: Tensor) -> tuple[int, int, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """What ``tl.dot`` does with float32: the user's PyTorch setting, full precision unless it allows tf32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def narrow(x: Tensor, dtype: torch.dtype, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:

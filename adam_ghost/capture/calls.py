@@ -89,7 +89,9 @@ class Call:
         self._leaves = [x if isinstance(x, nn.Parameter) or not isinstance(x, Tensor) else x.detach() for x in self._leaves]
         self._versions = [x._version if isinstance(x, Tensor) else None for x in self._leaves]
         # of layers linear in their parameters no replay depends on the weights
-        self._weights = [] if layer_kind(fn) else [(p, _place(p)) for p in self._parameters()]
+        self.kind = layer_kind(fn)
+        self._weights = [] if self.kind else [(p, _place(p)) for p in self._parameters()]
+        self._found: dict[str, nn.Parameter] | None = None  # by ``parameters``
         self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
         self.grad_output: dict[int, Tensor] = {}
 
@@ -97,7 +99,7 @@ class Call:
         """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
         self.outputs[index] = tag
         shape = out.shape
-        if self.fn is F.linear or layer_kind(self.fn) == "linear":
+        if self.fn is F.linear or self.kind == "linear":
             # the product of more than two dimensions is a view; an in-place function on it leaves its own node aside
             out = out if out._base is None or out._base.numel() != out.numel() else out._base
         out.register_hook(lambda grad: receive(self, index, grad.detach().reshape(shape)))
@@ -132,13 +134,14 @@ class Call:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every trainable parameter the outputs depend on through this call, by its name in the model."""
-        found = {self._names[p]: p for p in self.own.values() if p in self._names}
-        for x in self._leaves:
-            if isinstance(x, nn.Parameter) and x in self._names:
-                found[self._names[x]] = x
-            elif isinstance(x, Ref):
-                found |= x.call.parameters()
-        return found
+        if self._found is None:
+            self._found = {self._names[p]: p for p in self.own.values() if p in self._names}
+            for x in self._leaves:
+                if isinstance(x, nn.Parameter) and x in self._names:
+                    self._found[self._names[x]] = x
+                elif isinstance(x, Ref):
+                    self._found |= x.call.parameters()
+        return self._found
 
     def name_of(self, p: Tensor | None) -> str | None:
         """The model's name of one of this call's parameters; None where it is not trained."""
@@ -163,7 +166,7 @@ class Call:
             leaves.append(_wide(x))
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         with ExitStack() as stack:
-            if layer_kind(self.fn) is None:
+            if self.kind is None:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one attention with forward-mode derivatives
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):

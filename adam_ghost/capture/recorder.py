@@ -19,6 +19,7 @@ from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_ax
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.surroundings import Surroundings
+from adam_ghost.capture.walk import named_parameters
 
 
 def unseen(hook: Callable) -> Callable:
@@ -91,10 +92,17 @@ class Recorder:
         self.recording: Recording | None = None
         self.open = False
         self.handles: list[Any] = []
+        self.root_handles: list[Any] = []  # on the model as a whole
         self.names: dict[Tensor, str] = {}  # of the parameters that are trained now
         self._reset()
 
     def attach(self) -> None:
+        self._attach_parts()
+        if not isinstance(self.model, torch.jit.ScriptModule) and "" not in _layers(self.model):
+            self._attach_model(self.model)
+
+    def _attach_parts(self) -> None:
+        """On everything but the model as a whole."""
         model = self.model
         layers = _layers(model)
         for name, module in layers.items():
@@ -106,18 +114,22 @@ class Recorder:
             ]
         for name, module in model.named_modules():
             part = any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers)
-            if not part and not isinstance(module, torch.jit.ScriptModule):
-                self.handles += [
-                    module.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True),
-                    module.register_forward_hook(Hook(self._leave_model), prepend=True),
-                    module.register_forward_hook(Hook(self._close_model), always_call=True),
-                ]
+            if not part and name and not isinstance(module, torch.jit.ScriptModule):
+                self._attach_model(module)
+
+    def _attach_model(self, module: nn.Module) -> None:
+        handles = self.root_handles if module is self.model else self.handles
+        handles += [
+            module.register_forward_pre_hook(Hook(self._enter_model), with_kwargs=True),
+            module.register_forward_hook(Hook(self._leave_model), prepend=True),
+            module.register_forward_hook(Hook(self._close_model), always_call=True),
+        ]
 
     def detach(self) -> None:
         self.end()
-        for handle in self.handles:
+        for handle in (*self.handles, *self.root_handles):
             handle.remove()
-        self.handles = []
+        self.handles, self.root_handles = [], []
 
     def _reset(self) -> None:
         self.batch = Batch()
@@ -138,7 +150,7 @@ class Recorder:
     def begin(self, recording: Recording) -> None:
         self._reset()
         self.recording = recording
-        self.names = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.names = {p: name for name, p in named_parameters(self.model).items() if p.requires_grad}
         self.open = True
         self.mode.__enter__()
 
@@ -221,6 +233,11 @@ class Recorder:
         else:
             self.aside[x] = True
             self._into.unattributed.update(self.names[p] for p in leaves if p in self.names)
+
+    def leads(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether the samples are the leading dimension of ``x``, the input of ``layer``."""
+        tag = self.batch[x]
+        return tag is not None and tag[0] == 0
 
     # layers
 

@@ -25,6 +25,7 @@ class Recording:
         self.batch_size = 0  # until the batch has been seen
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
         self.outputs: list[Tensor] | None = None  # if a list, it takes the tensors whose gradients are awaited
+        self.deviation = ""  # what was unlike in earlier steps, where that leaves this one without scores
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:

@@ -32,7 +32,11 @@ def set_random_state(state: RandomState) -> None:
 
 def custom_modules(root: nn.Module) -> list[nn.Module]:
     """The modules of a tree that run code of unknown effects: all but PyTorch's own."""
-    return [m for m in root.modules() if not type(m).__module__.startswith("torch.")]
+    return [m for m in root.modules() if is_custom(m)]
+
+
+def is_custom(module: nn.Module) -> bool:
+    return not type(module).__module__.startswith("torch.")
 
 
 class Surroundings:

@@ -95,11 +95,25 @@ class AdamState:
         rule: str,
         out: list[Tensor],
     ) -> Linearized:
+        return self._linearize(params, grads, val_grads, rule, out, foreseen=False)
+
+    def _linearize(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        val_grads: Sequence[Tensor],
+        rule: str,
+        out: list[Tensor],
+        foreseen: bool,
+    ) -> Linearized:
         m, v, v_max, steps = self.lists(params)
-        data = [p.data for p in params]
-        P, sums = adam_op.variance_correction(data, list(grads), m, v, v_max, list(val_grads), steps, rule=rule, out=out)
+        state = [p.data for p in params], list(grads), m, v, v_max
+        P, sums = adam_op.variance_correction(*state, list(val_grads), steps, rule=rule, foreseen=foreseen, out=out)
         sums = sums.total()
         return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))
+
+    def linearize_expected(self, params: Sequence[Tensor], val_grads: Sequence[Tensor], rule: str, out: list[Tensor]) -> Linearized:
+        return self._linearize(params, [None] * len(params), val_grads, rule, out, foreseen=True)
 
     def metric(self, p: Tensor, g: Tensor) -> Tensor:
         return self.scaling(p, g) * self[p].scalars.lr
@@ -223,18 +237,8 @@ class AdamState:
         return self.empty_weights(p) - s.scalars.lr * (self.update(p, g) - self.update(p, None))
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
-        """The gradient that history lets expect, before the backward pass; None where there is no history.
-
-        It has the first moment's sign and the second moment's size (the first moment alone is too small, and the secant
-        depends on the size), but at least a tenth of the parameter's typical size: rows of an embedding whose token has
-        hardly been seen would otherwise expect nothing, and take any gradient for an enormous step.
-        """
         s = self[p]
-        if s.exp_avg is None or s.exp_avg_sq is None:
-            return None
-        typical = s.exp_avg_sq / (1 - s.scalars.beta2 ** (s.scalars.t - 1))
-        smallest = 0.1 * typical.mean().sqrt()
-        return typical.sqrt_().clamp_(min=smallest).copysign_(s.exp_avg)
+        return definition.expected_gradient(s.scalars, p, s.exp_avg, s.exp_avg_sq)
 
 
 def _at_least(share: Tensor, s: StepScalars, v: Tensor | None, g: Tensor) -> Tensor:
@@ -246,20 +250,35 @@ def _at_least(share: Tensor, s: StepScalars, v: Tensor | None, g: Tensor) -> Ten
 def _read(optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], decoupled: bool) -> Iterator[ParamState]:
     for group in groups:
         beta1, beta2 = group["betas"]
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            scalars = StepScalars(
-                t=number(state.get("step", 0)) + 1,
-                lr=number(group["lr"]),
-                beta1=number(beta1),
-                beta2=number(beta2),
-                eps=float(group["eps"]),
-                weight_decay=float(group["weight_decay"]),
-                decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
-                amsgrad=bool(group.get("amsgrad")),
-                maximize=bool(group.get("maximize")),
-            )
+        common = StepScalars(
+            t=0.0,
+            lr=number(group["lr"]),
+            beta1=number(beta1),
+            beta2=number(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
+            amsgrad=bool(group.get("amsgrad")),
+            maximize=bool(group.get("maximize")),
+        )
+        states = [optimizer.state.get(p, {}) for p in group["params"]]
+        times = _times([state.get("step", 0) for state in states])
+        known: dict[Any, StepScalars] = {}
+        for p, state, t in zip(group["params"], states, times, strict=True):
+            scalars = known.get(t)
+            if scalars is None:
+                scalars = known[t] = common._replace(t=t)
             yield ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
+
+
+def _times(steps: list[float | Tensor]) -> list[float | Tensor]:
+    """The numbers of the steps about to be taken, one per count of those taken; those held by a device come in one tensor."""
+    held = [x for x in steps if isinstance(x, Tensor) and x.device.type != "cpu"]
+    if not held:
+        return [float(x) + 1 for x in steps]
+    if len({x.device for x in held}) > 1 or len(held) < len(steps):
+        return [number(x) + 1 for x in steps]
+    return list((torch.stack([x.detach().reshape(()) for x in held]).double() + 1).unbind())
 
 
 register(torch.optim.Adam, AdamState.of)

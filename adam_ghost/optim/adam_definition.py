@@ -148,6 +148,20 @@ def scaling(rule: str, s: StepScalars, w: Tensor, g: State, m: State, v: State, 
     return ((1 - s.beta1) / s.bc1 - first / (near + s.eps) * bracket) / (root_e + s.eps)
 
 
+def expected_gradient(s: StepScalars, w: Tensor, m: State, v: State) -> State:
+    """The gradient that history lets expect, before the backward pass; None where there is no history.
+
+    It has the first moment's sign and the second moment's size (the first moment alone is too small, and the secant depends on
+    the size), but at least a tenth of the parameter's typical size: rows of an embedding whose token has hardly been seen would
+    otherwise expect nothing, and take any gradient for an enormous step.
+    """
+    if m is None or v is None:
+        return None
+    typical = _wide(v, w) / (1 - s.beta2 ** (s.t - 1))
+    expected = typical.sqrt().clamp(min=0.1 * typical.mean().sqrt()).copysign(m)
+    return -expected if s.maximize else expected
+
+
 def direction(rule: str, s: StepScalars, val_grad: Tensor, w: Tensor, g: State, m: State, v: State, v_max: State = None) -> Tensor:
     """``P = lr * val_grad * S``, signed so that ``< P , g_i >`` is sample ``i``'s score (positive = it lowers the loss).
 
@@ -175,8 +189,11 @@ def variance_correction(
     max_exp_avg_sqs: States,
     val_grads: Tensors,
     out: Tensors,
+    foreseen: bool = False,
 ) -> Tensor:
     """``direction`` of every parameter, written to ``out``, and a table of sums, float64 ``[parameters, 2 K]``.
+
+    ``foreseen``: at the gradients that history lets expect, in place of ``grads``.
 
     A row holds ``< P , grad >`` of each target, then their ``history``. ``P`` counts as it was written. ``out`` may hold the
     very tensors of ``val_grads``.
@@ -185,6 +202,7 @@ def variance_correction(
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out)
     for s, w, g, m, v, v_max, val, P in zip(steps, *lists, strict=True):
         lead = val.ndim - w.ndim
+        g = expected_gradient(s, w, m, v) if foreseen else g
         moved = history(s, val, w, m, v, v_max)  # [] or [K]
         P.copy_(direction(rule, s, val, w, g, m, v, v_max))
         reached = _sum_after(lead, _wide(P, P) * _wide(g, w), torch.float64)  # [] or [K]

@@ -22,7 +22,9 @@ _lib = torch.library.Library("adam_ghost", "FRAGMENT")
 _STATE = "Tensor[] params, Tensor?[] grads, Tensor?[] exp_avgs, Tensor?[] exp_avg_sqs, Tensor?[] max_exp_avg_sqs"
 _STEPS = "Tensor table, int[] rows"  # of step_table
 # what is written may be an input too, as in every out= op of torch; in weight_points, [] where a point is not asked for
-_lib.define(f"variance_correction({_STATE}, Tensor[] val_grads, Tensor(a!)[] out, {_STEPS}, str rule, str? impl) -> Tensor")
+_lib.define(
+    f"variance_correction({_STATE}, Tensor[] val_grads, Tensor(a!)[] out, {_STEPS}, str rule, bool foreseen, str? impl) -> Tensor"
+)
 _lib.define(f"weight_points({_STATE}, Tensor(a!)[] empty, Tensor(b!)[] mid, {_STEPS}, str? impl) -> ()")
 _lib.define(
     f"adjoint({_STATE}, Tensor(a!)[] lambda_w, Tensor(b!)[] lambda_m, Tensor(c!)[] lambda_v, Tensor(d!)[] lambda_v_max,"
@@ -67,6 +69,7 @@ def variance_correction(
     steps: list[StepScalars],
     *,
     rule: str = "secant",
+    foreseen: bool = False,
     out: list[Tensor] | None = None,
     impl: str | None = None,
 ) -> Corrected:
@@ -79,6 +82,7 @@ def variance_correction(
         val_grads: gradients of the validation loss, ``[*shape]``, or ``[K, *shape]`` for ``K`` targets.
         steps: each parameter's scalars; 0-D tensors on the parameters' device are not read by the host.
         rule: ``secant``, ``tangent``, ``frozen`` or ``sgd``; see ``definition.scaling``.
+        foreseen: form ``S`` at the gradients that history lets expect (``definition.expected_gradient``), not at ``grads``.
         out: where ``P`` goes, shaped like ``val_grads``; may be ``val_grads`` itself.
         impl: ``cpp`` (float32 and bfloat16) or ``reference``; chosen by device and dtype by default.
 
@@ -94,7 +98,7 @@ def variance_correction(
     if not params:
         return Corrected(out, Sums(torch.empty(0, 2, dtype=torch.float64)))
     state = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
-    return Corrected(out, Sums(_run("variance_correction", *state, val_grads, out, *table, rule, impl)))
+    return Corrected(out, Sums(_run("variance_correction", *state, val_grads, out, *table, rule, foreseen, impl)))
 
 
 def weight_points(
@@ -164,16 +168,18 @@ def _run(name: str, *arguments: Any) -> Any:
         return _IMPLEMENTATIONS[name](*arguments)
 
 
-def _variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, impl):
+def _variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, foreseen, impl):
     inputs = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads
     sums = _new_sums(params, val_grads)
     check = lambda: _check_variance_correction(*inputs, out)  # noqa: E731
-    if _in_extension("variance_correction", impl, check, inputs, [out], table, rows, RULES.index(rule), sums):
+    if _in_extension("variance_correction", impl, check, inputs, [out], table, rows, RULES.index(rule), foreseen, sums):
         return sums
-    return definition.variance_correction(rule, table_steps(table, rows), *inputs, out)
+    return definition.variance_correction(rule, table_steps(table, rows), *inputs, out, foreseen)
 
 
-def _variance_correction_fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, impl):
+def _variance_correction_fake(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, foreseen, impl
+):
     _check_variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out)
     return _new_sums(params, val_grads)
 
@@ -297,15 +303,24 @@ def step_table(params: list[Tensor], steps: list[StepScalars]) -> tuple[Tensor, 
     device = params[0].device if params else torch.device("cpu")
     held = device.type != "cpu" and any(isinstance(x, Tensor) and x.device == device for s in index for x in s)
     if held or torch.compiler.is_compiling():
-        return torch.stack([torch.stack([_on(device, x) for x in s]) for s in index]), rows
+        return torch.stack([_column(device, values) for values in zip(*index, strict=True)], 1), rows
     return torch.tensor([tuple(map(float, s)) for s in index], dtype=torch.float64), rows
 
 
-def _on(device: torch.device, x: Tensor | float) -> Tensor:
-    if isinstance(x, Tensor):
-        return x.to(device, torch.float64)
+def _column(device: torch.device, values: tuple[Tensor | float, ...]) -> Tensor:
+    """One field of all rows, in as few launches as it takes: a column of one number is filled with it."""
+    if any(isinstance(x, Tensor) for x in values):
+        return torch.stack([x if isinstance(x, Tensor) else _filled(device, x, 1)[0] for x in values]).to(device, torch.float64)
+    first, same = float(values[0]), 0
+    while same < len(values) and values[same] == first:
+        same += 1
+    head = _filled(device, first, same)
+    return head if same == len(values) else torch.cat([head, _column(device, values[same:])])
+
+
+def _filled(device: torch.device, x: float, size: int) -> Tensor:
     # a fill can be captured into a CUDA graph; a copy of a host number, as torch.tensor makes it, cannot
-    return torch.full((), x, dtype=torch.float64, device=device)
+    return torch.full((size,), x, dtype=torch.float64, device=device)
 
 
 def table_steps(table: Tensor, rows: list[int]) -> list[StepScalars]:

@@ -128,6 +128,15 @@ def number(x: float | Tensor) -> float | Tensor:
     return float(x) if x.device.type == "cpu" else x.detach().to(torch.float64, copy=True).reshape(())
 
 
+@runtime_checkable
+class Foreseeing(Protocol):
+    """An ``OptState`` that linearizes at the gradient which history lets expect without making it."""
+
+    def linearize_expected(self, params: Sequence[Tensor], val_grads: Sequence[Tensor], rule: str, out: list[Tensor]) -> Linearized:
+        """``linearize`` with each parameter's ``expected_gradient``."""
+        ...
+
+
 class Reader(NamedTuple):
     """How optimizers of a kind are read."""
 

@@ -93,8 +93,7 @@ class ScoredLinears:
             return None
         own = own_parameters(layer)
         names = {p: recorder.names.get(p, "") for p in own if p is not None}
-        tag = recorder.batch[x] if names else None
-        if tag is None or tag[0] != 0 or x.ndim < 2 or any(name not in recording.P for name in names.values()):
+        if not names or x.ndim < 2 or any(name not in recording.P for name in names.values()) or not recorder.leads(layer, x):
             return None
         recorder.scored = True
         recording.scored.update(names.values())

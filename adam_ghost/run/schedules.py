@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.hooks import Hook
-from adam_ghost.capture.recorder import Recorder
+from adam_ghost.capture.learned import LearningRecorder
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
@@ -179,7 +179,7 @@ class After(Collecting):
     def __init__(self, loop: Loop, place: str):
         super().__init__(loop)
         self.place = place
-        self.recorder = Recorder(loop.model)
+        self.recorder = LearningRecorder(loop.model)
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
         self._handles: list[Any] = []
@@ -258,8 +258,8 @@ class After(Collecting):
         why = partial(step.unexplained, direction.P)
         return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why)
 
-    def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None], at: str) -> Direction:
-        """``P`` for ``params``; ``grads`` are those of all trainable parameters."""
+    def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None] | None, at: str) -> Direction:
+        """``P`` for ``params``; ``grads`` are those of all trainable parameters, None for what history lets expect."""
         loop = self.loop
         val = self._val
         if val is None or loop.refreshes:
@@ -311,8 +311,7 @@ class Ahead(After):
         opt_state = read_optimizer(loop.optimizer)
         if not self._foreseeable(opt_state):
             return None
-        expected = {name: opt_state.expected_gradient(p) for name, p in loop.params.items()}
-        return self._form(opt_state, loop.params, expected, "lookahead")
+        return self._form(opt_state, loop.params, None, "lookahead")
 
     def _foreseeable(self, opt_state: OptState) -> bool:
         # a step count on the device is not read; ours is never the larger

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from adam_ghost.capture.calls import Call
-from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.scores.forms import Asked, Directions, Form, register
 from adam_ghost.scores.shapes import add, by_token, sum_samples
 
@@ -16,7 +15,7 @@ from adam_ghost.scores.shapes import add, by_token, sum_samples
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     params = {name: p for name, p in call.parameters().items() if name in P}
     # an argument made of parameters makes it a product of two
-    affine = layer_kind(call.fn) in ("affine", "norm") and set(call.parameters()) == {call.name_of(p) for p in call.own.values()}
+    affine = call.kind in ("affine", "norm") and set(call.parameters()) == {call.name_of(p) for p in call.own.values()}
     per_token = asked.per_token or asked.packing is not None
     outputs = _derivative(call, P, params, asked.n, affine, per_token)
     if outputs is None:

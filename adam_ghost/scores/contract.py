@@ -17,7 +17,7 @@ def score_call(call: Call, P: Directions, asked: Asked) -> Tensor:
 
     Raises ValueError where ``per_token`` is asked of a call whose outputs have no token dimension.
     """
-    form = form_of(call.fn)
+    form = form_of(call)
     scores = (anything.scores if form is None else form.scores)(call, P, asked)
     if asked.per_token:
         rows = {tag[1] for tag in call.outputs.values()}

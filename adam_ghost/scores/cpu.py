@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _BLOCK = 2**19  # elements of the product held at once: 2 MB of float32
+_SMALL = 2**20  # multiplications below which calling oneDNN takes longer than it saves
 # multiplications below which a product is not worth casting for
 _LARGE = 2**26
 BLOCK_BYTES = 4 << 20  # of per-sample gradients held at once: larger blocks leave the cache and measured slower
@@ -21,6 +22,8 @@ SHORT = 16  # tokens per sample up to which the contraction measured faster
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ weight.T + bias``: by oneDNN, which on CPUs that are not Intel's runs up to twice as fast as the default BLAS."""
     if torch.compiler.is_compiling() or a.device.type != "cpu" or not a.dtype == weight.dtype == torch.float32:
+        return F.linear(a, weight, bias)
+    if a.numel() * len(weight) < _SMALL:
         return F.linear(a, weight, bias)
     # the direct call knows no autograd
     differentiable = torch.is_grad_enabled() and (a.requires_grad or weight.requires_grad)
@@ -44,12 +47,16 @@ def contract(a: Tensor, b: Tensor, P: Tensor, half: bool = False) -> Tensor:
     not depend on the threads. With ``half``, the operands of a large float32 product are rounded to bfloat16.
     """
     n, T, d_out = b.shape
-    scores = a.new_zeros(n, len(P))
-    if T == 0:
-        return scores
+    if b.numel() == 0 or a.numel() == 0:
+        return a.new_zeros(n, len(P))
     half = half and a.dtype == torch.float32 and a.numel() * d_out >= _LARGE
     a, b, P = a.contiguous(), b.contiguous(), (P.bfloat16() if half else P).contiguous()
     together = max(1, _BLOCK // (T * d_out))
+    if n <= together:
+        rows, flat = a.view(n * T, -1), b.view(n, -1)
+        products = [linear(rows if not half else rows.bfloat16(), weight).to(b.dtype) for weight in P.unbind()]  # [n * T, d_out]
+        return torch.stack([torch.linalg.vecdot(y.view(n, -1), flat) for y in products], 1)
+    scores = a.new_zeros(n, len(P))
     for k, weight in enumerate(P):
         for i in range(0, n, together):
             block = b[i : i + together].flatten(1)
@@ -98,9 +105,9 @@ def wgrad_score(
 
 
 def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tuple[Tensor, Tensor]:
-    per_row = torch.stack([((a @ p.T) * b).sum(-1) for p in P], -1)  # [..., K]
     if bounds is None:
-        return b.flatten(0, 1).T @ a.flatten(0, 1), per_row.sum(1)
+        return b.flatten(0, 1).T @ a.flatten(0, 1), contract(a, b, P)
+    per_row = torch.stack([((a @ p.T) * b).sum(-1) for p in P], -1)  # [rows, K]
     lengths = torch.tensor(bounds).diff()
     a, b, per_row = (x[bounds[0] : bounds[-1]] for x in (a, b, per_row))
     samples = torch.arange(len(lengths)).repeat_interleave(lengths)  # [rows]

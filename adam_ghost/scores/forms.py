@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from adam_ghost.capture.calls import Call
-from adam_ghost.capture.kinds import layer_kind, register_kind
+from adam_ghost.capture.kinds import register_kind
 from adam_ghost.capture.recording import Packing
 
 Directions = Mapping[str, Tensor]  # parameter's name -> P [K, *shape]
@@ -43,7 +43,6 @@ def register(kind: str, form: Form, matches: Callable[[nn.Module], bool] | None 
         register_kind(kind, matches)
 
 
-def form_of(fn: object) -> Form | None:
-    """The form for a module or function; None: none is registered, and its Jacobian serves."""
-    kind = layer_kind(fn)
-    return None if kind is None else _FORMS.get(kind)
+def form_of(call: Call) -> Form | None:
+    """The form for a call; None: none is registered, and its Jacobian serves."""
+    return None if call.kind is None else _FORMS.get(call.kind)

@@ -26,12 +26,16 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     # one sample, one run of rows
     rows = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
     offsets = None if packing is None else packing.offsets
-    parts = []
-    if weight is not None:
-        parts.append(ops.contract(*rows, weight, offsets=offsets, half=asked.half))
+    found = None if weight is None else ops.contract(*rows, weight, offsets=offsets, half=asked.half)
     if bias is not None:
-        parts.append(sample_sums(rows[1], offsets, bias.dtype) @ bias.mT)
-    return add(parts)
+        found = with_bias(found, sample_sums(rows[1], offsets, bias.dtype), bias)
+    assert found is not None  # a call without either is not scored
+    return found
+
+
+def with_bias(scores: Tensor | None, sums: Tensor, bias: Tensor) -> Tensor:
+    """The weight's scores ``[n, K]``, if any, and those of the bias, from every sample's summed rows ``[n, d_out]``."""
+    return sums @ bias.mT if scores is None else torch.addmm(scores.to(sums.dtype), sums, bias.mT)
 
 
 def _by_token(a: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None, half: bool) -> Tensor:
@@ -80,9 +84,13 @@ class _ScoredLinear(torch.autograd.Function):
         P_bias: Tensor | None,
         offsets: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, P_weight, P_bias, offsets)
-        ctx.n = len(slot)
-        return cpu.linear(x, weight, bias)
+        # casts as autocast makes them, but the gradients of the weights come back as wide as their sums are
+        seen = weight
+        if torch.is_autocast_enabled(x.device.type):
+            seen, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        ctx.save_for_backward(x, seen, P_weight, P_bias, offsets)
+        ctx.n, ctx.dtype = len(slot), weight.dtype
+        return cpu.linear(x, seen, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,15 +101,14 @@ class _ScoredLinear(torch.autograd.Function):
         shape = (ctx.n, -1) if offsets is None else (-1,)
         a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
         d_weight = d_bias = None
-        scores = []
+        scores = None
         if ctx.needs_input_grad[1]:
-            d_weight, found = ops.wgrad_score(a, b, P_weight, offsets=offsets)
-            scores.append(found)
+            d_weight, scores = ops.wgrad_score(a, b, P_weight, offsets=offsets)
+            d_weight = d_weight.to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
-            scores.append(sums @ P_bias.mT)
-            d_bias = sums.sum(0)
-        return d_input, d_weight, d_bias, add(scores) if scores else None, None, None, None
+            scores, d_bias = with_bias(scores, sums, P_bias), sums.sum(0)
+        return d_input, d_weight, d_bias, scores, None, None, None
 
 
 FOLLOWED.add(_ScoredLinear)
@@ -115,9 +122,8 @@ def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | N
     if is_transposed(layer):
         weight, P_weight = weight.t(), None if P_weight is None else P_weight.mT
     if torch.is_autocast_enabled(x.device.type):
-        # casts that autograd sees: the backward pass runs without autocast, on what the product really saw
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        # a cast that autograd sees: the backward pass runs without autocast, on what the product really saw
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets)
 
 

@@ -1,6 +1,10 @@
 """A layer or RMS norm: one fused kernel where there is one; elsewhere its own forward, with P as its parameters, is as fast."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adam_ghost.capture.calls import Call
 from adam_ghost.scores import anything, ops
@@ -11,9 +15,11 @@ from adam_ghost.scores.shapes import samples_first, sum_samples, tokens
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     module = call.fn
     weight, bias = (P.get(call.name_of(p) or "") for p in (module.weight, getattr(module, "bias", None)))  # [K, d]
-    fused = len(module.normalized_shape) == 1 and ops.has_kernel("norm_score", call.input, call.grad_output[0])
-    if not fused or weight is None:
+    if weight is None:
         return anything.scores(call, P, asked)
+    if len(module.normalized_shape) > 1 or not ops.has_kernel("norm_score", call.input, call.grad_output[0]):
+        plain = asked.packing is None and not asked.per_token and call.outputs[0] == (0, 1)
+        return _run_with(module, call.input, call.grad_output[0], weight, bias) if plain else anything.scores(call, P, asked)
     x, b = (samples_first(t, call.outputs[0], asked.n) for t in (call.input, call.grad_output[0]))  # [n, T, ..., d]
     per_token = asked.per_token or asked.packing is not None
     kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
@@ -22,6 +28,19 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
         return found
     found = tokens(found, b)
     return found if asked.packing is None else sum_samples(found, asked.packing)
+
+
+def _run_with(module: Any, x: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[n, K]``: the layer with its parameters replaced by each direction, times the output gradients."""
+    x, b = (t.to(torch.promote_types(t.dtype, weight.dtype)) for t in (x, b))
+    found = []
+    for k in range(len(weight)):
+        if isinstance(module, nn.LayerNorm):
+            y = F.layer_norm(x, module.normalized_shape, weight[k], None if bias is None else bias[k], module.eps)
+        else:
+            y = F.rms_norm(x, module.normalized_shape, weight[k], module.eps)
+        found.append(torch.linalg.vecdot(y.flatten(1), b.flatten(1)))
+    return torch.stack(found, 1)
 
 
 register("norm", Form(scores))

@@ -5,11 +5,14 @@ device and shape; ``impl=`` overrides it for tests and benchmarks.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adam_ghost.scores import cost, cpu, definition
 from adam_ghost.warn import warn
@@ -56,8 +59,15 @@ def _no_triton() -> str:
 
 
 @functools.cache
-def _warn_no_triton() -> None:
-    warn(f"{_no_triton()}; slower reference code serves CUDA tensors", RuntimeWarning)
+def _too_old(device: int | None) -> str:
+    """Why no kernel runs on a CUDA device; empty where they do."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"the kernels need a GPU of sm_80 or later, and this one is sm_{major}{minor}"
+
+
+@functools.cache
+def _warn_slow(why: str) -> None:
+    warn(f"{why}; slower reference code serves CUDA tensors", RuntimeWarning)
 
 
 def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:
@@ -72,11 +82,19 @@ def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:
     elif device != "cuda":
         # the interpreter is for tests: it serves only where it is asked for
         why = _no_triton() or ("" if impl and _interpreted() else f"no kernel runs on {device} tensors without TRITON_INTERPRET=1")
-    elif why := _no_triton():
-        _warn_no_triton()
+    elif why := _no_triton() or _too_old(tensors[0].device.index):
+        _warn_slow(why)
     if impl == "triton" and why:
         raise RuntimeError(f"impl='triton': {why}")
     return impl != "reference" and not why
+
+
+def _run(op: str, impl: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls an op; without the dispatcher where nothing watches, as it costs the host more than a small product."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or isinstance(arguments[0], FakeTensor):
+        return getattr(torch.ops.adam_ghost, op)(*arguments)
+    with torch.no_grad():
+        return impl(*arguments)
 
 
 def has_kernel(op: str, *tensors: Tensor) -> bool:
@@ -99,6 +117,13 @@ def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
 def _alike(*tensors: Tensor) -> list[Tensor]:
     dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     return [x.to(dtype) for x in tensors]
+
+
+def _as_multiplied(a: Tensor, b: Tensor) -> list[Tensor]:
+    """What the layer multiplied: autocast rounds float32 inputs, a norm's outputs, to the 16 bits of the gradients here."""
+    if b.element_size() == 2 and a.dtype == torch.float32:
+        return [a.to(b.dtype), b]
+    return _alike(a, b)
 
 
 def _check_tokens(offsets: Tensor | None, last: dict[str, Tensor | None], offsets_name: str = "offsets") -> None:
@@ -150,6 +175,7 @@ def contract(
 
     Args:
         a: the layer's inputs ``[n, T, d_in]``; or ``[N, d_in]``, where sample ``i`` is rows ``offsets[i]:offsets[i + 1]``.
+            Float32 is rounded by the kernel to a 16-bit dtype of ``b``, as autocast did.
         b: gradients at its outputs, ``[n, T, d_out]`` or ``[N, d_out]``.
         P: directions ``[K, d_out, d_in]``; the kernel rounds them to the dtype of ``a``.
         offsets: integers ``[n + 1]`` from 0 to ``N``, ascending, on the same device; not checked, as that would wait for it.
@@ -162,7 +188,7 @@ def contract(
     """
     _check_tokens(offsets, {"a": a, "b": b})
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    return torch.ops.adam_ghost.contract(a, b, P, offsets, per_token, half, impl or _forced)
+    return _run("contract", _contract_impl, a, b, P, offsets, per_token, half, impl or _forced)
 
 
 @torch.library.impl(_lib, "contract", "CompositeExplicitAutograd")
@@ -170,7 +196,8 @@ def _contract_impl(a, b, P, offsets, per_token, half, impl):
     if _in_triton(impl, "contract", a, b, P):
         from adam_ghost.kernels.contract import contract as kernel
 
-        return kernel(*_alike(a, b), P, offsets, per_token)
+        with torch.cuda.device_of(a):
+            return kernel(*_as_multiplied(a, b), P, offsets, per_token)
     a, b, P = _wide(a, b, P)
     if a.device.type == "cpu" and offsets is None and not (impl or per_token):
         return cpu.contract(a, b, P, half)
@@ -198,19 +225,20 @@ def wgrad_score(
     """
     _check_tokens(offsets, {"a": a, "b": b})
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    return torch.ops.adam_ghost.wgrad_score(a, b, P, offsets, impl or _forced)
+    return _run("wgrad_score", _wgrad_score_impl, a, b, P, offsets, impl or _forced)
 
 
 @torch.library.impl(_lib, "wgrad_score", "CompositeExplicitAutograd")
 def _wgrad_score_impl(a, b, P, offsets, impl):
     if _in_triton(impl, "wgrad_score", a, b, P):
-        a, b = _alike(a, b)
+        a, b = _as_multiplied(a, b)
         n = a.shape[0] if offsets is None else offsets.shape[0] - 1
         T = a.shape[-2] if offsets is None else a.shape[0] // max(n, 1)
         if impl == "triton" or cost.scores(n, T, *P.shape, itemsize=a.element_size()).best == "weight gradient":
             from adam_ghost.kernels.wgrad_score import wgrad_score as kernel
 
-            return kernel(a, b, P, offsets)
+            with torch.cuda.device_of(a):
+                return kernel(a, b, P, offsets)
         G = (b.flatten(0, -2).mT @ a.flatten(0, -2)).float()
         return G, contract(a, b, P, offsets=offsets, impl=impl)
     a, b, P = _wide(a, b, P)
@@ -270,7 +298,8 @@ def _ghost_gram_impl(a, b, a2, b2, row, col, offsets, offsets2, impl):
 
         a, b, a2, b2 = [*_alike(*tensors), None, None][:4]
         row, col = (x if x is None else x.float().contiguous() for x in (row, col))
-        return kernel(a, b, a2, b2, row, col, offsets, offsets2)
+        with torch.cuda.device_of(a):
+            return kernel(a, b, a2, b2, row, col, offsets, offsets2)
     a, b, a2, b2, row, col = _wide(a, b, a2, b2, row, col)
     if a2 is None:
         a2, b2, offsets2 = a, b, offsets
@@ -305,7 +334,7 @@ def embedding_score(
     _check_tokens(offsets, {"b": b})
     _check_shape("indices", indices, *b.shape[:-1])
     _check_shape("P", P, None, P.shape[1] if P.ndim == 3 else 0, b.shape[-1])
-    return torch.ops.adam_ghost.embedding_score(indices, b, P, padding_idx, offsets, per_token, impl or _forced)
+    return _run("embedding_score", _embedding_score_impl, indices, b, P, padding_idx, offsets, per_token, impl or _forced)
 
 
 @torch.library.impl(_lib, "embedding_score", "CompositeExplicitAutograd")
@@ -313,7 +342,8 @@ def _embedding_score_impl(indices, b, P, padding_idx, offsets, per_token, impl):
     if _in_triton(impl, "embedding_score", b, P):
         from adam_ghost.kernels.embedding import embedding_score as kernel
 
-        return kernel(indices, b, P, padding_idx, offsets, per_token)
+        with torch.cuda.device_of(b):
+            return kernel(indices, b, P, padding_idx, offsets, per_token)
     b, P = _wide(b, P)
     scores = definition.embedding_score(indices, b, P, padding_idx)
     return scores if per_token else definition.sum_samples(scores, offsets)
@@ -352,7 +382,7 @@ def norm_score(
     _check_shape("P_weight", P_weight, None, x.shape[-1])
     _check_shape("P_bias", P_bias, *P_weight.shape)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return torch.ops.adam_ghost.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl or _forced)
+    return _run("norm_score", _norm_score_impl, x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl or _forced)
 
 
 @torch.library.impl(_lib, "norm_score", "CompositeExplicitAutograd")
@@ -361,7 +391,8 @@ def _norm_score_impl(x, b, P_weight, P_bias, eps, kind, offsets, per_token, impl
         from adam_ghost.kernels import norm
 
         if impl == "triton" or x.shape[-1] <= norm.LARGEST:
-            return norm.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token)
+            with torch.cuda.device_of(x):
+                return norm.norm_score(x, b, P_weight, P_bias, eps, kind, offsets, per_token)
     x, b, P_weight, P_bias = _wide(x, b, P_weight, P_bias)
     scores = definition.norm_score(x, b, P_weight, P_bias, eps, kind)
     return scores if per_token else definition.sum_samples(scores, offsets)

@@ -17,7 +17,7 @@ def sample_gradients(calls: Sequence[Call], name: str, p: Tensor, n: int, block:
     for call in calls:
         if name not in call.parameters():
             continue
-        form = form_of(call.fn)
+        form = form_of(call)
         if form is not None and form.sample_gradients is not None:
             total += form.sample_gradients(call, name, n, block)
         else:

@@ -18,7 +18,7 @@ def add(parts: Iterable[Tensor]) -> Tensor:
 def samples_first(x: Tensor, tag: Tag, n: int) -> Tensor:
     """``x`` with its samples along dimension 0, then its tokens (size 1 if it has none), then the rest: ``[n, T, ...]``."""
     axis, rows = tag
-    x = x.movedim(axis, 0)  # [n * rows, ...]
+    x = x if axis == 0 else x.movedim(axis, 0)  # [n * rows, ...]
     if rows > 1:
         return x.unflatten(0, (n, rows))
     return x if x.ndim > 2 else x.unsqueeze(1)

@@ -6,6 +6,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from adam_ghost.capture.walk import modules
 from adam_ghost.warn import warn
 
 # of the scores' size: beyond it the scores do not add up to < P , g(B) >, and something is missing or scaled wrongly
@@ -63,8 +64,9 @@ class Coverage:
 
 def refuse_mixed_samples(model: nn.Module) -> None:
     """Raises ValueError, by name, if a layer in its present mode mixes the samples of a batch."""
-    for name, module in model.named_modules():
+    for module in modules(model):
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            name = next(name for name, m in model.named_modules() if m is module)
             why = "in training mode" if module.training else "without running statistics"
             cure = "put it in eval()" if module.training else "use track_running_stats=True, or another norm"
             raise ValueError(f"'{name}' is a {type(module).__name__} {why}: it mixes the samples of a batch; {cure}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim import OptState
+from adam_ghost.optim.protocol import Foreseeing
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
@@ -37,7 +38,7 @@ class Direction:
 
 
 def validation_gradient(
-    opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, validation: Validation, at: str
+    opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients | None, validation: Validation, at: str
 ) -> ValidationGradient:
     """The validation gradient by ``params`` at the ``midpoint`` of the step with ``grads``, after history alone, or here.
 
@@ -45,7 +46,7 @@ def validation_gradient(
     """
     held = list(params.values())
     with validation.weights_kept(held):
-        if at == "gauss":
+        if at == "gauss" and grads is not None:
             loss, val_grads = _gauss_gradient(opt_state, params, grads, validation)
         else:
             _move(opt_state, params, grads, at)
@@ -59,13 +60,13 @@ def _moving(params: Mapping[str, Tensor], grads: Gradients) -> tuple[list[Tensor
     return [p for p, _ in found], [g for _, g in found]
 
 
-def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, at: str) -> None:
+def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients | None, at: str) -> None:
     """Puts the weights at the ``midpoint`` of the step, or after history alone (``lookahead``), in place."""
     # through .data: the weights come back, so a graph that saved these parameters stays valid
     if at == "lookahead":
         held = list(params.values())
         opt_state.weight_points(held, [None] * len(held), empty=[p.data for p in held])
-    elif at == "midpoint":
+    elif at == "midpoint" and grads is not None:
         moving, step = _moving(params, grads)
         opt_state.weight_points(moving, step, mid=[p.data for p in moving])
 
@@ -89,17 +90,23 @@ def _gauss_gradient(
 def form_direction(
     opt_state: OptState,
     params: Mapping[str, Tensor],
-    grads: Gradients,
+    grads: Gradients | None,
     val: ValidationGradient,
     rule: str,
     keep: bool = False,
 ) -> Direction:
-    """``P`` of ``params`` by ``rule`` for a step whose gradient is, or is expected to be, ``grads``; takes the place of ``val``'s
-    gradients, unless these are to ``keep``."""
+    """``P`` of ``params`` by ``rule`` for a step whose gradient is ``grads``, or what history lets expect where that is None.
+
+    Takes the place of ``val``'s gradients, unless these are to ``keep``."""
     val_grads = [val.grads[name] for name in params]
     wide = [torch.promote_types(x.dtype, torch.float32) for x in val_grads]
     out = [torch.empty_like(x, dtype=t) if keep or t != x.dtype else x for x, t in zip(val_grads, wide, strict=True)]
-    found = opt_state.linearize(list(params.values()), [grads[name] for name in params], val_grads, rule, out)
+    held = list(params.values())
+    if grads is None and isinstance(opt_state, Foreseeing):
+        found = opt_state.linearize_expected(held, val_grads, rule, out)
+    else:
+        at = [opt_state.expected_gradient(p) for p in held] if grads is None else [grads[name] for name in params]
+        found = opt_state.linearize(held, at, val_grads, rule, out)
     return Direction(dict(zip(params, found.P, strict=True)), val.loss, found.history, found.total)
 
 

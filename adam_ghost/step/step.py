@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.walk import named_parameters
 from adam_ghost.optim import OptState
 from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Directions
@@ -88,7 +89,8 @@ def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
 
 def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage) -> Step:
     """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    named = named_parameters(model)
+    params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
     grads = {name: p.grad for name, p in params.items() if p.grad is not None}
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
@@ -97,12 +99,12 @@ def gather_step(model: nn.Module, opt_state: OptState, recordings: list[Recordin
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
         if grads[name].layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, whose samples' shares are not followed: use sparse=False")
-    for name, p in model.named_parameters():
+    for name, p in named.items():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
     step = Step(opt_state, params, grads, recordings)
     if recordings:
-        inside = set(model.parameters())
+        inside = set(named.values())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
         step.missing = report_coverage(grads, recordings, coverage, outside)
     return step

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.capture.surroundings import Surroundings, custom_modules, random_state, set_random_state
+from adam_ghost.capture import walk
+from adam_ghost.capture.surroundings import Surroundings, is_custom, random_state, set_random_state
 
 
 class Validation:
@@ -41,11 +42,14 @@ class Validation:
     @contextmanager
     def undisturbed(self, advance: bool = True) -> Iterator[None]:
         """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
-        modes = [(m, m.training) for m in self.model.modules()]
-        buffers = [(x.data, x.clone()) for x in self.model.buffers()]  # running statistics, power iterations
-        held = [(m, dict(m._buffers)) for m in self.model.modules() if m._buffers]  # a forward pass may replace them
-        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices), Surroundings(custom_modules(self.model)).entered():
+        modules = walk.modules(self.model)
+        modes = [(m, m.training) for m in modules]
+        held = [(m, dict(m._buffers)) for m in modules if m._buffers]  # a forward pass may replace them
+        # running statistics, power iterations
+        buffers = [(x.data, x.clone()) for _, own in held for x in own.values() if x is not None]
+        weights = (p for m in modules for p in m._parameters.values() if p is not None)
+        devices = sorted({p.device.index for p in weights if p.is_cuda})
+        with torch.random.fork_rng(devices), Surroundings(filter(is_custom, modules)).entered():
             if self._stream is not None:
                 torch.set_rng_state(self._stream["torch"][0])
                 for device, state in zip(devices, self._stream["torch"][1:], strict=True):

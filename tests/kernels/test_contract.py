@@ -57,7 +57,7 @@ def test_views():
     check(a, b, normal(8, 40, 24).mT)
 
 
-ALL = sorted({c for arch in (80, 90, 100) for able in (True, False) for c in kernel.configs(arch, torch.bfloat16, able)})
+ALL = sorted({c for arch in (80, 90, 100, 120) for able in (True, False) for c in kernel.configs(arch, torch.bfloat16, able)})
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="some are meant for another chip")

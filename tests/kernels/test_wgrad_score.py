@@ -50,13 +50,27 @@ def test_ragged(lengths):
     check(normal(N, 40, dtype=dtype), normal(N, 72, dtype=dtype), normal(8, 72, 40), ragged(*lengths))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a launch is as many programs as there are multiprocessors")
+@pytest.mark.parametrize("lengths", [None, (70, 0, 33, 5, 200)], ids=["equal", "ragged"])
+@pytest.mark.parametrize("programs", [1, 2, 7, 31])
+def test_any_number_of_programs(programs, lengths, monkeypatch):
+    """However the work is shared out, and wherever each program begins."""
+    monkeypatch.setattr(kernel, "multiprocessors", lambda x: programs)
+    tokens = (4, 77) if lengths is None else (sum(lengths),)
+    a, b = (normal(*tokens, d, dtype=torch.bfloat16) for d in (136, 328))
+    offsets = None if lengths is None else ragged(*lengths)
+    config = kernel.Config(64, 64, 32, 4, 3, True, True)
+    P = normal(1, 328, 136, dtype=torch.bfloat16)
+    check(a, b, P, offsets, run=lambda: kernel.wgrad_score(a, b, P, offsets, config=config))
+
+
 def test_views():
     a = normal(40, 37, 3).permute(2, 1, 0)
     b = normal(37, 3, 48)[..., ::2].transpose(0, 1)
     check(a, b, normal(8, 40, 24).mT)
 
 
-ALL = sorted({c for arch in (80, 90, 100) for able in (True, False) for c in kernel.configs(arch, torch.bfloat16, able)})
+ALL = sorted({c for arch in (80, 90, 100, 120) for able in (True, False) for c in kernel.configs(arch, torch.bfloat16, able)})
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="some are meant for another chip")

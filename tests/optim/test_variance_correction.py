@@ -297,7 +297,7 @@ def op_arguments(dtype=torch.float32):
     lists = draw([(3, 4), (5,)], dtype, K=2)
     table = torch.tensor([STEPS["amsgrad"]], dtype=torch.float64)
     out = [torch.zeros_like(x) for x in lists["val_grads"]]
-    return [*(lists[k] for k in STATE), lists["val_grads"], out, table, [0, 0], "secant", None]
+    return [*(lists[k] for k in STATE), lists["val_grads"], out, table, [0, 0], "secant", False, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -306,6 +306,25 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.adam_ghost.variance_correction.default, arguments)
     buffers = [[torch.zeros_like(w) for w in arguments[0]], []]
     torch.library.opcheck(torch.ops.adam_ghost.weight_points.default, [*arguments[:5], *buffers, arguments[7], [0, 0], None])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@steps
+def test_foreseen_gradients_are_never_made(s, impl):
+    """At what history lets expect of each gradient: the same as with these handed in, float64 of which is the yardstick."""
+    s = s._replace(t=max(s.t, 2))
+    lists = draw([(3, 5), (40000,), (), (7,)], K=2)
+    lists["exp_avgs"][3] = lists["exp_avg_sqs"][3] = None  # without history nothing is expected
+    state = zip(*(wide(lists)[k] for k in ("params", "exp_avgs", "exp_avg_sqs")), strict=True)
+    expected = [definition.expected_gradient(s, *x) for x in state]
+    assert all((g < 0).any() and (g > 0).any() for g in expected[:2]) and expected[3] is None
+    steps = [s] * 4
+    got = adam_op.variance_correction(**{**lists, "grads": [None] * 4}, steps=steps, foreseen=True, impl=impl)
+    exact = adam_op.variance_correction(**wide({**lists, "grads": expected}), steps=steps, impl="reference")
+    for P, want, val in zip(got.P, exact.P, lists["val_grads"], strict=True):
+        assert (P - want).norm() <= 100 * EPS * (want.norm() + s.lr * val.norm())  # S is a difference, of terms of this size
+    terms = [(P.unsqueeze(-1) * (0 if g is None else g.unsqueeze(-1))).abs().sum() for P, g in zip(exact.P, expected, strict=True)]
+    assert ((got.sums.reached - exact.sums.reached).abs() <= 100 * EPS * torch.stack(terms)[:, None]).all()
 
 
 def test_op_takes_absent_entries():

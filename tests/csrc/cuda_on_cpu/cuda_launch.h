@@ -32,6 +32,12 @@ inline uint32_t __float_as_uint(float x) {
   return bits;
 }
 
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline void __stcg(uint4* to, uint4 x) { std::memcpy(to, &x, 16); }
+
 enum cudaError_t { cudaSuccess };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }

@@ -83,6 +83,7 @@ int main() {
         if (i % 7) p.g = memory.draw(p.numel, Dtype(i & 1), offset);
         if (i % 5) p.m = memory.draw(p.numel, Dtype(i >> 1 & 1), offset);
         if (i % 5) p.v = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
+        p.foreseen = rule % 2 && i % 3 == 0 && p.m.data;
         if (i % 6) p.v_max = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
         params.push_back(p);
       }

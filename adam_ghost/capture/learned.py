@@ -1,0 +1,432 @@
+"""Learn once: steps of a known kind run with hooks on the layers alone, no function is followed where none has to be.
+
+The first steps of a kind are followed by the recorder, function by function. What they teach is a route: which layers run in
+which order, and where the samples are in what they return. When two steps of a kind took the same route, later ones take it
+with one hook per layer. Bodies of modules that handle parameters by functions of torch (a position embedding that is added,
+say) are followed as ever, and what they call is not.
+
+A step on a route is verified: the layers and their order, the batch's size in every output, and, when the model's outputs are
+there, the whole autograd graph behind them: every node's kind, its dimensions and the parameters that it ends in. Where a step
+left its route it cannot be scored; ``Recording.deviation`` says so, and the kind is followed from then on.
+"""
+
+import copy
+from collections.abc import Hashable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from adam_ghost.capture.batch import Tag
+from adam_ghost.capture.calls import Call
+from adam_ghost.capture.hooks import Hook
+from adam_ghost.capture.kinds import layer_kind
+from adam_ghost.capture.recorder import Recorder, _in_backward, _layers, unseen
+from adam_ghost.capture.recording import Recording
+
+AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
+
+# attributes of the graph's nodes by which samples could change places, as far as they do not grow with the data
+_DIMENSIONS = ("dim", "dims", "dim0", "dim1", "axis0", "axis1", "dimension", "source", "destination", "shifts")
+
+
+class Stop(NamedTuple):
+    """One call of a layer on a route."""
+
+    layer: nn.Module
+    axis: int  # of the samples in its output
+    single: bool  # whether that has one row per sample, or several
+    led: bool  # whether the samples lead its input
+    argument: int | None  # of the model's argument leaves, which one is its input; None: the graph shows where that comes from
+    template: Call | None  # None: the layer takes care of its own scores
+
+
+class Route(NamedTuple):
+    """What steps of a kind do."""
+
+    stops: tuple[Stop, ...]  # in bodies that are not followed
+    followed: frozenset[nn.Module]  # modules whose own body is followed
+    inside: frozenset[nn.Module]  # layers called by these
+    parts: tuple[tuple[nn.Module, tuple[tuple[int, Tag], ...]], ...]  # called by these, and where samples are in their outputs
+    graph: tuple[Any, ...]
+
+    def same(self, other: "Route") -> bool:
+        bare = [[stop._replace(template=None) for stop in route.stops] for route in (self, other)]
+        return bare[0] == bare[1] and self[1:] == other[1:]
+
+
+class _Lesson:
+    """What is seen of one followed step."""
+
+    def __init__(self, kind: Hashable, arguments: list[Any]):
+        self.kind = kind
+        self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
+        self.bodies: list[nn.Module] = []  # those running now, from the model's down
+        self.calls: list[tuple[list[nn.Module], Stop | None, nn.Module | None]] = []  # bodies, the stop, the layer
+        self.exits: list[tuple[list[nn.Module], nn.Module, tuple[tuple[int, Tag], ...]]] = []
+        self.route: Route | None = None
+        self.void = False  # whether something happened that no route foresees
+
+    def end(self, graph: tuple[Any, ...]) -> None:
+        """The model's forward pass is over: finds the bodies to be followed, with all those around them."""
+        followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
+        stops, inside = [], set()
+        for bodies, stop, layer in self.calls:
+            if bodies[-1] in followed:
+                inside.add(layer)
+            elif stop is not None:
+                stops.append(stop)
+        inside.discard(None)
+        layers = {stop.layer for stop in stops}
+        parts = [(part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed]
+        elsewhere = {part for bodies, part, _ in self.exits if bodies[-1] not in followed}
+        if layers.isdisjoint(inside) and elsewhere.isdisjoint({part for part, _ in parts} | followed) and stops:
+            self.route = Route(
+                tuple(stops), frozenset(followed), frozenset(x for x in inside if x is not None), tuple(parts), graph
+            )
+
+
+class LearningRecorder(Recorder):
+    """A recorder that takes known kinds of steps by their routes; what it records is the same, to the bit."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._routes: dict[Hashable, Route | None] = {}  # None: left once, followed for good
+        self._lessons: dict[Hashable, tuple[Route, int]] = {}  # the last one's, and how many agreed
+        self._lesson: _Lesson | None = None
+        self._route: Route | None = None  # of the step now running
+        self._hung: Route | None = None  # whose hooks are on the model, if any; else those of all layers
+        self._attached = False
+        self._stop = self._part = 0  # how many were passed
+        self._arguments: list[Any] = []
+
+    # hooks
+
+    def attach(self) -> None:
+        self._attached = True
+        if self._hung is None:
+            super().attach()
+        else:
+            self._hang(self._hung)
+            self._attach_model(self.model)
+
+    def detach(self) -> None:
+        super().detach()
+        self._attached = False
+
+    def _change(self, route: Route | None) -> None:
+        """Puts the hooks of a route on the model, or those of all layers, in place of the others."""
+        if route is self._hung or not self._attached:
+            return
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self._hung = [], route
+        if route is None:
+            self._attach_parts()
+        else:
+            self._hang(route)
+
+    def _hang(self, route: Route) -> None:
+        for name, module in _layers(self.model).items():
+            if module in route.inside:
+                leave = partial(self._leave_layer, name or type(module).__name__)
+                self.handles += [
+                    module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
+                    module.register_forward_hook(Hook(leave), with_kwargs=True, prepend=True),
+                    module.register_forward_hook(Hook(self._close_layer), always_call=True),
+                ]
+        for module in route.followed - {self.model}:
+            self._attach_model(module)
+        for module in {part for part, _ in route.parts}:
+            self.handles += [
+                module.register_forward_pre_hook(Hook(self._enter_part)),
+                module.register_forward_hook(Hook(self._leave_part), prepend=True),
+            ]
+        for module in {stop.layer for stop in route.stops}:
+            self.handles.append(module.register_forward_hook(Hook(self._pass), prepend=True))
+
+    # a step begins and ends
+
+    def begin(self, recording: Recording) -> None:
+        self._conclude()
+        self._route = None
+        super().begin(recording)
+
+    def _conclude(self) -> None:
+        """Takes in what the last followed step taught, now that its backward pass is over as well."""
+        lesson, self._lesson = self._lesson, None
+        if lesson is None or lesson.kind in self._routes:
+            return
+        if lesson.void or lesson.route is None:
+            self._lessons.pop(lesson.kind, None)
+            return
+        before, agreed = self._lessons.get(lesson.kind, (lesson.route, 0))
+        agreed = agreed + 1 if lesson.route.same(before) else 1
+        self._lessons[lesson.kind] = lesson.route, agreed
+        if agreed >= AGREEING:
+            self._routes[lesson.kind] = lesson.route
+
+    def _kind(self, leaves: list[Any], spec: Any) -> Hashable:
+        """What one route serves: how the model is called, as a pattern of sizes, and what is to become of it."""
+        n = next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), 0)
+        described: list[Hashable] = []
+        for x in leaves:
+            if isinstance(x, Tensor):
+                described.append((x.dtype, x.requires_grad, *(s == n for s in x.shape), *(s == 1 for s in x.shape)))
+            else:
+                plain: Hashable = x if x is None or isinstance(x, (bool, str)) else type(x).__qualname__
+                described.append(plain)
+        recording = self._into
+        device = next(iter(self.names)).device.type if self.names else "cpu"
+        how = self.model.training, torch.is_autocast_enabled(device), recording.packing is None, type(recording)
+        return tuple(described), spec, how, getattr(recording, "keep", False), len(self.names)
+
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.in_forward and self.inside_model == 0:
+            self._set_out(module, args, kwargs)
+        super()._enter_model(module, args, kwargs)
+        if self._lesson is not None and self.in_forward:
+            self._lesson.bodies.append(module)
+        if self._route is not None and module not in self._route.followed:
+            self.mode.remove()
+
+    def _set_out(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._lesson = None
+        if self._route is not None or self.batch.n >= 0:  # a second pass within one recording
+            if self._route is not None:
+                self._deviate("the model ran twice")
+            return
+        route = None
+        if module is self.model and torch.is_grad_enabled():
+            with torch._C.DisableTorchFunction():
+                leaves, spec = pytree.tree_flatten((args, kwargs))
+                kind = self._kind(leaves, spec)
+            if kind in self._routes:
+                route = self._routes[kind]
+            else:
+                self._lesson = _Lesson(kind, leaves)
+            self._kind_now, self._arguments = kind, leaves
+        self._change(route)
+        self._route, self._stop, self._part = route, 0, 0
+
+    def _deviate(self, what: str) -> None:
+        """The step left its route: it cannot be scored, and the kind is followed from now on."""
+        if self._route is None:
+            return
+        self._routes[self._kind_now] = None
+        self._route = None
+        self._into.deviation = (
+            f"{what}, unlike in earlier steps of its kind: this step has no scores; later ones are followed closely"
+        )
+        self.mode.remove()
+
+    def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        super()._leave_model(module, args, output)
+        if not self.in_forward:
+            return
+        lesson = self._lesson
+        if lesson is not None:
+            if self.inside_model > 1:
+                tags = self._tags(output)
+                if tags is None:
+                    lesson.void = True
+                else:
+                    lesson.exits.append((lesson.bodies[:-1], module, tags))
+            elif not self._into.unattributed:
+                lesson.end(graph_of(output, self.names))
+        elif self._route is not None and self.inside_model == 1:
+            route = self._route
+            if self._stop != len(route.stops) or self._part != len(route.parts):
+                self._deviate(f"the model ended after {self._stop} of {len(route.stops)} layers")
+            elif graph_of(output, self.names) != route.graph:
+                self._deviate("the model's autograd graph is another one")
+        if self._into.deviation and self.inside_model == 1:
+            arrival = self._into.on_arrival
+            for x in pytree.tree_leaves(output):
+                if isinstance(x, Tensor) and x.requires_grad and arrival is not None:
+                    x.register_hook(lambda grad: arrival())
+
+    def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        super()._close_model(module, args, output)
+        if self._lesson is not None and self._lesson.bodies and self.in_forward:
+            self._lesson.bodies.pop()
+
+    # a followed step
+
+    def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Any) -> None:
+        super()._classify(call, tensors, outs, place)
+        lesson = self._lesson
+        if lesson is None:
+            return
+        if _in_backward() or not lesson.bodies:
+            lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
+            return
+        layer = call.fn if isinstance(call.fn, nn.Module) else None
+        lesson.calls.append((list(lesson.bodies), self._as_stop(call, tensors), layer))
+
+    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        scored = self.scored
+        super()._leave_layer(name, module, args, kwargs, output)
+        lesson = self._lesson
+        if scored and lesson is not None and self.active:
+            if _in_backward() or not lesson.bodies:
+                lesson.void = True
+                return
+            tag = self.batch[output]
+            argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
+            known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
+            stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
+            lesson.calls.append((list(lesson.bodies), stop, module))
+
+    def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
+        """The call as a stop of a route; None where its body has to be followed."""
+        lesson, layer = self._lesson, call.fn
+        assert lesson is not None
+        if not isinstance(layer, nn.Module) or layer_kind(layer) is None or set(call.outputs) != {0}:
+            return None
+        tag, entry = call.outputs[0], self.batch[tensors[0]] if len(tensors) == 1 else None
+        if not _regular(tag) or not _regular(entry) or len(call._leaves) != 1 or isinstance(call._leaves[0], nn.Parameter):
+            return None
+        argument = lesson.arguments.get(id(tensors[0]))
+        if tensors[0].grad_fn is None and argument is None:
+            return None  # made where no graph shows how
+        template = copy.copy(call)
+        template._leaves, template._versions, template.grad_output = [None], [None], {}
+        return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, template)
+
+    def _tags(self, output: Any) -> tuple[tuple[int, Tag], ...] | None:
+        """Where samples are in the leaves of a module's output; None where no route can tell."""
+        found = []
+        for i, x in enumerate(pytree.tree_leaves(output)):
+            if not isinstance(x, Tensor):
+                continue
+            tag = self.batch[x]
+            if self.batch.lost(x) or self._is_source(x) or (tag is not None and not _regular(tag)):
+                return None
+            if tag is not None:
+                found.append((i, (tag[0], 1 if tag[1] == 1 else -1)))  # of several rows, how many may vary
+        return tuple(found)
+
+    # a step on its route
+
+    @unseen
+    def _enter_part(self, module: nn.Module, args: tuple) -> None:
+        if self._route is not None and self.in_forward:
+            self.mode.remove()
+
+    @unseen
+    def _leave_part(self, module: nn.Module, args: tuple, output: Any) -> None:
+        route = self._route
+        if route is None or not self.in_forward:
+            return
+        if self._part >= len(route.parts) or route.parts[self._part][0] is not module:
+            self._deviate(f"{type(module).__name__} ran out of order")
+            return
+        tags = route.parts[self._part][1]
+        self._part += 1
+        leaves = pytree.tree_leaves(output) if tags else []
+        for i, (axis, rows) in tags:
+            x = leaves[i] if i < len(leaves) else None
+            size = x.shape[axis] if isinstance(x, Tensor) and axis < x.ndim else -1
+            if not isinstance(x, Tensor) or size < 0 or size % self.batch.n or (rows == 1 and size != self.batch.n):
+                self._deviate(f"{type(module).__name__} returned other sizes")
+                return
+            self.batch.tag(x, (axis, size // self.batch.n))
+        self.mode.__enter__()
+
+    def next_stop(self, layer: nn.Module) -> Stop | None:
+        """The stop that a call of ``layer`` is at, on the route."""
+        route = self._route
+        stop = None if route is None or self._stop >= len(route.stops) else route.stops[self._stop]
+        return stop if stop is not None and stop.layer is layer else None
+
+    def leads(self, layer: nn.Module, x: Tensor) -> bool:
+        if self._route is not None and self.in_forward:
+            stop = self.next_stop(layer)
+            if stop is not None:
+                return stop.led and stop.template is None
+            if layer not in self._route.inside:
+                return False
+        return super().leads(layer, x)
+
+    def _pass(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        if self._route is None or not self.in_forward:
+            return
+        stop = self.next_stop(layer)
+        if stop is None or len(args) != 1:
+            self._deviate(f"{type(layer).__name__} ran out of order")
+            return
+        self._stop += 1
+        x, n, axis = args[0], self.batch.n, stop.axis
+        known = x.grad_fn is not None if stop.argument is None else x is self._arguments[stop.argument]
+        size = output.shape[axis] if axis < output.ndim else -1
+        if not known or size % n or size <= 0 or (stop.single and size != n):
+            self._deviate(f"{type(layer).__name__} was called in another way")
+            return
+        scored, self.scored = self.scored, False
+        if (stop.template is None) != scored:
+            self._deviate(f"{type(layer).__name__} was scored in another way")
+            return
+        if stop.template is not None:
+            call = copy.copy(stop.template)
+            call._names = self.names
+            x = x.detach()
+            call._leaves, call._versions, call.outputs, call.grad_output = [x], [x._version], {}, {}
+            call.watch(0, output, (axis, size // n), self._into.receive)
+            if self._into.outputs is not None:
+                self._into.outputs.append(output)
+
+
+def _regular(tag: Any) -> bool:
+    """Whether a tag is a dimension and a number of rows, which the sizes of other steps tell as well."""
+    return type(tag) is tuple and len(tag) == 2 and all(type(x) is int for x in tag)
+
+
+def _place(tag: Tag) -> tuple[int, bool]:
+    return tag[0], tag[1] == 1
+
+
+_READ: dict[type, tuple[str, ...]] = {}  # per kind of node, which of its attributes are looked at
+
+
+def _attributes(node: Any) -> tuple[str, ...]:
+    kind = type(node)
+    if kind not in _READ:
+        saved = (*(f"_saved_{name}" for name in _DIMENSIONS), "_saved_indices", "variable")
+        _READ[kind] = tuple(name for name in saved if hasattr(kind, name))
+    return _READ[kind]
+
+
+def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[Any, ...]:
+    """The autograd graph behind a model's outputs: kinds of nodes, their dimensions, the parameters, and how they hang together."""
+    found: list[Any] = []
+    places: dict[Any, int] = {}
+    waiting: list[Any] = [x.grad_fn for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            found.append(None)
+            continue
+        place = places.get(node)
+        if place is not None:
+            found.append(place)
+            continue
+        places[node] = len(places)
+        kind = type(node)
+        found.append(kind)
+        for name in _READ[kind] if kind in _READ else _attributes(node):
+            value = getattr(node, name)
+            if name == "variable":
+                value = names.get(value)
+            elif name == "_saved_indices":
+                value = _which(value)
+            found.append(value)
+        waiting += [parent for parent, _ in node.next_functions]
+    return tuple(found)
+
+
+def _which(indices: Any) -> tuple[bool, ...]:
+    """Which dimensions ``x[indices]`` went along; an embedding's indices are one tensor, and no dimensions."""
+    return tuple(x is None for x in indices) if isinstance(indices, tuple) else ()

@@ -1,0 +1,101 @@
+"""What attribution asks of the host in one step: a GPT so narrow that Python is all there is, on one thread.
+
+A GPU works through its queue while Python fills it: a step that costs the host more than the GPU's arithmetic makes the GPU
+wait. Times are those of a CPU, variants in turn, and told as ratios to the bound (training and a bare validation pass). Function
+calls, Python's and C's, are counted too: they do not depend on the machine's mood.
+"""
+
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+import adam_ghost as ag
+from adam_ghost.demo.model import GPT
+
+LAYERS, WIDTH, SAMPLES, TOKENS, VOCABULARY = 12, 32, 4, 16, 65
+VARIANTS = ("plain", "bound", "lookahead", "midpoint", "thin layer")
+BUDGET = {"lookahead": 1.4, "midpoint": 1.5, "thin layer": 1.7}  # times the bound
+
+
+def stepper(variant: str) -> Callable[[], Any]:
+    """A function that takes one step in the midst of a training; returns the step's scores where the thin layer has them."""
+    torch.manual_seed(0)
+    model = GPT(VOCABULARY, TOKENS, LAYERS, WIDTH, heads=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    tokens = torch.randint(0, VOCABULARY, (SAMPLES + 1, TOKENS + 1))
+    params = list(model.parameters())
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    def val_loss() -> torch.Tensor:
+        return loss(tokens[SAMPLES:])
+
+    run = ag.InRun(model, optimizer, val_loss, variant) if variant in ("lookahead", "midpoint") else None
+    cache = ag.LayerCache(model, val_loss) if variant == "thin layer" else None
+
+    def step() -> Any:
+        scores = None
+        if run:
+            run.batch(range(SAMPLES))
+        if cache:
+            with cache:
+                loss(tokens[:SAMPLES]).backward()
+            scores = ag.attribute(cache, optimizer)
+        else:
+            loss(tokens[:SAMPLES]).backward()
+        if variant == "bound":
+            torch.autograd.grad(val_loss(), params)
+        optimizer.step()
+        optimizer.zero_grad()
+        return scores
+
+    for _ in range(14):
+        step()  # lookahead goes the midpoint's way for ten steps
+    return step
+
+
+def calls(step: Callable[[], Any]) -> int:
+    """Function calls of one step."""
+    count = 0
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def measure(rounds: int = 40, variants: tuple[str, ...] = VARIANTS) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step, their ratio to the bound's, and function calls; medians of ``rounds``."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps = {v: stepper(v) for v in variants}
+        times: dict[str, list[float]] = {v: [] for v in variants}
+        for k in range(rounds):
+            for v in variants if k % 2 else variants[::-1]:
+                started = time.thread_time()
+                steps[v]()
+                times[v].append(time.thread_time() - started)
+        counted = {v: calls(steps[v]) for v in variants}
+    torch.set_num_threads(threads)
+    ratios = {v: statistics.median(a / b for a, b in zip(times[v], times["bound"], strict=True)) for v in variants}
+    return {v: {"ms": 1e3 * statistics.median(times[v]), "of_bound": ratios[v], "calls": counted[v]} for v in variants}
+
+
+if __name__ == "__main__":
+    for name, row in measure().items():
+        print(f"{name:10s} {row['ms']:7.2f} ms  {row['of_bound']:.2f} of the bound  {row['calls']} calls")

@@ -1,0 +1,155 @@
+"""Steps that take a learned route: the same scores to the bit as followed ones, and nothing silently wrong where they leave it."""
+
+import pytest
+import torch
+from torch import nn
+from zoo import ONE, SEQUENCES, VOCABULARY, D, Fn, inputs, problem
+
+import adam_ghost as ag
+from adam_ghost.capture import learned, walk
+from adam_ghost.demo.model import GPT
+from adam_ghost.scores.contract import score_recordings
+
+MODELS = {**ONE, **SEQUENCES, "gpt": (lambda: GPT(VOCABULARY, 9, layers=2, width=D, heads=2), "ids")}
+SIZES = [(5, 7), (5, 7), (5, 7), (3, 7), (5, 4), (5, 7), (1, 7), (7, 7), (5, 7)]  # samples, tokens
+ROUTED = {"gpt", "linear-2d", "linear-3d", "layernorm", "rmsnorm", "conv1d", "embedding", "tied-modules"}  # at least
+
+
+def scores_of(name, monkeypatch, agreeing):
+    monkeypatch.setattr(learned, "AGREEING", agreeing)
+    build, shape = MODELS[name]
+    model = problem(build, shape).model
+    cache = ag.LayerCache(model)
+    generator = torch.Generator().manual_seed(3)
+    P = {k: torch.randn(2, *p.shape, generator=generator, dtype=p.dtype) for k, p in model.named_parameters() if p.requires_grad}
+    found = []
+    for k, (n, T) in enumerate(SIZES):
+        torch.manual_seed(k)
+        model.zero_grad()
+        try:
+            with cache:
+                out = model(inputs(shape, n, T, k))
+                (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+        except RuntimeError as error:  # a model of one size
+            found.append(str(error)[:20])
+            continue
+        assert not cache.recorded.deviation
+        found.append((score_recordings([cache.recorded], P), cache.recorded.covered()) if cache.recorded.calls else None)
+    return found, cache._recorder
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore")
+def test_same_scores_to_the_bit(name, monkeypatch):
+    (got, recorder), (want, _) = (scores_of(name, monkeypatch, agreeing) for agreeing in (learned.AGREEING, 10**9))
+    for a, b in zip(got, want, strict=True):
+        if isinstance(b, tuple):
+            assert torch.equal(a[0], b[0]) and a[1] == b[1]
+        else:
+            assert a == b
+    if name in ROUTED:
+        assert any(recorder._routes.values()), "no step took a route"
+
+
+class Fickle(nn.Module):
+    """Does what ``mood`` says between its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+        self.other = nn.Linear(D, D)
+        self.last = nn.Linear(D, 2)
+        self.mood = "plain"
+
+    def forward(self, x):
+        x = self.block(x)
+        if self.mood == "flips samples":
+            x = x.flip(0)
+        if self.mood == "flips features":
+            x = x.flip(1)
+        if self.mood == "skips a layer":
+            return x
+        if self.mood == "another layer":
+            x = self.other(x)
+        if self.mood == "twice":
+            x = self.last(x)[..., :1] + x
+        return self.last(x.roll(1, 0 if self.mood == "rolls samples" else 1))
+
+
+MOODS = ("flips samples", "flips features", "skips a layer", "another layer", "twice", "rolls samples")
+
+
+def step(model, cache, n=4):
+    model.zero_grad()
+    with cache:
+        model(torch.randn(n, D)).square().sum().backward()
+
+
+@pytest.mark.parametrize("mood", MOODS)
+def test_a_step_that_leaves_its_route_is_named_and_the_next_is_followed(mood):
+    model = Fickle()
+    optimizer = torch.optim.AdamW(model.parameters())
+    cache = ag.LayerCache(model, lambda: model(torch.ones(2, D)).sum())
+    for _ in range(4):
+        step(model, cache)
+    assert any(cache._recorder._routes.values())
+    model.mood = mood
+    step(model, cache)
+    with pytest.raises(ValueError, match="unlike in earlier steps"):
+        ag.attribute(cache, optimizer)
+    for model.mood in ("plain", mood, "plain"):
+        torch.manual_seed(1)
+        step(model, cache)
+        assert not cache.recorded.deviation
+        got = cache.recorded
+        torch.manual_seed(1)
+        fresh = ag.LayerCache(model)
+        step(model, fresh)
+        P = {k: torch.randn(1, *p.shape) for k, p in model.named_parameters()}
+        assert torch.equal(score_recordings([got], P), score_recordings([fresh.recorded], P))
+        assert got.unattributed == fresh.recorded.unattributed
+
+
+def test_a_replaced_layer_is_noticed():
+    model = Fickle()
+    cache = ag.LayerCache(model)
+    for _ in range(4):
+        step(model, cache)
+    model.block[0] = nn.Linear(D, D)
+    step(model, cache)
+    assert "unlike in earlier steps" in cache.recorded.deviation
+    step(model, cache)
+    assert not cache.recorded.deviation and "block.0.weight" in cache.recorded.covered()
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. step")
+def test_a_run_leaves_out_that_one_step():
+    model = Fickle()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with ag.InRun(model, optimizer, lambda: model(torch.ones(2, D)).sum()) as run:
+        for k in range(8):
+            model.mood = "flips samples" if k == 5 else "plain"
+            run.batch(range(4))
+            model(torch.randn(4, D)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [s.skipped for s in run.steps] == [k == 5 for k in range(8)]
+
+
+def test_copies_of_a_model_on_a_route_carry_nothing():
+    import copy
+
+    model = Fickle()
+    cache = ag.LayerCache(model)
+    for _ in range(4):
+        step(model, cache)
+    bare = copy.deepcopy(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*bare.modules(), *model.modules()))
+
+
+@pytest.mark.parametrize("name", ["nanogpt", "tied-modules"])
+def test_walks_are_those_of_torch(name):
+    model = Fn(lambda s, x: x, a=MODELS[name][0](), b=nn.ModuleList([nn.Linear(1, 1)]))
+    model.c = model.b[0]  # found twice
+    assert walk.modules(model) == list(model.modules())
+    assert list(walk.named_parameters(model).items()) == list(model.named_parameters())

@@ -1,0 +1,51 @@
+"""Counts that stand for speed where there is no GPU: launches, waits, operands, barriers, widths, order. Never times."""
+
+import pytest
+
+from adam_ghost import extension
+
+pytest.importorskip("triton")
+from bench import launches, sass, schedule
+
+BLOCKS = 2  # of GPT-2's twelve, which are all alike
+
+
+@pytest.fixture(scope="module")
+def books():
+    return launches.measure(("bound", "lookahead", "midpoint", "lookahead+packed"), BLOCKS)
+
+
+def test_launches_of_a_step(books):
+    bound = books["bound"]["launches"]
+    assert books["lookahead"]["launches"] <= launches.budget("lookahead", bound, BLOCKS), books["lookahead"]["by_line"]
+
+
+@pytest.mark.parametrize("variant", ["lookahead", "midpoint", "lookahead+packed"])
+def test_nothing_waits_for_the_device(books, variant):
+    assert not books[variant]["waits"]
+
+
+@pytest.mark.parametrize("variant", ["lookahead", "midpoint"])
+def test_products_are_of_sixteen_bits_under_autocast(books, variant):
+    assert set(books[variant]["dtypes"]) == {f"{'wgrad_score' if variant == 'lookahead' else 'contract'}: bfloat16 x bfloat16"}
+
+
+@pytest.mark.skipif(not extension.built["cuda"] or not sass.tool("cuobjdump"), reason="no CUDA part, or no cuobjdump")
+def test_extension_writes_sixteen_bytes_at_once():
+    found = sass.of_extension(extension.C.__file__)
+    for name in ("correct 0 1", "correct 0 4", "move_weights", "pull_back_adjoint"):
+        assert found[name]["store bits"] == found[name]["load bits"] == 128, name
+    assert found["correct 0 1"]["blocks"] >= 2 and found["correct 0 4"]["blocks"] >= 2
+    assert found["correct 0 4"]["barriers"] <= 16  # one reduction of all sums, under each of two branches
+
+
+@pytest.mark.parametrize("shape", ["GPT-2 124M qkv", "GPT-2 124M up", "GPT-2 124M down"])
+def test_order_of_work(shape):
+    n, T, d_in, d_out = schedule.LINEARS[shape]
+    read = n * T * (d_in + d_out) * 2
+    for walks, least in (
+        (schedule.wgrad(n, T, d_in, d_out), read),
+        (schedule.contraction(n * T, d_in, d_out), read + d_in * d_out * 2),
+    ):
+        assert schedule.dram(walks) <= schedule.DRAM * least
+        assert schedule.balance(walks) >= schedule.BALANCE - 1e-3
