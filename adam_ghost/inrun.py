@@ -109,6 +109,8 @@ class InRun:
         val_split: of several processes, each evaluates its own part of the validation loss, whose mean over the processes is
             meant. Otherwise all evaluate the same, with the same random numbers.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
+        fallback: score parameters that the layer calls lose by a forward-mode pass of the whole model in each step, as
+            ``LayerCache`` does; False: leave them out, and name them.
         ledger: a folder to write every score and every step's books to (``adam_ghost.open_ledger`` reads it), or a
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
 
@@ -138,6 +140,7 @@ class InRun:
         half: bool | None = None,
         val_split: bool = False,
         strict: bool = False,
+        fallback: bool = True,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
     ):
         rule = check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
@@ -163,7 +166,8 @@ class InRun:
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
         validation, watch = Validation(val_loss, model, world, val_split), GradientWatch(params, world)
-        self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, world)
+        fallback = fallback and world.size == 1
+        self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, world, fallback)
         self._schedule_name = schedule
         if schedule == "window":
             self._schedule: Schedule = Window(self._loop, windows, self.coverage)
@@ -232,8 +236,13 @@ class InRun:
 
     # the user's loop
 
-    def batch(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None) -> None:
+    def batch(
+        self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None
+    ) -> AbstractContextManager:
         """Names the samples of the next forward pass; before each micro-batch, if gradients are accumulated.
+
+        The model's forward pass is followed. A loss outside of it that uses the model's weights itself (``F.linear(hidden,
+        model.head.weight)``) is followed inside ``with run.batch(ids):``.
 
         Args:
             ids: one integer or string per sample, in the order of the batch.
@@ -253,7 +262,7 @@ class InRun:
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
         self._end_step()
         if not self._schedule.due():
-            return
+            return nullcontext()
         started = time.perf_counter()
         audit = self._audit_due()
         if offsets is not None and (audit or is_compiled(self.model)):
@@ -267,6 +276,7 @@ class InRun:
         with self._plain_precision():  # which may take a validation gradient
             self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
+        return self._schedule.followed() if isinstance(self._schedule, After) else nullcontext()
 
     def losses(self, losses: Tensor) -> None:
         """Tells the ledger each sample's share of the training loss, ``[n]``; after the forward pass that ``batch`` announced."""
@@ -449,7 +459,8 @@ class InRun:
         recordings = [m.recording for m in micro if m.recording is not None]
         if changed := self._changed():
             raise ValueError(f"frozen or unfrozen between run.batch and the step: {', '.join(changed[:6])}; do it before run.batch")
-        step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage, loop.world)
+        passes = [m.whole for m in micro if loop.fallback]
+        step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage, passes, loop.world)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
         before = loop.watch.fingerprint
@@ -478,6 +489,7 @@ class InRun:
             if names := held_by(each, step.params):
                 self._scored[each] = FinalGradients({name: step.params[name] for name in names})
         loop.attributed += 1
+        entry.record.coverage = self.coverage.share
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.learned import recorder_of
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
@@ -16,6 +18,7 @@ from adam_ghost.step.fingerprint import EDITED, Fingerprint
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
+from adam_ghost.step.whole_pass import WholePass
 
 
 class LayerCache:
@@ -35,6 +38,9 @@ class LayerCache:
         val_split: of several processes, each evaluates its own part of the validation loss, whose mean is meant; otherwise all
             evaluate the same.
         strict: raise instead of warning where a parameter's gradient cannot be attributed.
+        fallback: score parameters that the layer calls lose by the derivative of the whole model along ``P``, one forward-mode
+            pass of about two forward passes' cost, and say so once: a sample's share is then what comes through its rows of the
+            model's output. False: leave them out, and name them.
 
     Raises:
         TypeError: the model is spread over processes or devices in a way that is not followed, or has complex parameters.
@@ -49,6 +55,7 @@ class LayerCache:
         *,
         val_split: bool = False,
         strict: bool = False,
+        fallback: bool = True,
     ):
         refuse_unfollowed(model)
         if not isinstance(model, nn.Module):
@@ -57,16 +64,18 @@ class LayerCache:
             raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
         refuse_unsupported(model)
         self.model, world = find_world(model)
-        self.coverage = Coverage(strict)
+        self.coverage, self.fallback = Coverage(strict), fallback and world.size == 1
         self.validation = Validation(val_loss, self.model, world, val_split)
         self._recorder = recorder_of(self.model, alone=world.size == 1)
         self._recording = False
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
+        self.loses = True  # whether layer calls lose parameters, as far as a step has told
         self.clear()
 
     def clear(self) -> None:
         """Forgets what was recorded."""
         self.recorded = Recording()
+        self.passes: list[WholePass] = []
         self._fingerprint: Fingerprint | None = None
         self._versions: list[tuple[nn.Parameter, int]] = []
 
@@ -76,6 +85,11 @@ class LayerCache:
         refuse_mixed_samples(self.model)
         self.clear()
         self._handles = self.validation.world.follow(self.model)
+        if self.fallback and self.loses:
+            self._handles += [
+                self.model.register_forward_pre_hook(Hook(self._pass_begins), with_kwargs=True),
+                self.model.register_forward_hook(Hook(self._pass_ends)),
+            ]
         self._recorder.attach()
         self._recorder.begin(self.recorded)
         self._recording = True
@@ -87,6 +101,7 @@ class LayerCache:
         self._recording = False
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         if exc[0] is not None:
             self.clear()
             return
@@ -94,6 +109,14 @@ class LayerCache:
         if grads:
             self._fingerprint = Fingerprint.of(grads)
         self.mark_weights()
+
+    def _pass_begins(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.is_grad_enabled():
+            self.passes.append(WholePass(module, args, kwargs))
+
+    def _pass_ends(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.passes[-1].ended(output)
 
     def mark_weights(self) -> None:
         """The weights are those that the recorded gradients belong to."""
@@ -156,6 +179,7 @@ def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
         if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
             raise ValueError(f"the gradient of '{name}' is not finite")
     world.check_reduced()
-    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage, world)
+    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage, cache.passes, world)
+    cache.loses = bool(step.whole or step.missing)
     step.scale = cache.scaled_since()
     return step

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.kinds import is_transposed, layer_kind
+from adam_ghost.capture.rows import Rows
 from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import Optimizers, OptState
 from adam_ghost.scores import ops
-from adam_ghost.scores.shapes import add, samples_first
+from adam_ghost.scores.shapes import add, in_line, lead_rows, samples_first
 from adam_ghost.step.step import Step, plain_precision
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
@@ -37,8 +38,9 @@ def gram(layer_cache: LayerCache, opt_state: Optimizers | OptState, *, precondit
     check_cache(layer_cache)
     if layer_cache.validation.world.sharded:
         raise ValueError("gram needs whole parameters, and fully_shard shards this model's")
+    step = open_step(layer_cache, opt_state)
     with plain_precision(layer_cache.model):
-        return add(_products(open_step(layer_cache, opt_state), preconditioner))
+        return add(_products(step, preconditioner))
 
 
 def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
@@ -47,7 +49,7 @@ def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
     for name, p in step.params.items():
         D = None if preconditioner is None else step.opt_state.metric(p, step.grads[name])
         calls = [call for call in recorded.calls if name in call.parameters()]
-        linear = calls and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls)
+        linear = calls and name not in step.whole and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls)
         if linear and D is not None and preconditioner == "factored":
             scale = (step.scale[name] if step.scale else 1.0) * step.world.share
             yield from _factored(calls, D * scale**2, recorded.batch_size)
@@ -70,12 +72,23 @@ def _factored(calls: list[Call], D: Tensor, n: int) -> Iterator[Tensor]:
     row, col = _rank_one(D)
     if is_transposed(calls[0].fn):
         row, col = col, row
-    sides = [[samples_first(x, c.outputs[0], n).flatten(1, -2).to(D.dtype) for x in (c.input, c.grad_output[0])] for c in calls]
-    for i, (a, b) in enumerate(sides):
-        yield ops.ghost_gram(a, b, row=row, col=col)
-        for a2, b2 in sides[:i]:
-            across = ops.ghost_gram(a, b, a2, b2, row=row, col=col)
+    sides = [_side(c, n, D.dtype) for c in calls]
+    for i, (a, b, offsets) in enumerate(sides):
+        yield ops.ghost_gram(a, b, row=row, col=col, offsets=offsets)
+        for a2, b2, offsets2 in sides[:i]:
+            across = ops.ghost_gram(a, b, a2, b2, row=row, col=col, offsets=offsets, offsets2=offsets2)
             yield from (across, across.mT)
+
+
+def _side(call: Call, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A call's inputs and output gradients, ``[n, T, d]``, or ``[N, d]`` with the samples' offsets."""
+    tag, a, b = call.outputs[0], call.input.to(dtype), call.grad_output[0].to(dtype)
+    if not isinstance(tag, Rows):
+        a, b = (samples_first(x, tag, n).flatten(1, -2) for x in (a, b))
+        return a, b, None
+    order, offsets = in_line(lead_rows(b, tag).samples, n)
+    order = order[: int(offsets[-1])]  # without nobody's
+    return a.flatten(0, -2)[order], b.flatten(0, -2)[order], offsets
 
 
 def _rank_one(D: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,8 +52,9 @@ def exact_shapley(
     check_cache(layer_cache)
     if layer_cache.validation.world.size > 1:
         raise ValueError("exact_shapley plays with a step's samples in one process, and this step's are spread over several")
+    step = open_step(layer_cache, opt_state)
     with plain_precision(layer_cache.model):
-        values = play(open_step(layer_cache, opt_state), layer_cache.validation, permutations, seed)
+        values = play(step, layer_cache.validation, permutations, seed)
     layer_cache.mark_weights()
     return values
 

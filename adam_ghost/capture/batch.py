@@ -6,7 +6,8 @@ function that Python calls: elementwise ones, and those that have a rule. What n
 over the batch, a flip of it, a product of samples with samples), loses its tag and is marked as lost: nothing is guessed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.capture import rules
-from adam_ghost.capture.declared import DECLARED, is_opaque
+from adam_ghost.capture.declared import DECLARED, FOLLOWED, custom_function, is_opaque
+from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.pointwise import POINTWISE, POINTWISE_IF_TWO
+from adam_ghost.capture.rows import JOINS, MOVES, NOBODY, WRITES, Rows, shrunk
 
-Tag = tuple[int, int]  # (axis, rows): size(axis) == n * rows, sample i at rows i*rows .. (i+1)*rows
+Tag = tuple[int, int] | Rows  # (axis, rows): size(axis) == n * rows, sample i at rows i*rows .. (i+1)*rows
 
 _FIRST = ("input", "tensor", "tensors", "self", "A", "logits", "x")  # what torch calls the first argument
 _UNKNOWN = (-1, -1)
@@ -26,10 +29,13 @@ _UNKNOWN = (-1, -1)
 class Batch:
     """Tags of the tensors of one forward pass; ``n`` is known from the first call on."""
 
+    look = True  # whether to look into an index, where that waits for no device
+
     def __init__(self):
         self.n = -1  # until then
         self._tags = WeakIdKeyDictionary()  # None marks a lost tensor
         self.nodes: set[Any] = set()  # of the graph, at which samples passed
+        self.doubts: list[Tensor] = []  # [] bool: whether something that was taken for granted is not so
 
     def __getitem__(self, x: Tensor) -> Tag | None:
         return None if self.lost(x) else self._tags.get(x)
@@ -51,7 +57,27 @@ class Batch:
             return True
         return tag is not _UNKNOWN and is_opaque(x.grad_fn)
 
+    def seen_through(self, view: Tensor, base: Tensor) -> Tag | None:
+        """Where the samples that ``view`` has in blocks are in ``base``, of which it is a view; None where they are elsewhere."""
+        tag = self[view]
+        if not isinstance(tag, tuple):
+            return None
+        axis, rows = tag
+        step, size = view.stride(axis), view.shape[axis]
+        others = [(view.stride(d), view.shape[d]) for d in range(view.ndim) if d != axis and view.shape[d] > 1]
+        offset = view.storage_offset() - base.storage_offset()
+        within = offset % max(step, 1) + sum(stride * (count - 1) for stride, count in others if stride < step)
+        beyond = [stride for stride, _ in others if stride >= step]
+        for d in range(base.ndim):
+            if base.stride(d) != step or base.shape[d] != size or size == 1 or not base.is_contiguous():
+                continue
+            if within < step and offset // step % size == 0 and all(stride % (step * size) == 0 for stride in beyond):
+                return d, rows
+        return None
+
     def fits(self, x: Tensor, tag: Tag) -> bool:
+        if isinstance(tag, Rows):
+            return tag.of.ndim == x.ndim and all(s in (1, size) for s, size in zip(tag.of.shape, x.shape, strict=True))
         return tag[0] < x.ndim and x.shape[tag[0]] == self.n * tag[1]
 
     def tag(self, x: Tensor, tag: Tag | None) -> None:
@@ -101,79 +127,266 @@ class Batch:
             found += [parent for parent, _ in node.next_functions]
         return False
 
-    def infer(self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor) -> Tag | None:
-        """The tag of ``out = func(*args, **kwargs)``, of which ``tensors`` are all arguments that may carry samples."""
+    def infer(self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor, index: int = 0) -> Tag | None:
+        """The tag of ``out``, the ``index``-th result of ``func(*args, **kwargs)``, of which ``tensors`` are all arguments that
+        may carry samples."""
         if any(self.lost(t) for t in tensors):
             return None
-        kwargs = {k: x for k, x in kwargs.items() if k != "out"}
+        known, kwargs = counterpart(func), {k: x for k, x in kwargs.items() if k != "out"}
+        if known is not func and (function := custom_function(out.grad_fn)) is not None:
+            FOLLOWED.add(function)
+        func = known
+        name = next((name for name in _FIRST if name in kwargs), None)
+        if not args and name is not None and func not in rules.PRODUCTS:
+            args, kwargs = (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
+        call = Landing(self, func, args, kwargs, tensors, out, index)
+        tagged = self.tagged(tensors)
         try:
-            found = {self._land(func, args, kwargs, x, tag, tensors, out) for x, tag in self.tagged(tensors)}
+            tag = self._in_blocks(call, tagged)
+            return self._by_index(call, tagged) if tag is None else tag
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # called in a way that no rule foresees
             return None
-        tag = found.pop() if len(found) == 1 else None
-        return tag if tag is not None and tag[0] >= 0 and self.fits(out, tag) else None
 
     def tagged(self, tensors: list[Tensor]) -> list[tuple[Tensor, Tag]]:
         """Those whose tags count: a constant may have been taken for a batch by its size, a tensor with a graph was not."""
         tagged = [(t, tag) for t in tensors if (tag := self[t])]
         return [(t, tag) for t, tag in tagged if t.requires_grad] or tagged
 
-    def _land(
-        self, func: Callable, args: tuple, kwargs: dict, x: Tensor, tag: Tag, tensors: list[Tensor], out: Tensor
-    ) -> Tag | None:
-        """Where the samples of one argument, ``x``, are in ``out``."""
-        axis, rows = tag
-        if func in POINTWISE or (func in POINTWISE_IF_TWO and len(tensors) == 2):
-            # broadcasting aligns dimensions from the right; a loss that was reduced has another shape
-            elementwise = torch.broadcast_shapes(*(t.shape for t in tensors)) == out.shape
-            return (axis + out.ndim - x.ndim, rows) if elementwise else None
-        if func in DECLARED:
-            return tag
-        if func is Tensor.__setitem__:
-            return self._written(*args)
-        if func in rules.PRODUCTS:
-            rule, names, carriers = rules.PRODUCTS[func]
-            bound, kwargs = rules.bind(names, args, kwargs)
-            places = {rule(i, axis, out, *bound, **kwargs) for i in carriers if i < len(bound) and _holds(bound[i], x)}
-            return _the_one(places, rows)
-        if func in rules.EINSUM:
-            operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
-            return _the_one({rules.einsum(args[0], operands, i, axis, out) for i, t in enumerate(operands) if t is x}, rows)
-        name = next((name for name in _FIRST if name in kwargs), None)
-        if not args and name is not None:
-            args, kwargs = (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
-        if func in rules.LISTS:
-            return _the_one({rules.LISTS[func](args[0], axis, out, *args[1:], **kwargs)}, rows)
-        if x is not args[0]:
-            table = func is Tensor.__getitem__ and x is args[1] and x.dtype not in (torch.bool, torch.uint8)
-            return tag if table and args[0] not in self else None  # rows of a table, one per element of the index
-        if func in rules.RESHAPES:
-            return self._reshaped(x, axis, out)
-        return _the_one({rules.RULES[func](x, axis, out, *args[1:], **kwargs)}, rows) if func in rules.RULES else None
+    def _in_blocks(self, call: "Landing", tagged: list[tuple[Tensor, Tag]]) -> Tag | None:
+        """The result's tag where all arguments have their samples in blocks of rows, in order, and it has them so too."""
+        found: set[Tag | None] = set()
+        for x, tag in tagged:
+            if isinstance(tag, Rows):
+                return None
+            try:
+                found.add(call.block(x, tag))
+            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
+                return None
+        landed = found.pop() if len(found) == 1 else None
+        return landed if landed is not None and self.fits(call.out, landed) else None
 
-    def _reshaped(self, x: Tensor, axis: int, out: Tensor) -> Tag | None:
+    def _by_index(self, call: "Landing", tagged: list[tuple[Tensor, Tag]]) -> Tag | None:
+        """The result's tag by the rows' index, which each argument's tag can be told by."""
+        out = call.out
+        if out.ndim == 0:
+            return None
+        found: list[Rows] = []
+        for x, tag in tagged:
+            rows = self.as_rows(x, tag)
+            same = call.keeps(x) and len(tagged) == 1 and out.ndim == x.ndim
+            of = rows.of if same else call.index(x, rows)
+            if of is None:
+                return None
+            if same and isinstance(tag, Rows) and self.fits(out, tag):
+                return tag
+            found.append(Rows(of, rows.per))
+        merged: Rows | None = found[0] if found else None
+        for rows in found[1:]:
+            merged = None if merged is None else self._merged(merged, rows)
+        return None if merged is None else self._simplest(merged, out, call.func in rules.RESHAPES)
+
+    def through(
+        self,
+        tags: Mapping[int, Tag],
+        tensors: Sequence[Tensor],
+        out: Tensor,
+        land: Callable[[dict[int, int]], int | None],
+    ) -> Tag | None:
+        """The tag of ``out``, which a layer made of ``tensors`` with ``tags``; ``land`` tells where the axes of some lie in it."""
+        blocks = {i: tag for i, tag in tags.items() if isinstance(tag, tuple)}
+        if len(blocks) == len(tags):
+            rows = {rows for _, rows in blocks.values()}
+            axis = land({i: axis for i, (axis, _) in blocks.items()}) if len(rows) == 1 else None
+            return None if axis is None else (axis, rows.pop())
+        if len(tags) > 1:
+            return None
+        ((i, tag),) = tags.items()
+        of = self.landed(self.as_rows(tensors[i], tag), out, lambda d: land({i: d}))
+        return None if of is None else self._simplest(of, out, False)
+
+    def landed(self, rows: Rows, out: Tensor, land: Callable[[int], int | None]) -> Rows | None:
+        """The rows in ``out``, where ``land`` tells where a dimension lies in it, None if what lies along it is mixed."""
+        places: dict[int, int] = {}
+        for d in rows.varies():
+            place = land(d)
+            if place is not None:
+                places[d] = place
+                continue
+            together = self.together(rows, d)
+            if together is None:
+                return None
+            rows = together
+        if len(set(places.values())) < len(places):
+            return None
+        order = sorted(places, key=places.__getitem__)
+        shape = [1] * out.ndim
+        for d in order:
+            shape[places[d]] = rows.of.shape[d]
+        of = rows.of.permute([*order, *(d for d in range(rows.of.ndim) if d not in places)])
+        return Rows(of.reshape(shape), rows.per)
+
+    def as_rows(self, x: Tensor, tag: Tag) -> Rows:
+        """The tag of ``x`` told by an index."""
+        if isinstance(tag, Rows):
+            return tag
+        axis, rows = tag
+        shape = [x.shape[axis] if d == axis else 1 for d in range(x.ndim)]
+        return Rows(torch.arange(x.shape[axis], device=x.device).view(shape), rows)
+
+    def certain(self, holds: Tensor) -> bool:
+        """Whether ``holds``; where looking would wait for a device, it is taken for granted, and doubted until the scores come."""
+        if holds.device.type == "cpu" and self.look:
+            return bool(holds)
+        self.doubts.append(~holds)
+        return True
+
+    def together(self, rows: Rows, d: int) -> Rows | None:
+        """``rows`` with what lies along dimension ``d`` taken together; None where it is of several samples."""
+        if rows.of.shape[d] == 0:
+            return Rows(rows.of.new_full([1 if k == d else s for k, s in enumerate(rows.of.shape)], NOBODY), rows.per)
+        of = rows.of.amax(d, keepdim=True)
+        same = (rows.samples == Rows(of, rows.per).samples) | (rows.of == NOBODY)
+        return Rows(of, rows.per) if self.n == 1 or self.certain(same.all()) else None
+
+    def _merged(self, a: Rows, b: Rows) -> Rows | None:
+        """Of a tensor that has something of the rows of both; None where these are of different samples."""
+        nobody = (a.of == NOBODY) | (b.of == NOBODY)
+        if self.n > 1 and not self.certain(((a.samples == b.samples) | nobody).all()):
+            return None
+        if a.per == b.per:
+            return Rows(torch.maximum(a.of, b.of), a.per)
+        fine, coarse = (a, b) if a.per < b.per else (b, a)
+        # another number of rows to a sample: of those that the finer one leaves open, the first
+        return Rows(torch.where(fine.of == NOBODY, coarse.samples * fine.per, fine.of), fine.per)
+
+    def _simplest(self, rows: Rows, out: Tensor, reshaped: bool) -> Tag | None:
+        """The tag in its simplest form: in blocks, if they are."""
+        if any(s not in (1, size) for s, size in zip(rows.of.shape, out.shape, strict=True)):
+            return None
+        look, dims = self.look and out.device.type == "cpu", rows.varies()
+        if not look:  # rows of tokens that are split into samples and tokens again
+            dims = dims[: reshaped and len(dims) > 1 and rows.of.numel() == self.n * rows.per]
+        for d in dims:
+            size = rows.of.shape[d]
+            if size == 0 or size % self.n or (not look and size != self.n):
+                continue
+            blocks = torch.arange(self.n, device=out.device).repeat_interleave(size // self.n, output_size=size)
+            if self.certain((rows.samples == blocks.view([size if k == d else 1 for k in range(out.ndim)])).all()):
+                return d, size // self.n
+        return rows
+
+
+class Landing:
+    """One call of a torch function: where the rows of its arguments come to lie in one of its results."""
+
+    def __init__(self, batch: Batch, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor, index: int):
+        self.batch, self.func, self.args, self.kwargs = batch, func, args, kwargs
+        self.tensors, self.out, self.result = tensors, out, index
+
+    def keeps(self, x: Tensor) -> bool:
+        """Whether the function works element by element on a tensor of the result's shape."""
+        return (self.func in POINTWISE or self.func in DECLARED) and x.shape == self.out.shape
+
+    # samples in blocks along one dimension
+
+    def block(self, x: Tensor, tag: tuple[int, int]) -> Tag | None:
+        """Where the blocks of ``x`` are in the result."""
+        axis, rows = tag
+        if self.func in DECLARED:
+            return tag
+        if self.func is Tensor.__setitem__:
+            return self._written(*self.args)
+        if self.func in rules.RESHAPES and x is self.args[0]:
+            return self._reshaped(x, axis)
+        place = self.place(x, axis)
+        return None if place is None else (place, rows)
+
+    def _reshaped(self, x: Tensor, axis: int) -> Tag | None:
         """Row-major reshapes keep a sample's elements together as long as the dimensions before the batch stay."""
-        n = max(self.n, 1)  # of an empty batch everything is a multiple
+        out, n = self.out, max(self.batch.n, 1)  # of an empty batch everything is a multiple
         if out.numel() != x.numel() or out.shape[:axis] != x.shape[:axis] or out.ndim <= axis or out.shape[axis] % n:
             return None
         return axis, out.shape[axis] // n
 
     def _written(self, target: Tensor, index: Any, value: Any) -> Tag | None:
         """The one dimension of ``target`` that its part at ``index`` shows where ``value`` has its samples."""
-        own, tag = self[target], self[value] if isinstance(value, Tensor) else None
+        own, tag = self.batch[target], self.batch[value] if isinstance(value, Tensor) else None
         if tag is None:
             return own
+        if isinstance(tag, Rows) or isinstance(own, Rows):
+            return None
         axis, rows = tag
         axis += torch.empty(target.shape, device="meta")[index].ndim - value.ndim
         places = range(target.ndim) if own is None else [own[0]]
-        found = [a for a in places if target.shape[a] == self.n * rows and rules.getitem(target, a, target, index) == axis]
+        size = self.batch.n * rows
+        found = [a for a in places if target.shape[a] == size and rules.getitem(target, a, target, index) == axis]
         return (found[0], rows) if len(found) == 1 else None
+
+    def place(self, x: Tensor, axis: int) -> int | None:
+        """Where what lies along dimension ``axis`` of the argument ``x`` lies in the result; None if it is mixed, or unknown."""
+        func, args, kwargs, out = self.func, self.args, self.kwargs, self.out
+        if func in POINTWISE or (func in POINTWISE_IF_TWO and len(self.tensors) == 2):
+            # broadcasting aligns dimensions from the right; a loss that was reduced has another shape
+            elementwise = torch.broadcast_shapes(*(t.shape for t in self.tensors)) == out.shape
+            return axis + out.ndim - x.ndim if elementwise else None
+        if func in DECLARED:
+            return axis
+        if func in rules.PRODUCTS:
+            rule, names, carriers = rules.PRODUCTS[func]
+            bound, kwargs = rules.bind(names, args, kwargs)
+            return _the_one({rule(i, axis, out, *bound, **kwargs) for i in carriers if i < len(bound) and _holds(bound[i], x)})
+        if func in rules.EINSUM:
+            operands = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+            return _the_one({rules.einsum(args[0], operands, i, axis, out) for i, t in enumerate(operands) if t is x})
+        if func in rules.LISTS:
+            return _the_one({rules.LISTS[func](args[0], axis, out, *args[1:], **kwargs)})
+        if x is not args[0]:
+            table = func is Tensor.__getitem__ and x is args[1] and x.dtype not in (torch.bool, torch.uint8)
+            return axis if table and args[0] not in self.batch else None  # rows of a table, one per element of the index
+        return _the_one({rules.RULES[func](x, axis, out, *args[1:], **kwargs)}) if func in rules.RULES else None
+
+    # rows by an index
+
+    def index(self, x: Tensor, rows: Rows) -> Tensor | None:
+        """The index of the result, as far as the argument ``x`` is concerned; None where rows of different samples meet."""
+        func, args, kwargs, out = self.func, self.args, self.kwargs, self.out
+        if func in WRITES:
+            return self._after_writing(x, rows)
+        if func in JOINS:
+            return shrunk(JOINS[func](func, rows.of, x, *args, **kwargs))
+        if func in MOVES:
+            bound, rest = rules.bind(rules.PRODUCTS[func].names, args, kwargs) if func in rules.PRODUCTS else (args, kwargs)
+            if x is bound[0]:
+                moved = MOVES[func](func, rows.of, x, *bound[1:], **rest)
+                if isinstance(moved, (tuple, list)):
+                    moved = moved[self.result]
+                return None if moved is None else shrunk(moved)
+        landed = self.batch.landed(rows, out, lambda d: self.place(x, d))
+        return None if landed is None else landed.of
+
+    def _after_writing(self, x: Tensor, rows: Rows) -> Tensor | None:
+        write = WRITES[self.func]
+        bound, rest = rules.bind(write.names, self.args, self.kwargs)
+        if "reduce" in rest:
+            write = write._replace(adds=True)
+        place, found = bound[1 : len(write.names) - 1], []
+        if x is bound[0]:
+            found.append(write.target(rows.of, self.out, place))
+        if len(bound) >= len(write.names) and x is bound[len(write.names) - 1]:
+            placed, of, there = write.source(rows.of, x, self.out, place)
+            if self.batch.n > 1:
+                same = Rows(of, rows.per).samples == Rows(there, rows.per).samples
+                if not self.batch.certain((same | (of == NOBODY)).all()):
+                    return None  # rows of several samples came to one place
+            found.append(placed)
+        if len(bound) > len(write.names) and bound[len(write.names)] is True:  # index_put(accumulate=True)
+            return None
+        return shrunk(reduce(torch.maximum, found)) if found else None
 
 
 def _holds(argument: Any, x: Tensor) -> bool:
     return argument is x or (isinstance(argument, (list, tuple)) and any(y is x for y in argument))
 
 
-def _the_one(places: set[int | None], rows: int) -> Tag | None:
-    axis = places.pop() if len(places) == 1 else None
-    return None if axis is None else (axis, rows)
+def _the_one(places: set[int | None]) -> int | None:
+    return places.pop() if len(places) == 1 else None

@@ -5,13 +5,13 @@ come through other calls that no sample entered (a position embedding, a generat
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -58,6 +58,13 @@ def rng_state(device: torch.device) -> RngState:
     return torch.get_rng_state(), None, None
 
 
+def _seen(grad: Tensor, like: Tensor, shape: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+    """What a view sees of a gradient, that of a tensor which lies in memory as ``like`` does."""
+    if grad.stride() != like.stride():
+        grad = torch.empty_strided(like.shape, like.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+    return grad.as_strided(shape, stride, grad.storage_offset() + offset)
+
+
 class Call:
     """One call of ``fn`` (a module or a torch function), with the tensors it was given.
 
@@ -92,6 +99,7 @@ class Call:
         self.kind = layer_kind(fn)
         self._weights = [] if self.kind else [(p, _place(p)) for p in self._parameters()]
         self._found: dict[str, nn.Parameter] | None = None  # by ``parameters``
+        self.rows: int | None = None  # of the outputs of a head's definition, where the head itself may give but their sum
         self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
         self.grad_output: dict[int, Tensor] = {}
 
@@ -99,14 +107,30 @@ class Call:
         """The parameters are elsewhere in memory whenever they are whole: that says nothing of their values."""
         self._weights = []
 
-    def watch(self, index: int, out: Tensor, tag: Tag, receive: Callable[["Call", int, Tensor], None]) -> None:
-        """Has ``receive(self, index, grad)`` called in the backward pass, when the gradient of ``out`` comes."""
+    def watch(
+        self, index: int, out: Tensor, tag: Tag, inputs: Sequence[Tensor], receive: Callable[["Call", int, Tensor], None]
+    ) -> GradientEdge:
+        """Has ``receive(self, index, grad)`` called when the gradient of ``out`` comes; returns the place where it will."""
         self.outputs[index] = tag
-        shape = out.shape
-        if self.fn is F.linear or self.kind == "linear":
-            # the product of more than two dimensions is a view; an in-place function on it leaves its own node aside
-            out = out if out._base is None or out._base.numel() != out.numel() else out._base
-        out.register_hook(lambda grad: receive(self, index, grad.detach().reshape(shape)))
+        base = out._base
+        # products of more than two dimensions are views; an in-place function on them leaves their own node aside
+        whole = base is not None and base.requires_grad and base.numel() == out.numel()
+        if base is None or not whole or any(base is x or base is x._base for x in inputs):
+
+            def arrived(grad: Tensor | None) -> None:
+                if grad is not None:  # as of a custom function's result that nothing used
+                    receive(self, index, self._of_rows(grad.detach()))
+
+            out.register_hook(arrived)
+            return get_gradient_edge(out)
+        place = out.shape, out.stride(), int(out.storage_offset() - base.storage_offset())
+        like = base.detach().to("meta")
+        base.register_hook(lambda grad: receive(self, index, _seen(grad.detach(), like, *place)))
+        return get_gradient_edge(base)
+
+    def _of_rows(self, grad: Tensor) -> Tensor:
+        """The gradient at each row of what was summed up."""
+        return grad if self.rows is None or grad.ndim else grad.expand(self.rows)
 
     def with_gradient(self, index: int, grad: Tensor) -> "Call":
         """The same call, with ``grad`` at output ``index`` as its only output gradient."""

@@ -1,5 +1,6 @@
 """Custom autograd functions: what they do to a batch is shown by experiment, where a user declares it; else it is unknown."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,15 @@ def keeps_samples_apart(function: type[torch.autograd.Function]) -> type[torch.a
     """
     if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
         raise TypeError(f"keeps_samples_apart expects a subclass of torch.autograd.Function, got {function!r}")
-    if function in FOLLOWED:
-        return function
+    if function not in FOLLOWED:
+        run = visible(function)
+        DECLARED[run] = Declared(run, function.__qualname__)
+        FOLLOWED.add(function)
+    return function
+
+
+def visible(function: type[torch.autograd.Function]) -> Callable:
+    """Has a function mode told of the calls of a custom function; returns what the mode is told to be called."""
     patched: Any = function  # whose method is replaced
     plain = patched.apply.__func__
 
@@ -45,9 +53,19 @@ def keeps_samples_apart(function: type[torch.autograd.Function]) -> type[torch.a
 
     run.__name__ = f"{function.__qualname__}.apply"
     patched.apply = classmethod(apply)
-    DECLARED[run] = Declared(run, function.__qualname__)
-    FOLLOWED.add(function)
-    return function
+    return run
+
+
+# of libraries, by module and name: element by element, whatever their code
+_KNOWN = (("transformers.models.bloom.modeling_bloom", "GeLUFunction"),)
+
+
+def declare_known() -> None:
+    """Declares the functions of libraries that are loaded and known to keep samples apart."""
+    for module, name in _KNOWN:
+        function = getattr(sys.modules.get(module), name, None)
+        if function is not None:
+            keeps_samples_apart(function)
 
 
 def custom_function(node: Any) -> type | None:

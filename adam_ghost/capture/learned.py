@@ -11,15 +11,14 @@ left its route it cannot be scored; ``Recording.deviation`` says so, and the kin
 """
 
 import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.kinds import layer_kind
@@ -49,7 +48,9 @@ class Route(NamedTuple):
     stops: tuple[Stop, ...]  # in bodies that are not followed
     followed: frozenset[nn.Module]  # modules whose own body is followed
     inside: frozenset[nn.Module]  # layers called by these
-    parts: tuple[tuple[nn.Module, tuple[tuple[int, Tag], ...]], ...]  # called by these, and where samples are in their outputs
+    parts: tuple[
+        tuple[nn.Module, tuple[tuple[int, tuple[int, int]], ...]], ...
+    ]  # called by these, and where samples are in their outputs
     graph: tuple[Any, ...]
 
     def same(self, other: "Route") -> bool:
@@ -65,7 +66,7 @@ class _Lesson:
         self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
         self.bodies: list[nn.Module] = []  # those running now, from the model's down
         self.calls: list[tuple[list[nn.Module], Stop | None, nn.Module | None]] = []  # bodies, the stop, the layer
-        self.exits: list[tuple[list[nn.Module], nn.Module, tuple[tuple[int, Tag], ...]]] = []
+        self.exits: list[tuple[list[nn.Module], nn.Module, tuple[tuple[int, tuple[int, int]], ...]]] = []
         self.route: Route | None = None
         self.void = False  # whether something happened that no route foresees
 
@@ -255,8 +256,8 @@ class LearningRecorder(Recorder):
 
     # a followed step
 
-    def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Any) -> None:
-        super()._classify(call, tensors, outs, place)
+    def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Any, aliased: Sequence[Tensor] = ()) -> None:
+        super()._classify(call, tensors, outs, place, aliased)
         lesson = self._lesson
         if lesson is None:
             return
@@ -266,19 +267,21 @@ class LearningRecorder(Recorder):
         layer = call.fn if isinstance(call.fn, nn.Module) else None
         lesson.calls.append((list(lesson.bodies), self._as_stop(call, tensors), layer))
 
-    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
-        super()._leave_layer(name, module, args, kwargs, output)
+        new_output = super()._leave_layer(name, module, args, kwargs, output)
         lesson = self._lesson
         if scored and lesson is not None and self.active:
             if _in_backward() or not lesson.bodies:
                 lesson.void = True
-                return
-            tag = self.batch[output]
+                return new_output
+            found = self.batch[output]
+            tag = found if _regular(found) else None
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
             stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
             lesson.calls.append((list(lesson.bodies), stop, module))
+        return new_output
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
         """The call as a stop of a route; None where its body has to be followed."""
@@ -296,7 +299,7 @@ class LearningRecorder(Recorder):
         template._leaves, template._versions, template.grad_output = [None], [None], {}
         return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, template)
 
-    def _tags(self, output: Any) -> tuple[tuple[int, Tag], ...] | None:
+    def _tags(self, output: Any) -> tuple[tuple[int, tuple[int, int]], ...] | None:
         """Where samples are in the leaves of a module's output; None where no route can tell."""
         found = []
         for i, x in enumerate(pytree.tree_leaves(output)):
@@ -374,17 +377,17 @@ class LearningRecorder(Recorder):
             call._names = self.names
             x = x.detach()
             call._leaves, call._versions, call.outputs, call.grad_output = [x], [x._version], {}, {}
-            call.watch(0, output, (axis, size // n), self._into.receive)
+            edge = call.watch(0, output, (axis, size // n), [args[0]], self._into.receive)
             if self._into.outputs is not None:
-                self._into.outputs.append(output)
+                self._into.outputs.append(edge)
 
 
-def _regular(tag: Any) -> bool:
+def _regular(tag: Any) -> TypeGuard[tuple[int, int]]:
     """Whether a tag is a dimension and a number of rows, which the sizes of other steps tell as well."""
     return type(tag) is tuple and len(tag) == 2 and all(type(x) is int for x in tag)
 
 
-def _place(tag: Tag) -> tuple[int, bool]:
+def _place(tag: tuple[int, int]) -> tuple[int, bool]:
     return tag[0], tag[1] == 1
 
 

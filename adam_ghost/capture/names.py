@@ -21,3 +21,11 @@ def functions(name: str) -> list[Callable]:
     homes = [_HOMES[home]] if home else [torch.Tensor] if name.startswith("__") else _HOMES.values()
     found = (getattr(place, bare, None) for place in homes)
     return [f for f in found if callable(f) and not isinstance(f, type)]
+
+
+_COUNTERPARTS = {"transformers.grouped_mm_fallback": torch._grouped_mm}
+
+
+def counterpart(func: Callable) -> Callable:
+    """The function of torch that computes what ``func``, an operator of another library, does; or ``func`` itself."""
+    return _COUNTERPARTS.get(str(func), func) if isinstance(func, torch._ops.OpOverloadPacket) else func

@@ -1,6 +1,6 @@
 """Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
-from adam_ghost.capture.declared import DECLARED, PASSING, custom_function
+from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, declare_known
+from adam_ghost.capture.heads import HEADS, declare_heads
 from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
 from adam_ghost.capture.pointwise import FACTORIES
@@ -79,6 +80,24 @@ def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
     return found
 
 
+def _depend_on_each_other(outs: list[Any], inputs: list[Tensor]) -> bool:
+    """Whether any of a layer's results was made of another, or is one."""
+    made = [x.grad_fn for x in outs if isinstance(x, Tensor) and x.grad_fn is not None]
+    if len(made) < 2:
+        return False
+    before = {x.grad_fn for x in inputs}
+    for i, node in enumerate(made):
+        others = {*made[:i], *made[i + 1 :]}
+        found, visited = [node], set()
+        while found:
+            node = found.pop()
+            if node in others:
+                return True
+            visited.add(node)
+            found += [parent for parent, _ in node.next_functions if parent is not None and parent not in visited | before]
+    return False
+
+
 class Recorder:
     """The hooks on a model's layers, and the function mode that follows the batch between them.
 
@@ -99,6 +118,8 @@ class Recorder:
         self._reset()
 
     def attach(self) -> None:
+        declare_known()
+        declare_heads()
         known: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         if any(hasattr(p, "to_local") for p in known):
             for module in self.model.modules():
@@ -162,7 +183,7 @@ class Recorder:
 
     def begin(self, recording: Recording) -> None:
         self._reset()
-        self.recording = recording
+        self.recording, recording.doubts = recording, self.batch.doubts
         self.names = {p: name for name, p in named_parameters(self.model).items() if p.requires_grad}
         for module in self._attributes:
             self._name(module)
@@ -264,7 +285,7 @@ class Recorder:
     def leads(self, layer: nn.Module, x: Tensor) -> bool:
         """Whether the samples are the leading dimension of ``x``, the input of ``layer``."""
         tag = self.batch[x]
-        return tag is not None and tag[0] == 0
+        return isinstance(tag, tuple) and tag[0] == 0
 
     # layers
 
@@ -317,34 +338,35 @@ class Recorder:
         self.scored = False
 
     @unseen
-    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         if not self.active or self.batch.n < 0:
-            return
-        outs = pytree.tree_leaves(output)
+            return None
+        outs, spec = pytree.tree_flatten(output)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         first = next((x for x in tensors if self.batch[x]), None)
         tag = None if first is None else self.batch[first]
-        if tag is not None and tag[0] != batch_axis(module, tag[0]):
+        if isinstance(tag, tuple) and tag[0] != batch_axis(module, tag[0]):
             raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag[0]}")
         if self.scored:
             self.batch.tag(output, tag)
-            return
+            return None
 
         if self.follow and self.in_forward:
             for x in outs:
                 if isinstance(x, Tensor):
                     self._look_into(x)
+        new_output, made = None, [x for x in outs if isinstance(x, Tensor)]
+        if not is_known(module) and _depend_on_each_other(outs, tensors):
+            # the gradient at one would hold that at the others, which were made of it
+            outs = [self._alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in outs]
+            new_output = pytree.tree_unflatten(outs, spec)
 
         def place(i: int, out: Tensor) -> Tag | None:
             if not is_known(module):
                 return self._as_before(self.exits, module, i, out) if _in_backward() else self.batch[out]
             tagged = self.batch.tagged(tensors)
             tags = {i: found for i, x in enumerate(tensors) for y, found in tagged if x is y}
-            rows = {rows for _, rows in tags.values()}
-            if len(rows) != 1:
-                return None
-            axis = output_axis(module, i, tensors, {i: axis for i, (axis, _) in tags.items()})
-            return None if axis is None else (axis, rows.pop())
+            return self.batch.through(tags, tensors, out, lambda axes: output_axis(module, i, tensors, axes))
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
@@ -353,8 +375,18 @@ class Recorder:
             self._give_up(call)  # a weight that some hook computes and leaves on the module: no replay reaches its parameters
         if self._attributes:
             call.weights_move()
-        self._classify(call, tensors, outs, place)
+        self._classify(call, tensors, outs, place, [] if new_output is None else made)
         self._remember(self.exits, module, outs)
+        return new_output
+
+    def _alias(self, x: Tensor) -> Tensor:
+        """Another tensor of the same values and samples, whose gradient is that of its own uses."""
+        alias = x.view_as(x)
+        if x in self.batch:
+            self.batch.tag(alias, self.batch[x])
+        if x in self.inner:
+            self.inner[alias] = True
+        return alias
 
     # torch functions outside of layers
 
@@ -380,16 +412,21 @@ class Recorder:
         call = None
         inplace = _writes(name)
         before = self.batch[args[0]] if inplace else None
+        base = args[0]._base if inplace else None
+        blank = base is not None and (base in self.batch or not base.requires_grad)
         if func in DECLARED:
-            axes = {i: tag[0] for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
-            DECLARED[func].try_out(args, axes, self.batch.n)
+            tags = {i: tag for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
+            axes = {i: tag[0] for i, tag in tags.items() if isinstance(tag, tuple)}
+            if len(axes) == len(tags):
+                DECLARED[func].try_out(args, axes, self.batch.n)
         if meets_parameters and not self.inside_layer:
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
             rng = rng_state(tensors[0].device)
             recorded_args, recorded_kwargs = self._recorded(args, kwargs)
             if first is not None:
                 recorded_args = (first, *recorded_args[1:])
-            call = Call(name, func, recorded_args, recorded_kwargs, {}, self.names, rng=rng, inplace=inplace)
+            does = HEADS.get(func, func)
+            call = Call(name, does, recorded_args, recorded_kwargs, {}, self.names, rng=rng, inplace=inplace)
             if self._attributes:
                 call.weights_move()
         tagged = any(self.batch[x] for x in tensors)
@@ -399,7 +436,9 @@ class Recorder:
         outs = pytree.tree_leaves(args[0] if out is None else out)
 
         def place(i: int, x: Tensor) -> Tag | None:
-            return self.batch.infer(func, args, kwargs, tensors, x) if tagged else None
+            if call is not None and func in HEADS:
+                return self._rows_of_head(call, tensors[0], tensors[1])
+            return self.batch.infer(func, args, kwargs, tensors, x, i) if tagged else None
 
         if call is not None:
             self._classify(call, tensors, outs, place)
@@ -410,9 +449,26 @@ class Recorder:
                     self.inner.pop(x, None)
                 elif isinstance(x, Tensor) and x.requires_grad and all(self._is_source(t) for t in tensors if t.requires_grad):
                     self.inner[x] = True
-        if batched and inplace and args[0]._base is not None and self.batch[args[0]] != before:
-            self._lose(args[0]._base)  # samples were written into it through a view, or mixed
+        if batched and base is not None and self.batch[args[0]] != before:
+            self._written_through(args[0], base, blank)
         return out
+
+    def _rows_of_head(self, call: Call, hidden: Tensor, weight: Tensor) -> Tag | None:
+        """The tag of the rows ``[N]`` of a head's definition, of hidden rows ``[N, d]``."""
+        tag = self.batch[hidden]
+        if tag is None or hidden.ndim != 2 or weight.ndim != 2:
+            return None
+        call.rows = len(hidden)
+        axis = lambda axes: 0 if set(axes.values()) == {0} else None  # noqa: E731
+        return self.batch.through({0: tag}, [hidden], hidden.detach()[:, 0], axis)
+
+    def _written_through(self, view: Tensor, base: Tensor, blank: bool) -> None:
+        """Samples were written into ``base`` through a view of it, or mixed; ``blank``: it held nothing but samples before."""
+        tag = self.batch.seen_through(view, base) if blank else None
+        if tag is not None and self.batch[base] in (None, tag):
+            self.batch.tag(base, tag)
+        else:
+            self._lose(base)
 
     def _keep_constants(self, tensors: list[Tensor], outs: list[Any]) -> None:
         if not torch.is_grad_enabled() and all(x in self.constants or isinstance(x, nn.Parameter) for x in tensors):
@@ -426,8 +482,18 @@ class Recorder:
             lambda x: self.sources[x] if isinstance(x, Tensor) and x.requires_grad and x in self.sources else x, (args, kwargs)
         )
 
-    def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Callable[[int, Tensor], Tag | None]) -> None:
-        """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up."""
+    def _classify(
+        self,
+        call: Call,
+        tensors: list[Tensor],
+        outs: list[Any],
+        place: Callable[[int, Tensor], Tag | None],
+        aliased: Sequence[Tensor] = (),
+    ) -> None:
+        """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up.
+
+        ``aliased``: of what the outputs are other names.
+        """
         outs = [(i, x) for i, x in enumerate(outs) if isinstance(x, Tensor)]
         if any(self.batch.lost(x) for x in tensors):
             # a penalty added to the loss takes nothing from what the samples' calls explain of its parameters, and what a
@@ -442,7 +508,7 @@ class Recorder:
                 if x in self.inner and x not in self.batch:
                     self.sources[x] = Ref(call, i)
                 else:
-                    self._watch(call, i, x, place(i, x))
+                    self._watch(call, i, x, place(i, x), [*tensors, *aliased])
         elif any(x.requires_grad and not self._is_source(x) for x in tensors):
             self._give_up(call)
         elif torch.is_grad_enabled():
@@ -452,7 +518,7 @@ class Recorder:
         else:
             self._keep_constants(tensors, [x for _, x in outs])
 
-    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None) -> None:
+    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None, inputs: Sequence[Tensor] = ()) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
         if not out.requires_grad:
@@ -461,9 +527,9 @@ class Recorder:
             self._give_up(call)
             return
         recording = self._into
-        call.watch(index, out, tag, recording.receive)
+        edge = call.watch(index, out, tag, inputs, recording.receive)
         if recording.outputs is not None:
-            recording.outputs.append(out)
+            recording.outputs.append(edge)
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)

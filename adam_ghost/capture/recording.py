@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from adam_ghost.capture.calls import Call
 
@@ -24,7 +25,8 @@ class Recording:
         self.calls: list[Call] = []
         self.batch_size = 0  # until the batch has been seen
         self.unattributed: set[str] = set()  # parameters used where no sample can be told apart
-        self.outputs: list[Tensor] | None = None  # if a list, it takes the tensors whose gradients are awaited
+        self.doubts: list[Tensor] = []  # [] bool each: whether rows of different samples met where nobody could look
+        self.outputs: list[GradientEdge] | None = None  # if a list, it takes the places where gradients are awaited
         self.deviation = ""  # what was unlike in earlier steps, where that leaves this one without scores
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
@@ -37,6 +39,12 @@ class Recording:
         if not call.grad_output:
             self.calls.append(call)
         call.grad_output[index] = call.grad_output[index] + grad if index in call.grad_output else grad
+
+    def doubted(self, scores: Tensor) -> Tensor:
+        """``scores``; not finite where rows turn out to be of other samples than was taken for granted."""
+        if not self.doubts:
+            return scores
+        return torch.where(torch.stack(self.doubts).any(), float("nan"), scores)
 
     def forget(self) -> None:
         """The gradients that have come count no more; others may come, by another backward pass."""

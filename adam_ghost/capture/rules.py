@@ -347,6 +347,11 @@ def _rmatmul(i, axis, out, x, other, **_):
     return _matmul(1 - i, axis, out, other, x)
 
 
+def _grouped(i, axis, out, x, weight, *_, **__):
+    """Rows sorted by group: of either a dimension of their own, or told by offsets."""
+    return (axis if axis < x.ndim - 1 else None) if i == 0 and weight.ndim == 3 else None
+
+
 def _addmm(i, axis, out, bias, x, y, **_):
     return axis + out.ndim - bias.ndim if i == 0 else _matmul(i - 1, axis, out, x, y)
 
@@ -509,6 +514,7 @@ PRODUCTS: dict[Callable, Product] = {
         ("__rmatmul__", _product(_rmatmul, _PAIR)),
         ("mm bmm", _product(_matmul, "input mat2")),
         ("mv", _product(_matmul, "input vec")),
+        ("F.grouped_mm torch._grouped_mm", _product(_grouped, "mat_a mat_b")),
         ("addmm", _product(_addmm, "input mat1 mat2")),
         ("baddbmm", _product(_addmm, "input batch1 batch2")),
         ("addmv", _product(_addmm, "input mat vec")),

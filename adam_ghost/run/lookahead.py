@@ -15,10 +15,11 @@ from adam_ghost.capture.hooks import StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, unseen
 from adam_ghost.capture.recording import Packing, Recording
+from adam_ghost.capture.rows import Rows
 from adam_ghost.scores.contract import score_call
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
-from adam_ghost.scores.shapes import add
+from adam_ghost.scores.shapes import add, in_line, lead_rows, owners
 
 
 class ContractingRecording(Recording):
@@ -41,7 +42,7 @@ class ContractingRecording(Recording):
     def scores(self) -> Tensor:
         """``[n, K]``, of all backward passes so far."""
         parts = [x for x in (self._arrived, self.slot.grad) if x is not None]
-        return add(parts) if parts else torch.zeros_like(self.slot)
+        return self.doubted(add(parts)) if parts else torch.zeros_like(self.slot)
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         self._tell()
@@ -95,10 +96,18 @@ class ScoredLinears:
             return None
         own = own_parameters(layer)
         names = {p: recorder.names.get(p, "") for p in own if p is not None}
-        if not names or x.ndim < 2 or any(name not in recording.P for name in names.values()) or not recorder.leads(layer, x):
+        tag = recorder.batch[x] if names else None
+        by_index = isinstance(tag, Rows) and tag.of.shape[-1] == 1
+        if not names or x.ndim < 2 or any(name not in recording.P for name in names.values()):
+            return None
+        if not by_index and not recorder.leads(layer, x):
             return None
         recorder.scored = True
         recording.scored.update(names.values())
         P = tuple(None if p is None else recording.P[names[p]] for p in own)
-        offsets = None if recording.packing is None else recording.packing.offsets
-        return scored_linear(layer, x, recording.slot, P, offsets)
+        offsets, order = None if recording.packing is None else recording.packing.offsets, None
+        if isinstance(tag, Rows):
+            samples, count = owners(lead_rows(x, tag), recorder.batch.n, recording.packing)
+            order, offsets = in_line(samples, count)
+            offsets = torch.cat([offsets, offsets.new_full((1,), len(order))])
+        return scored_linear(layer, x, recording.slot, P, offsets, order)

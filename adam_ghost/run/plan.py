@@ -1,6 +1,6 @@
 """What a compiled model does to the batch: nobody sees its functions, so its own code runs once in eager mode and is followed."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -57,15 +57,22 @@ class Plan(Recorder):
         self.unattributed |= recording.unattributed
         self._reset()
 
-    def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Callable[[int, Tensor], Tag | None]) -> None:
-        super()._classify(call, tensors, outs, place)
+    def _classify(
+        self,
+        call: Call,
+        tensors: list[Tensor],
+        outs: list[Any],
+        place: Callable[[int, Tensor], Tag | None],
+        aliased: Sequence[Tensor] = (),
+    ) -> None:
+        super()._classify(call, tensors, outs, place, aliased)
         tags = [self.batch[x] for x in (tensors[0], *outs) if isinstance(x, Tensor)]
         if isinstance(call.fn, nn.Module):
             self.led[call.fn] = self.led.get(call.fn, True) and set(tags) == {(0, 1)}
         else:
             self.unattributed.update(call.parameters())
 
-    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None) -> None:
+    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None, inputs: Sequence[Tensor] = ()) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
 

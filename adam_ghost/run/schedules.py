@@ -3,7 +3,8 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -19,11 +20,11 @@ from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
-from adam_ghost.step.alone import WholePass
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
 from adam_ghost.step.step import Step, inner
 from adam_ghost.step.validation import Validation
+from adam_ghost.step.whole_pass import WholePass
 
 SCHEDULES = ("midpoint", "gauss", "lookahead", "window")
 # optimizer steps after which the second moment foresees the size of gradients (measured: bench/predictions.py)
@@ -59,6 +60,7 @@ class Loop:
     refresh: int
     half: bool
     world: World
+    fallback: bool = True  # whether parameters that layer calls lose are scored by a pass of the whole model
     step: int = 0  # of the optimizer, counted from the construction
     attributed: int = 0  # steps
 
@@ -185,6 +187,8 @@ class After(Collecting):
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
         self._handles: list[Any] = []
+        self._following = False  # whether the loss is recorded, too
+        self._lost: set[str] | None = None  # parameters that the last step's layer calls lost; None: no step has told
 
     def attach(self) -> None:
         model = self.loop.model
@@ -226,16 +230,33 @@ class After(Collecting):
         micro = self._armed
         if micro is None or micro.recording is None:
             return
-        if torch.is_grad_enabled() and not self.recorder.open:
-            if micro.audit:
+        if torch.is_grad_enabled() and (self._following or not self.recorder.open):
+            if micro.audit or (self.loop.fallback and self._lost != set()):
                 micro.whole = WholePass(module, args, kwargs)
             self.loop.watch.forward_begins()
-            self.recorder.begin(micro.recording)
+            if not self._following:
+                self.recorder.begin(micro.recording)
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Inside, all that is done with the armed micro-batch is recorded, not only the model's forward pass."""
+        micro = self._armed
+        if micro is None or micro.recording is None:
+            yield
+            return
+        self._following = True
+        self.recorder.begin(micro.recording)
+        try:
+            yield
+        finally:
+            self._following = False
+            self.recorder.end()
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.recorder.open or self.recorder.inside_model:
             return
-        self.recorder.end()
+        if not self._following:
+            self.recorder.end()
         micro, self._armed = self._armed, None
         if micro is None or micro.recording is None or output is None:  # the forward pass raised
             return
@@ -252,6 +273,7 @@ class After(Collecting):
         return super().collect()
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
+        self._lost = {*step.whole, *step.missing}
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
         scores = step.scores(direction.P, half=self.loop.half)
@@ -312,7 +334,9 @@ class Ahead(After):
         if self._direction is None:
             super().open(micro, first)
         else:
-            self._arm(micro, ContractingRecording(self._direction.P, len(micro.ids), micro.packing, keep=micro.audit))
+            # what is lost is scored by a pass of its own
+            P = {name: x for name, x in self._direction.P.items() if not self.loop.fallback or name not in (self._lost or ())}
+            self._arm(micro, ContractingRecording(P, len(micro.ids), micro.packing, keep=micro.audit))
 
     def _foresee(self) -> Direction | None:
         """``P`` from the gradient that history lets expect; None where it is too short."""
@@ -336,7 +360,11 @@ class Ahead(After):
         if edited.device.type == "cpu" and bool(edited.any()):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
         recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
-        scores = torch.cat([r.scores for r in recordings]) * (scale.mean() * self.loop.world.share)
+        scores = torch.cat([r.scores for r in recordings])
+        by_passes = step.whole_scores({name: direction.P[name] for name in step.whole})
+        scores = scores if by_passes is None else scores + by_passes
+        scores = scores * (scale.mean() * self.loop.world.share)
+        self._lost = {*step.whole, *step.missing}
         at = 0.0 if self.loop.refreshes else None
         total = inner(direction.P, step.grads)
         accounted = step.accounted(direction.P, total)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.ledger.books import Audit
@@ -24,7 +25,8 @@ from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import KeptBatch, first_output, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
-from adam_ghost.step.step import report_coverage
+from adam_ghost.step.step import report_coverage, score_passes
+from adam_ghost.step.whole_pass import WholePass
 
 if TYPE_CHECKING:
     from adam_ghost.run.window import Window, WindowPlan
@@ -246,10 +248,12 @@ class Sweep:
         # a few small parameters, whose gradients tell at little cost whether the batch runs as it did
         small = sorted(given, key=lambda name: given[name].numel())[:3]
         again = {name: torch.zeros_like(given[name]) for name in small}
-        recordings, scores = [], []
+        recordings, scores, passes, scales = [], [], [], []
         for batch in step.batches:
             recording = ContractingRecording(P, len(batch.ids), batch.packing)
-            found, scale = self._record(batch, recording, [self.loop.params[name] for name in small])
+            found, scale, pass_ = self._record(batch, recording, [self.loop.params[name] for name in small])
+            passes.append(pass_)
+            scales.append(scale)
             for name, g in zip(small, found, strict=True):
                 if g is not None:
                     again[name] += g * (step.factor * scale).to(g.dtype)
@@ -257,7 +261,18 @@ class Sweep:
             scores.append(recording.scores * (scale * self.loop.world.share).to(recording.scores.dtype))
         self.loop.world.mean(list(again.values()))
         self._compare(step, {name: given[name] for name in small}, again)
-        missing = report_coverage(given, recordings, self.window.coverage, world=self.loop.world)
+        coverage = self.window.coverage
+        by_passes = self.loop.fallback and coverage.forward_mode
+        by_passes = by_passes and all(w.by_sample(r.batch_size, r.packing) for r, w in zip(recordings, passes, strict=True))
+        whole, missing = report_coverage(given, recordings, coverage, by_passes=by_passes, world=self.loop.world)
+        if whole:
+            more = score_passes(passes, recordings, self.loop.params, {name: P[name] for name in whole})
+            coverage.tell_of_passes(whole, given, more is not None)
+            if more is None:
+                missing = whole
+            else:
+                parts = more.split([len(x) for x in scores])
+                scores = [x + part * scale.to(part.dtype) for x, part, scale in zip(scores, parts, scales, strict=True)]
         total = torch.stack([P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in zip(self.names, raw, strict=True)])
         record = step.entry.record
         record.coverage, record.window = self.window.coverage.share, self.plan.first
@@ -268,8 +283,9 @@ class Sweep:
 
     def _record(
         self, batch: KeptBatch, recording: ContractingRecording, small: list[nn.Parameter]
-    ) -> tuple[Sequence[Tensor | None], Tensor]:
-        """Runs a batch again, contracts its calls as their gradients come; returns ``small``'s gradients and the loss' scale.
+    ) -> tuple[Sequence[Tensor | None], Tensor, WholePass]:
+        """Runs a batch again, contracts its calls as their gradients come; returns ``small``'s gradients, the loss' scale and
+        the pass itself.
 
         The weights' gradients, which are known, are not formed: two thirds of a backward pass are enough.
         """
@@ -277,20 +293,22 @@ class Sweep:
         recording.outputs = []
         heads: list[Tensor] = []
 
-        def begin(module: nn.Module, args: tuple) -> None:
+        passes: list[WholePass] = []
+
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            passes.append(WholePass(module, args, kwargs))
             if not recorder.open:
                 recorder.begin(recording)
 
         def end(module: nn.Module, args: tuple, output: Any) -> None:
-            if recorder.open and not recorder.inside_model:
-                recorder.end()
+            passes[-1].ended(output)
 
         def take_head(module: nn.Module, args: tuple, output: Any) -> None:
             heads.extend(x for x in (first_output(output),) if x is not None)
 
         recorder.attach()
         handles = [
-            model.register_forward_pre_hook(begin, prepend=True),
+            model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
             self.rerun.head.register_forward_hook(take_head),
             model.register_forward_hook(end, always_call=True),
         ]
@@ -299,7 +317,8 @@ class Sweep:
         try:
             with torch.enable_grad(), eager:
                 loss = self.rerun.loss(batch)
-                wanted = [heads[-1], *small, *recording.outputs]
+                recorder.end()  # the loss, too, was followed
+                wanted = [*(get_gradient_edge(x) for x in (heads[-1], *small)), *recording.outputs]
                 recording.outputs = None
                 out, *found = torch.autograd.grad(loss, wanted, allow_unused=True)
         finally:
@@ -308,7 +327,7 @@ class Sweep:
             recorder.end()
             recorder.recording = None
             recorder.detach()
-        return found[: len(small)], self.rerun.measure_scale(batch, slopes(out))
+        return found[: len(small)], self.rerun.measure_scale(batch, slopes(out)), passes[-1]
 
     def _compare(self, step: KeptStep, used: dict[str, Tensor], again: dict[str, Tensor]) -> None:
         """Raises ValueError where the batch, run again, does not give the gradient that the optimizer used."""

@@ -1,34 +1,44 @@
 """Any code: its derivative along P times the output gradients; or, without forward mode, one backward pass per sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.calls import Call
+from adam_ghost.capture.names import counterpart
+from adam_ghost.capture.rows import Rows
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import add, by_token, sum_samples
+from adam_ghost.scores.products import GROUPED, grouped_product, is_linear
+from adam_ghost.scores.shapes import add, by_row, by_token, collect_rows, sum_samples
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     params = {name: p for name, p in call.parameters().items() if name in P}
-    # an argument made of parameters makes it a product of two
-    affine = call.kind in ("affine", "norm") and set(call.parameters()) == {call.name_of(p) for p in call.own.values()}
     per_token = asked.per_token or asked.packing is not None
-    outputs = _derivative(call, P, params, asked.n, affine, per_token)
-    if outputs is None:
+    products = _derivative(call, P, params, asked.n, per_token)
+    if products is None:
         if per_token:
             raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
         return _by_sample(call, P, params, asked.n)
+    outputs = [_collected(call.outputs[i], x, asked) for i, x in products.items()]
     if asked.per_token and len({x.shape for x in outputs}) > 1:
         raise ValueError(f"per_token=True: the outputs of '{call.name}' have different numbers of tokens")
-    if asked.packing is not None:
-        outputs = [sum_samples(x, asked.packing) for x in outputs]
-    elif not asked.per_token:
-        outputs = [x.sum(1) for x in outputs]
     return add(outputs)
+
+
+def _collected(tag: Tag, x: Tensor, asked: Asked) -> Tensor:
+    """Products with an output's gradient, by token ``[n, T, K]`` or by row ``[M, K]``, summed as they were asked for."""
+    if isinstance(tag, Rows):
+        return collect_rows(x, tag, asked)
+    if asked.packing is not None:
+        return sum_samples(x, asked.packing)
+    return x if asked.per_token else x.sum(1)
 
 
 class _TrueForwardMode(TorchFunctionMode):
@@ -36,6 +46,8 @@ class _TrueForwardMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if counterpart(func) in GROUPED:
+            return grouped_product(func, *args, **kwargs)
         if func is F.embedding:
             options = dict(zip(("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args[2:], strict=False)) | kwargs
             if options.get("padding_idx") is not None or options.get("scale_grad_by_freq"):
@@ -43,17 +55,23 @@ class _TrueForwardMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _derivative(
-    call: Call, P: Directions, params: Mapping[str, Tensor], n: int, affine: bool, per_token: bool
-) -> list[Tensor] | None:
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Inside, forward mode takes the ways that have one, and refuses those where it is not what the backward pass takes."""
+    with _TrueForwardMode(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _derivative(call: Call, P: Directions, params: Mapping[str, Tensor], n: int, per_token: bool) -> dict[int, Tensor] | None:
     """The call's derivative along P, times the output gradients, per output; None if it has no forward mode.
 
-    ``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for and the product need not be kept to be summed.
+    ``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for and the product need not be kept to be summed; ``[M, K]`` by row.
 
-    A layer linear in its parameters is its own derivative: it is run with P in their place.
+    A call linear in its parameters is its own derivative: it is run with P in their place.
     """
     names = list(params)
     tags, grads = call.outputs, call.grad_output
+    affine = is_linear(call)
     found: dict[int, list[Tensor]] = {i: [] for i in grads}
     for k in range(len(P[names[0]])):
         tangents = {name: P[name][k] for name in names}
@@ -72,12 +90,14 @@ def _derivative(
             except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
                 return None
         for i in grads:
-            out, grad = outs[i], grads[i].to(outs[i].dtype)
-            if per_token or tags[i] != (0, 1):
-                found[i].append(by_token(out * grad, tags[i], n))
+            out, grad, tag = outs[i], grads[i].to(outs[i].dtype), tags[i]
+            if isinstance(tag, Rows):
+                found[i].append(by_row(out * grad, tag))
+            elif per_token or tag != (0, 1):
+                found[i].append(by_token(out * grad, tag, n))
             else:
                 found[i].append(torch.linalg.vecdot(out.reshape(n, -1), grad.reshape(n, -1)).unsqueeze(1))
-    return [torch.stack(x, -1) for x in found.values()]
+    return {i: torch.stack(x, -1) for i, x in found.items()}
 
 
 def _by_sample(call: Call, P: Directions, params: Mapping[str, Tensor], n: int) -> Tensor:
@@ -101,7 +121,11 @@ def call_gradients(call: Call, names: Sequence[str], n: int) -> Iterator[tuple[T
     for i in range(n):
         shares = []
         for (k, grad), out in zip(call.grad_output.items(), outs, strict=True):
-            axis, rows = call.outputs[k]
+            tag = call.outputs[k]
+            if isinstance(tag, Rows):
+                shares.append(torch.where(tag.samples == i, grad, 0.0).to(out.dtype))
+                continue
+            axis, rows = tag
             share = torch.zeros_like(out)
             share.narrow(axis, i * rows, rows).copy_(grad.narrow(axis, i * rows, rows))
             shares.append(share)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 # importing a kind registers its form
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import anything, linear, lookup, norm  # noqa: F401
 from adam_ghost.scores.forms import Asked, Directions, form_of
 
@@ -20,7 +21,7 @@ def score_call(call: Call, P: Directions, asked: Asked) -> Tensor:
     form = form_of(call)
     scores = (anything.scores if form is None else form.scores)(call, P, asked)
     if asked.per_token:
-        rows = {tag[1] for tag in call.outputs.values()}
+        rows = {tag.per if isinstance(tag, Rows) else tag[1] for tag in call.outputs.values()}
         shapes = {grad.ndim for grad in call.grad_output.values()}
         if (isinstance(call.fn, nn.Module) and "conv" in type(call.fn).__module__) or (rows == {1} and min(shapes) < 3):
             raise ValueError(f"per_token=True needs tokens at dimension 1 of every layer's output; '{call.name}' has none")
@@ -47,4 +48,4 @@ def _score_recording(recording: Recording, P: Directions, per_token: bool, half:
         scores = part if scores is None else scores + part
     if scores is None:
         raise ValueError("none of the recorded calls explains a gradient: was it computed inside `with cache`?")
-    return scores
+    return recording.doubted(scores)

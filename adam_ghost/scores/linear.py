@@ -5,30 +5,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.declared import FOLLOWED
 from adam_ghost.capture.kinds import is_transposed
+from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import add, samples_first, sum_samples, tokens
+from adam_ghost.scores.shapes import add, collect_rows, lead_rows, samples_first, sum_samples, tokens
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     weight, bias = (P.get(call.name_of(p) or "") for p in (call.fn.weight, call.fn.bias))  # [K, d_out, d_in], [K, d_out]
-    a, b = (samples_first(x, call.outputs[0], asked.n) for x in (call.input, call.grad_output[0]))  # [n, T, ..., d]
     if weight is not None and is_transposed(call.fn):
         weight = weight.mT
+    return product_scores(call.input, call.grad_output[0], call.outputs[0], weight, bias, asked)
+
+
+def product_scores(a: Tensor, b: Tensor, tag: Tag, weight: Tensor | None, bias: Tensor | None, asked: Asked) -> Tensor:
+    """Of inputs ``a [..., d_in]`` and output gradients ``b [..., d_out]``, for ``weight [K, d_out, d_in]``, ``bias [K, d_out]``."""
+    if isinstance(tag, Rows):
+        rows = _by_token(a.flatten(0, -2)[None], b.flatten(0, -2)[None], weight, bias, asked.half)[0]  # [M, K]
+        return collect_rows(rows, lead_rows(b, tag), asked)
+    a, b = (samples_first(x, tag, asked.n) for x in (a, b))  # [n, T, ..., d]
     packing = asked.packing
     if packing is not None and (asked.per_token or b.ndim > 3 or packing.tokens != b[..., 0].numel()):
         return sum_samples(_by_token(a, b, weight, bias, asked.half), packing)
     if asked.per_token:
         return _by_token(a, b, weight, bias, asked.half)
     # one sample, one run of rows
-    rows = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
+    lines = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
     offsets = None if packing is None else packing.offsets
-    found = None if weight is None else ops.contract(*rows, weight, offsets=offsets, half=asked.half)
+    found = None if weight is None else ops.contract(*lines, weight, offsets=offsets, half=asked.half)
     if bias is not None:
-        found = with_bias(found, sample_sums(rows[1], offsets, bias.dtype), bias)
+        found = with_bias(found, sample_sums(lines[1], offsets, bias.dtype), bias)
     assert found is not None  # a call without either is not scored
     return found
 
@@ -56,8 +66,14 @@ def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor
 
 def sample_gradients(call: Call, name: str, n: int, block: slice) -> Tensor:
     weight, bias = call.fn.weight, call.fn.bias
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (samples_first(x, call.outputs[0], n).flatten(1, -2).to(dtype) for x in (call.input, call.grad_output[0]))  # [n, T, d]
+    dtype, tag = torch.promote_types(weight.dtype, torch.float32), call.outputs[0]
+    a, b = call.input.to(dtype), call.grad_output[0].to(dtype)
+    if isinstance(tag, Rows):
+        owners = lead_rows(b, tag).samples == torch.arange(n, device=b.device).unsqueeze(1)  # [n, M]
+        a, b = (x.flatten(0, -2).expand(n, -1, -1) for x in (a, b))
+        b = b * owners.unsqueeze(-1)
+    else:
+        a, b = (samples_first(x, tag, n).flatten(1, -2) for x in (a, b))  # [n, T, d]
     if name == call.name_of(bias):
         return b.sum(1)[:, block]
     rows, columns = (a, b) if is_transposed(call.fn) else (b, a)
@@ -70,7 +86,8 @@ register("linear", Form(scores, sample_gradients))
 class _ScoredLinear(torch.autograd.Function):
     """``x @ weight.T + bias``; the gradient of ``slot [n, K]`` is the samples' scores.
 
-    Samples are the leading dimension of ``x``, in equal shares, or ``offsets`` into its tokens. ``P``: ``[K, *shape]``.
+    Samples are the leading dimension of ``x``, in equal shares, or ``offsets`` into its tokens, taken in ``order``, of which the
+    last run is nobody's. ``P``: ``[K, *shape]``.
     """
 
     @staticmethod
@@ -83,23 +100,26 @@ class _ScoredLinear(torch.autograd.Function):
         P_weight: Tensor | None,
         P_bias: Tensor | None,
         offsets: Tensor | None,
+        order: Tensor | None,
     ) -> Tensor:
         # casts as autocast makes them, but the gradients of the weights come back as wide as their sums are
         seen = weight
         if torch.is_autocast_enabled(x.device.type):
             seen, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        ctx.save_for_backward(x, seen, P_weight, P_bias, offsets)
+        ctx.save_for_backward(x, seen, P_weight, P_bias, offsets, order)
         ctx.n, ctx.dtype = len(slot), weight.dtype
         return cpu.linear(x, seen, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, P_weight, P_bias, offsets = ctx.saved_tensors
+        x, weight, P_weight, P_bias, offsets, order = ctx.saved_tensors
         d_input = None
         if ctx.needs_input_grad[0]:
             d_input = cpu.linear(grad, weight.t())
         shape = (ctx.n, -1) if offsets is None else (-1,)
         a, b = x.reshape(*shape, x.shape[-1]), grad.reshape(*shape, grad.shape[-1])
+        if order is not None:
+            a, b = a[order], b[order]
         d_weight = d_bias = None
         scores = None
         if ctx.needs_input_grad[1]:
@@ -108,13 +128,20 @@ class _ScoredLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
             scores, d_bias = with_bias(scores, sums, P_bias), sums.sum(0)
-        return d_input, d_weight, d_bias, scores, None, None, None
+        return d_input, d_weight, d_bias, None if scores is None else scores[: ctx.n], None, None, None, None
 
 
 FOLLOWED.add(_ScoredLinear)
 
 
-def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | None, ...], offsets: Tensor | None) -> Tensor:
+def scored_linear(
+    layer: nn.Module,
+    x: Tensor,
+    slot: Tensor,
+    P: tuple[Tensor | None, ...],
+    offsets: Tensor | None,
+    order: Tensor | None = None,
+) -> Tensor:
     """The layer's forward, whose backward adds the samples' scores to the gradient of ``slot [n, K]``; ``P`` of weight and bias."""
     weight: Any = layer.weight  # nn.Module types its attributes as modules too
     bias: Any = layer.bias
@@ -124,7 +151,7 @@ def scored_linear(layer: nn.Module, x: Tensor, slot: Tensor, P: tuple[Tensor | N
     if torch.is_autocast_enabled(x.device.type):
         # a cast that autograd sees: the backward pass runs without autocast, on what the product really saw
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets)
+    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets, order)
 
 
 def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adam_ghost.capture.calls import Call
+from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import anything, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import samples_first, sum_samples, tokens
+from adam_ghost.scores.shapes import collect_rows, lead_rows, samples_first, sum_samples, tokens
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
@@ -17,12 +18,17 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     weight, bias = (P.get(call.name_of(p) or "") for p in (module.weight, getattr(module, "bias", None)))  # [K, d]
     if weight is None:
         return anything.scores(call, P, asked)
+    kind, tag = "layer" if isinstance(module, nn.LayerNorm) else "rms", call.outputs[0]
     if len(module.normalized_shape) > 1 or not ops.has_kernel("norm_score", call.input, call.grad_output[0]):
-        plain = asked.packing is None and not asked.per_token and call.outputs[0] == (0, 1)
+        plain = asked.packing is None and not asked.per_token and tag == (0, 1)
         return _run_with(module, call.input, call.grad_output[0], weight, bias) if plain else anything.scores(call, P, asked)
-    x, b = (samples_first(t, call.outputs[0], asked.n) for t in (call.input, call.grad_output[0]))  # [n, T, ..., d]
+    x, b = call.input, call.grad_output[0]
+    if isinstance(tag, Rows):
+        x, b = (t.reshape(1, -1, t.shape[-1]) for t in (x, b))
+        found = ops.norm_score(x, b, weight, bias, module.eps, kind, per_token=True)[0]  # [M, K]
+        return collect_rows(found, lead_rows(call.grad_output[0], tag), asked)
+    x, b = (samples_first(t, tag, asked.n) for t in (x, b))  # [n, T, ..., d]
     per_token = asked.per_token or asked.packing is not None
-    kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
     found = ops.norm_score(x.flatten(1, -2), b.flatten(1, -2), weight, bias, module.eps, kind, per_token=per_token)
     if not per_token:
         return found

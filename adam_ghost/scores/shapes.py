@@ -6,8 +6,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.recording import Packing
+from adam_ghost.capture.rows import NOBODY, Rows
+from adam_ghost.scores.forms import Asked
 
 
 def add(parts: Iterable[Tensor]) -> Tensor:
@@ -15,7 +16,7 @@ def add(parts: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, parts)
 
 
-def samples_first(x: Tensor, tag: Tag, n: int) -> Tensor:
+def samples_first(x: Tensor, tag: tuple[int, int], n: int) -> Tensor:
     """``x`` with its samples along dimension 0, then its tokens (size 1 if it has none), then the rest: ``[n, T, ...]``."""
     axis, rows = tag
     x = x if axis == 0 else x.movedim(axis, 0)  # [n * rows, ...]
@@ -24,7 +25,7 @@ def samples_first(x: Tensor, tag: Tag, n: int) -> Tensor:
     return x if x.ndim > 2 else x.unsqueeze(1)
 
 
-def by_token(x: Tensor, tag: Tag, n: int) -> Tensor:
+def by_token(x: Tensor, tag: tuple[int, int], n: int) -> Tensor:
     """``[n, T]``: sums a call's output-shaped products over everything but sample and token."""
     x = samples_first(x, tag, n)
     return x.flatten(2).sum(-1) if x.ndim > 2 else x
@@ -33,6 +34,54 @@ def by_token(x: Tensor, tag: Tag, n: int) -> Tensor:
 def tokens(scores: Tensor, b: Tensor) -> Tensor:
     """Scores ``[n, rows, K]`` of ``b [n, T, ..., d]``, whose rows they count in a line, as ``[n, T, K]``."""
     return scores.unflatten(1, b.shape[1:-1]).flatten(2, -2).sum(2) if b.ndim > 3 else scores
+
+
+def by_row(x: Tensor, tag: Rows) -> Tensor:
+    """``[M]``: sums a call's output-shaped products over the dimensions along which the index of ``tag`` does not vary."""
+    dims = [d for d in range(x.ndim) if tag.of.shape[d] == 1]
+    return (x.sum(dims, keepdim=True) if dims else x).flatten()
+
+
+def lead_rows(x: Tensor, tag: Rows) -> Rows:
+    """The tag of the rows of ``x [..., d]`` in a line, ``[M]``."""
+    return Rows(tag.of.expand(*x.shape[:-1], 1).reshape(-1), tag.per)
+
+
+def collect_rows(scores: Tensor, tag: Rows, asked: Asked) -> Tensor:
+    """Scores of rows ``[M, K]`` summed to ``[n, K]``, ``[n, T, K]`` per token; the rows that are nobody's are left out."""
+    if asked.per_token:
+        return sum_rows(scores, tag.of.flatten(), asked.n * tag.per).unflatten(0, (asked.n, tag.per))
+    return sum_rows(scores, *owners(tag, asked.n, asked.packing))
+
+
+def owners(tag: Rows, n: int, packing: Packing | None) -> tuple[Tensor, int]:
+    """The samples of the rows of ``tag`` in a line, ``[M]``, and how many samples there are.
+
+    Raises ValueError where rows are not known by token, which ``packing`` needs.
+    """
+    if packing is None:
+        return tag.samples.flatten(), n
+    tokens = packing.tokens // n  # to a row of the batch
+    if tag.per % tokens:
+        raise ValueError(
+            f"samples packed in rows of {tokens} tokens: a layer's rows are told apart by {tag.per} to a row of the batch"
+        )
+    token = tag.of.flatten() if tag.per == tokens else tag.of.flatten().div(tag.per // tokens, rounding_mode="floor")
+    samples = torch.searchsorted(packing.offsets, token, right=True) - 1  # [M]
+    count = len(packing.offsets) - 1
+    return torch.where((token == NOBODY) | (samples >= count), NOBODY, samples), count
+
+
+def sum_rows(x: Tensor, at: Tensor, count: int) -> Tensor:
+    """``[count, ...]``: the sums of the rows of ``x [M, ...]`` that go to each place ``at [M]``; in a fixed order."""
+    order, offsets = in_line(at, count)
+    return torch.segment_reduce(x[order], "sum", offsets=offsets)
+
+
+def in_line(at: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The order ``[M']`` in which rows at places ``at [M]`` lie in a line, and the places' offsets ``[count + 1]`` in it."""
+    line, order = torch.sort(torch.where(at == NOBODY, count, at), stable=True)
+    return order, torch.searchsorted(line, torch.arange(count + 1, device=at.device))
 
 
 def sum_samples(scores: Tensor, packing: Packing | None) -> Tensor:

@@ -6,63 +6,17 @@ wrongly, or samples are mixed, the recorded one is another.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
-from adam_ghost.capture.calls import rng_state
-from adam_ghost.capture.surroundings import Surroundings, custom_modules
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
+from adam_ghost.step.whole_pass import WholePass
 
 # relative difference of a sample's gradients, beyond that of their dtype: more is another gradient, not rounding
 DIFFERENT = 0.02
-
-
-class WholePass:
-    """A model's forward pass as it began, its outputs, and the gradients that came back at them."""
-
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict):
-        self.model, self.args, self.kwargs = model, args, kwargs
-        self.device = next(model.parameters()).device
-        self._rng = rng_state(self.device)
-        self._surroundings = Surroundings(custom_modules(model))
-        kind = self.device.type
-        self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self.outputs: list[Tensor] = []
-        self.grads: dict[int, Tensor] = {}
-
-    def ended(self, output: Any) -> None:
-        """Takes the outputs, and waits for their gradients."""
-        self.outputs = _tensors(output)
-        for i, x in enumerate(self.outputs):
-            if x.requires_grad:
-                x.register_hook(lambda grad, i=i: self._receive(i, grad.detach()))
-        self.outputs = [x.detach() for x in self.outputs]
-
-    def _receive(self, i: int, grad: Tensor) -> None:
-        if not torch.is_grad_enabled():  # not a pass for higher derivatives
-            self.grads[i] = self.grads[i] + grad if i in self.grads else grad
-
-    def again(self) -> list[Tensor] | None:
-        """The outputs of the pass run again, with a graph; None where it does not give the same."""
-        kind, dtype, enabled = self._autocast
-        with ExitStack() as stack:
-            stack.enter_context(self._surroundings.entered())
-            stack.enter_context(torch.random.fork_rng([self.device] if kind == "cuda" else []))
-            stack.enter_context(torch.autocast(kind, dtype, enabled=enabled))
-            state, device_state, _ = self._rng
-            torch.set_rng_state(state)
-            if device_state is not None:
-                torch.cuda.set_rng_state(device_state, self.device)
-            outputs = _tensors(self.model.forward(*self.args, **self.kwargs))
-        if [x.shape for x in outputs] != [x.shape for x in self.outputs]:
-            return None
-        same = all(torch.allclose(x.detach(), y, 1e-3, 1e-5) for x, y in zip(outputs, self.outputs, strict=True))
-        return outputs if same else None
 
 
 def alone(step: Step, whole: WholePass, n: int, validation: Validation, seed: int) -> float | None:
@@ -107,7 +61,3 @@ def _gradients(outputs: Sequence[Tensor], grads: dict[int, Tensor], params: Any,
         shares.append(share)
     found = torch.autograd.grad([outputs[k] for k in grads], params, shares, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]

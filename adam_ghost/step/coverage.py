@@ -1,10 +1,10 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from adam_ghost.capture.walk import modules
@@ -36,6 +36,7 @@ class Coverage:
 
     def __init__(self, strict: bool):
         self.strict, self.share = strict, 1.0
+        self.forward_mode = True  # whether the whole model may have one, as far as it was tried
         self.blamed: list[str] = []  # parameters whose calls do not explain their gradient
         self._told: set[str] = set()
 
@@ -80,6 +81,20 @@ class Coverage:
             return
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
         self.tell("missing", f"not attributed: {shown}; the scores cover {share:.1%} of the parameters that got a gradient")
+
+    def tell_of_passes(self, names: list[str], grads: Mapping[str, Tensor], scored: bool) -> None:
+        """Says once that layer calls lost parameters, and whether a pass of the whole model scores them."""
+        share = sum(grads[name].numel() for name in names) / sum(g.numel() for g in grads.values())
+        if not scored:
+            self.forward_mode = False
+            self.report(names, self.share - share)
+        elif "passes" not in self._told:
+            self._told.add("passes")
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            warn(
+                f"lost by the layer calls: {shown}; they, {share:.1%} of the parameters, are scored by a forward-mode pass of the"
+                " whole model in each step, about two forward passes more (fallback=False leaves them out)"
+            )
 
     def tell(self, what: str, message: str) -> None:
         """Warns with ``message``, once for each ``what``; raises RuntimeError under ``strict``."""

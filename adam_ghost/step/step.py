@@ -16,6 +16,7 @@ from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage, Joined
 from adam_ghost.step.fingerprint import Fingerprint
+from adam_ghost.step.whole_pass import WholePass
 
 
 def plain_precision(model: nn.Module) -> torch.autocast:
@@ -36,12 +37,21 @@ class Step:
     grads: dict[str, Tensor]
     recordings: list[Recording]
     scale: dict[str, Tensor] = field(default_factory=dict)  # what gradients were multiplied by since they were recorded
-    missing: list[str] = field(default_factory=list)  # parameters whose gradient no recorded call explains
+    missing: list[str] = field(default_factory=list)  # parameters whose gradient is not explained
+    # parameters that recorded calls do not explain, scored by the whole passes, one to a recording
+    whole: list[str] = field(default_factory=list)
+    passes: list[WholePass] = field(default_factory=list)
+    coverage: Coverage | None = None
     world: World = field(default_factory=World)
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
         p = self.params[name]
+        if name in self.whole:
+            passes = zip(self.recordings, self.passes, strict=True)
+            shares = torch.cat([whole.sample_gradients({name: p}, r.batch_size)[name] for r, whole in passes])
+            shares = shares[:, block] if p.ndim else shares
+            return shares * self.scale[name] if self.scale else shares
         shares = torch.cat([sample_gradients(r.calls, name, p, r.batch_size, block) for r in self.recordings])
         shares = shares * self.scale[name] if self.scale else shares
         return shares if self.world.size == 1 else shares * self.world.share
@@ -50,9 +60,24 @@ class Step:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
-        parts = [score_recordings(self.recordings, whole, per_token, half) for whole in self.world.whole(P)]
+        by_passes = self.whole_scores({name: P[name] for name in self.whole if name in P}, per_token)
+        by_calls = {name: x for name, x in P.items() if name not in self.whole}
+        parts = [] if by_passes is None else [by_passes]
+        for whole in self.world.whole(by_calls) if by_calls else ():
+            parts.append(score_recordings(self.recordings, whole, per_token, half))
         scores = add(parts)
         return scores if self.world.size == 1 else scores * self.world.share
+
+    def whole_scores(self, P: Directions, per_token: bool = False) -> Tensor | None:
+        """The part of the parameters that whole passes score; None where there are none, or the model has no forward mode."""
+        if not P:
+            return None
+        found = score_passes(self.passes, self.recordings, self.params, P, per_token)
+        if self.coverage is not None:
+            self.coverage.tell_of_passes(self.whole, self.grads, found is not None)
+        if found is None:
+            self.missing, self.whole = [*self.missing, *self.whole], []
+        return found
 
     def joined(self, scores: Tensor, val_loss: Tensor) -> Joined:
         """What is known of all processes' scores, read by the host."""
@@ -67,7 +92,9 @@ class Step:
         """The step of these parameters, the others staying where they are."""
         part = lambda held: {name: held[name] for name in names if name in held}  # noqa: E731
         missing = [name for name in self.missing if name in names]
-        return Step(self.opt_state, part(self.params), part(self.grads), self.recordings, part(self.scale), missing, self.world)
+        return Step(
+            self.opt_state, part(self.params), part(self.grads), self.recordings, part(self.scale), missing, world=self.world
+        )
 
     def accounted(self, P: Directions, total: Tensor) -> Tensor | None:
         """``[K]``, of ``total = < P , g >``: what the scores have to add up to, without the parameters that no call explains.
@@ -84,13 +111,30 @@ class Step:
     def unexplained(self, P: Directions) -> list[str]:
         """The names of parameters whose samples' shares do not add up to their gradient, as far as ``P`` sees it; worst first."""
         off = {}
-        for name in self.touched() & self.grads.keys():
+        for name in (self.touched() - set(self.whole)) & self.grads.keys():
             total = inner(P, {name: self.grads[name]})
             gap = (self.scores({name: P[name]}).sum(0) - total).abs().max()
             if not gap <= 1e-3 * total.abs().max():
                 off[name] = float(gap)
         worst = max(off.values(), default=0.0)
         return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
+
+
+def score_passes(
+    passes: Sequence[WholePass],
+    recordings: Sequence[Recording],
+    params: Mapping[str, Tensor],
+    P: Directions,
+    per_token: bool = False,
+) -> Tensor | None:
+    """``[n, K]``, or ``[n, T, K]``: by the whole passes of all recordings; None where the model has no forward mode."""
+    params, found = {name: params[name] for name in P}, []
+    for recording, whole in zip(recordings, passes, strict=True):
+        scores = whole.scores(params, P, recording.packing, per_token)
+        if scores is None:
+            return None
+        found.append(scores)
+    return torch.cat(found)
 
 
 def join(world: World, scores: Tensor, val_loss: Tensor) -> Tensor:
@@ -110,9 +154,17 @@ def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
 
 
 def gather_step(
-    model: nn.Module, opt_state: OptState, recordings: list[Recording], coverage: Coverage, world: World | None = None
+    model: nn.Module,
+    opt_state: OptState,
+    recordings: list[Recording],
+    coverage: Coverage,
+    passes: Sequence[WholePass | None] = (),
+    world: World | None = None,
 ) -> Step:
-    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains."""
+    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains.
+
+    ``passes``: of the recordings, by which those can be scored.
+    """
     named, world = named_parameters(model), world or World()
     params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
     grads = {name: world.local(p.grad) for name, p in params.items() if p.grad is not None}
@@ -126,11 +178,14 @@ def gather_step(
     for name, p in named.items():
         if not p.requires_grad and p.grad is not None and p in opt_state:
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
-    step = Step(opt_state, params, grads, recordings, world=world)
+    step = Step(opt_state, params, grads, recordings, coverage=coverage, world=world)
     if recordings:
         inside = set(named.values())
         outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
-        step.missing = report_coverage(grads, recordings, coverage, outside, step.world)
+        step.passes = [whole for whole in passes if whole is not None]
+        usable = coverage.forward_mode and len(step.passes) == len(recordings)
+        usable = usable and all(whole.by_sample(r.batch_size, r.packing) for r, whole in zip(recordings, step.passes, strict=True))
+        step.whole, step.missing = report_coverage(grads, recordings, coverage, outside, usable, world)
     return step
 
 
@@ -139,11 +194,12 @@ def report_coverage(
     recordings: Sequence[Recording],
     coverage: Coverage,
     outside: Sequence[Tensor] = (),
+    by_passes: bool = False,
     world: World | None = None,
-) -> list[str]:
-    """Tells ``coverage`` which gradients no recorded call explains, and returns their names.
+) -> tuple[list[str], list[str]]:
+    """Tells ``coverage`` which gradients no recorded call explains: the names of those that whole passes do, and of the others.
 
-    ``outside``: trained parameters that are not the model's.
+    ``outside``: trained parameters that are not the model's; ``by_passes``: whether there are such passes.
     """
     world, known = world or World(), list(grads)
     covered = world.union({name for r in recordings for name in r.touched()}, known)
@@ -153,10 +209,15 @@ def report_coverage(
     if world.sharded:
         anywhere = world.union(set(missing), known)
         missing = [name for name in known if name in anywhere]
+    whole: list[str] = []
     total = sum(x.numel() for x in (*grads.values(), *outside))
+    # what was contracted as it came is in the scores already, in part
+    contracted = {name for r in recordings if not r.calls for name in r.touched()}
+    if missing and by_passes and contracted.isdisjoint(missing):
+        whole, missing = missing, []
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
-    return missing
+    return whole, missing
 
 
 def follow_scaling(step: Step, before: Fingerprint, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Tensor, Tensor]:

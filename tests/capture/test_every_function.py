@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from adam_ghost.capture import rules
 from adam_ghost.capture.batch import Batch
 from adam_ghost.capture.pointwise import FACTORIES, POINTWISE, POINTWISE_IF_TWO
+from adam_ghost.capture.rows import JOINS, MOVES, WRITES, Rows
 
 n = 4  # every size is n, or n * n, on purpose
-TABLES = [POINTWISE, POINTWISE_IF_TWO, rules.RULES, rules.RESHAPES, rules.LISTS, rules.PRODUCTS, rules.EINSUM, {Tensor.__setitem__}]
-KNOWN = {f for table in TABLES for f in table}
+TABLES = [POINTWISE, POINTWISE_IF_TWO, rules.RULES, rules.RESHAPES, rules.LISTS, rules.PRODUCTS, rules.EINSUM]
+BY_INDEX = {f for table in (MOVES, JOINS, WRITES) for f in table}  # rows may come to lie anywhere
+KNOWN = {f for table in TABLES for f in table} | BY_INDEX
 
 
 def overridable():
@@ -106,6 +108,10 @@ def special():
         (Tensor.__getitem__, (x3, i))
         for i in ((0, slice(None), INDEX), (INDEX,), INDEX > 1, (slice(1, None),), True, (slice(0, 4), None))
     )
+    yield from ((f, (x3, (INDEX,), x3 + 1)) for f in (torch.index_put, Tensor.index_put, torch.index_put_, Tensor.index_put_))
+    yield from ((f, (x3, (n, n, n))) for f in (torch.broadcast_to, Tensor.broadcast_to))
+    yield from ((f, (x3, x3 > 0.5)) for f in (torch.masked_select, Tensor.masked_select))
+    yield from ((torch.t, (square,)), (Tensor.t, (square,)))
     yield from ((torch.quantile, (x3, torch.linspace(0, 1, n).double(), d)) for d in range(3))
     yield from ((torch.nanquantile, (x3, 0.5, d)) for d in range(3))
 
@@ -142,8 +148,15 @@ def changed(x, axis, sample):
     return rows.movedim(0, axis)
 
 
+def permuted(axis, ndim):
+    """The tag of samples that are in the order of ``INDEX``."""
+    return Rows(INDEX.view([n if d == axis else 1 for d in range(ndim)]), 1)
+
+
 def verify(f, args, wrong, refused):
-    """Tries every place for the batch; returns how many were shown to be where the rules say, and lists the ``wrong`` ones.
+    """Tries every place for the batch; returns how often it was shown to be where the rules say, in blocks and by an index.
+
+    Lists the ``wrong`` ones.
 
     ``refused`` collects the signatures that ``f`` does not have, which are not tried again.
     """
@@ -151,27 +164,29 @@ def verify(f, args, wrong, refused):
         out = results(f, copied(args))
     except TypeError:
         refused.add((f, signature(args)))
-        return 0
+        return 0, 0
     except Exception:
-        return 0
-    found, shown = flat(args), 0
+        return 0, 0
+    found, shown = flat(args), [0, 0]
+    places = list(itertools.product(range(max((t.ndim for t in found), default=0)), (False, True)))
     for carriers in {tuple(range(len(found))), *((i,) for i in range(len(found)))}:
-        for axis in range(max((t.ndim for t in found), default=0)):
+        for axis, by_index in places:
             if any(axis >= found[i].ndim or found[i].shape[axis] != n for i in carriers):
                 continue
             mine = copied(args)
             batch = Batch()
             batch.n = n
             for i in carriers:
-                batch.tag(flat(mine)[i], (axis, 1))
+                batch.tag(flat(mine)[i], permuted(axis, found[i].ndim) if by_index else (axis, 1))
             try:
                 out = results(f, mine)
             except Exception:
                 continue
-            tags = [batch.infer(f, mine, {}, flat(mine), x) for x in out]
+            tags = [batch.infer(f, mine, {}, flat(mine), x, i) for i, x in enumerate(out)]
             if not any(tags):
                 continue
-            other = copied(args, lambda i, t, axis=axis, mine=carriers: changed(t, axis, 1) if i in mine else t)
+            row = INDEX.tolist().index(1) if by_index else 1  # the second sample's
+            other = copied(args, lambda i, t, axis=axis, row=row, mine=carriers: changed(t, axis, row) if i in mine else t)
             before = results(f, copied(args))
             try:
                 after = results(f, other)
@@ -180,12 +195,16 @@ def verify(f, args, wrong, refused):
             for x, y, tag in zip(before, after, tags, strict=True):
                 if tag is None:
                     continue
-                rows = [k for k in range(x.shape[tag[0]]) if k // tag[1] != 1]
                 a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (x, y))
-                a, b = (t.movedim(tag[0], 0)[rows].double() for t in (a, b))
+                if isinstance(tag, Rows):
+                    others = (tag.samples != 1).expand(x.shape)
+                    a, b = a[others].double(), b[others].double()
+                else:
+                    rows = [k for k in range(x.shape[tag[0]]) if k // tag[1] != 1]
+                    a, b = (t.movedim(tag[0], 0)[rows].double() for t in (a, b))
                 if not torch.allclose(a, b, rtol=1e-9, atol=1e-11, equal_nan=True):
                     wrong.append((f, args, axis, carriers, tag))
-                shown += 1
+                shown[isinstance(tag, Rows)] += 1
     return shown
 
 
@@ -196,16 +215,23 @@ NOT_TRIED = {torch.empty_like, Tensor.__setitem__, Tensor.cuda, Tensor.cpu, Tens
 @pytest.mark.filterwarnings("ignore")
 def test_rules_by_experiment():
     """One sample is exchanged; the others' rows of the result stay."""
-    shown, wrong, refused = dict.fromkeys(KNOWN, 0), [], set()
+    shown, wrong, refused = {f: [0, 0] for f in KNOWN}, [], set()
+
+    def show(f, args):
+        shown[f] = [a + b for a, b in zip(shown[f], verify(f, args, wrong, refused), strict=True)]
+
     for f, args in special():
-        shown[f] += verify(f, args, wrong, refused)
+        show(f, args)
     for kind, ndim in (("float", 3), ("int", 2)):
         for k, args in enumerate(calls(ndim, kind)):
             types = signature(args)
             for f in KNOWN - NOT_TRIED:
-                due = shown[f] < 12 and k < (3 if f in POINTWISE else 300 if ndim == 3 else 0)
+                scarce = shown[f][0] < 8 or (f in BY_INDEX and shown[f][1] < 6)
+                due = scarce and k < (3 if f in POINTWISE else 300 if ndim == 3 else 0)
                 if due and (f, types) not in refused:
-                    shown[f] += verify(f, args, wrong, refused)
+                    show(f, args)
     assert not wrong, [(f, [getattr(t, "shape", t) for t in args], *rest) for f, args, *rest in wrong][:20]
-    missing = sorted({getattr(f, "__name__", str(f)) for f, count in shown.items() if not count})
+    missing = sorted({getattr(f, "__name__", str(f)) for f, counts in shown.items() if not any(counts)})
     assert len(missing) < 120, missing
+    unmoved = sorted({getattr(f, "__name__", str(f)) for f in BY_INDEX - NOT_TRIED if not shown[f][1]})
+    assert not unmoved, unmoved

@@ -1,0 +1,76 @@
+"""Products with parameters by torch functions: which are linear in their parameters, and a forward mode for grouped ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adam_ghost.capture.calls import Call, Ref
+from adam_ghost.capture.names import counterpart, functions
+from adam_ghost.scores.shapes import add
+
+# products of experts: rows sorted by expert, ``offs`` where each one's end
+GROUPED = frozenset((*functions("F.grouped_mm"), *functions("torch._grouped_mm")))
+_PRODUCTS_BY_NAME = "matmul __matmul__ __rmatmul__ mm bmm mv torch.einsum torch.tensordot"
+# that put elements in other places, or hold them in another way
+_LINEAR_BY_NAME = """
+    transpose t permute swapaxes swapdims adjoint movedim moveaxis view reshape flatten unflatten squeeze unsqueeze expand expand_as
+    chunk split unbind select narrow index_select __getitem__ contiguous clone to type_as float double half bfloat16
+"""
+# linear in each of their operands
+_PRODUCTS = GROUPED | frozenset(f for name in _PRODUCTS_BY_NAME.split() for f in functions(name))
+_TRANSPOSES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT"))
+_LINEAR = _TRANSPOSES | frozenset(f for name in _LINEAR_BY_NAME.split() for f in functions(name))
+
+
+def is_linear(call: Call) -> bool:
+    """Whether the outputs of ``call`` are linear in its parameters: then it is its own derivative, run with P in their place."""
+    if call.kind in ("affine", "norm"):
+        # an argument made of parameters makes it a product of two
+        return set(call.parameters()) == {call.name_of(p) for p in call.own.values()}
+    if isinstance(call.fn, nn.Module) or call.inplace:
+        return False
+    made = [x for x in call.arguments() if isinstance(x, (nn.Parameter, Ref))]
+    if call.fn is F.linear:
+        input, *others = call.arguments()
+        weight_and_bias = [x for x in others if isinstance(x, (Tensor, Ref))]
+        apart = not isinstance(input, (nn.Parameter, Ref)) and len(weight_and_bias) == len(made)
+        return apart and all(_is_linear_source(x) for x in made)
+    return counterpart(call.fn) in _PRODUCTS and len(made) == 1 and _is_linear_source(made[0])
+
+
+def _is_linear_source(x: nn.Parameter | Ref) -> bool:
+    """Whether what an argument was made of parameters by is linear in them."""
+    if not isinstance(x, Ref):
+        return True
+    made = [y for y in x.call.arguments() if isinstance(y, (nn.Parameter, Ref))]
+    return x.call.fn in _LINEAR and len(made) == 1 and not x.call.inplace and _is_linear_source(made[0])
+
+
+class _Grouped(torch.autograd.Function):
+    """A grouped product with a forward mode, which torch's has none of."""
+
+    @staticmethod
+    def forward(func: Callable, x: Tensor, weight: Tensor, kwargs: dict) -> Tensor:
+        return func(x, weight, **kwargs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.func, x, weight, ctx.kwargs = inputs
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, __: Any) -> Tensor:
+        x, weight = ctx.saved_tensors
+        parts = []
+        if x_tangent is not None:
+            parts.append(ctx.func(x_tangent, weight, **ctx.kwargs))
+        if weight_tangent is not None:
+            parts.append(ctx.func(x, weight_tangent, **ctx.kwargs))
+        return add(parts)
+
+
+def grouped_product(func: Callable, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+    return _Grouped.apply(func, x, weight, kwargs)
