@@ -43,7 +43,10 @@ def differences(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor],
     rerun.find_scales(batches)
     with _moved(rerun, batches, vector) as c:
         there = rerun.gradient(batches)
-    return [torch.where(c > 0, (x - g) / c.to(x.dtype), 0.0) for x, g in zip(there, grads, strict=True)]
+    per = torch.where(c > 0, 1 / c, 0.0)
+    for x, g in zip(there, grads, strict=True):
+        x.sub_(g).mul_(per.to(x.dtype))
+    return there
 
 
 def double(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:

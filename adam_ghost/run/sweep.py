@@ -121,16 +121,16 @@ class Sweep:
                     if step.number <= self.plan.last:
                         yield step.entry, None
                     continue
-                raw, pulled = self._pull(step, state, used, adjoint)
+                raw, P = self._pull(step, state, used, adjoint)
                 self.put(state)
                 if step.number <= self.plan.last:
-                    scored = self._score(step, used, raw, pulled, val_loss)
+                    scored = self._score(step, used, raw, P, val_loss)
                     if step is audited:
                         step.entry.record.audit = self._audit(step, state, raw, scored)
                         self.put(state)
                     yield step.entry, scored
                 if step is not self.steps[0]:
-                    self._feed_back(step, raw, pulled, adjoint)
+                    self._feed_back(step, raw, P, adjoint)
 
     def _segments(self) -> list[list[KeptStep]]:
         """Runs of steps, each beginning with a kept state."""
@@ -221,8 +221,10 @@ class Sweep:
     def _pull(
         self, step: KeptStep, state: OptState, used: list[Tensor | None], adjoint: Adjoint
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradient of the loop's backward pass, before it was scaled, and its adjoint ``[K, *shape]``, per parameter."""
-        raw = [torch.zeros_like(p) if g is None else g / step.factor.to(g.dtype) for p, g in zip(self.params, used, strict=True)]
+        """The gradient of the loop's backward pass, before it was scaled, and ``P`` for it, ``[K, *shape]``, per parameter."""
+        raw = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, used, strict=True)]
+        if bool(step.factor != 1):
+            raw = [g / step.factor.to(g.dtype) for g in raw]
         pulled = state.pull(used, adjoint, self._shares(step, used) if self.window.options.bounded else None)
         if step.number in self.clipped:
             # the factor, max_norm over the gradient's norm, shrinks as the gradient grows: nothing along it passes
@@ -231,7 +233,8 @@ class Sweep:
             dots = [x.flatten(1) @ g.flatten().to(x.dtype) for x, g in zip(pulled, raw, strict=True)]  # each [K]
             along = torch.stack(dots).double().sum(0) / squared
             pulled = [x - along.view(-1, *[1] * g.ndim).to(x.dtype) * g.to(x.dtype) for x, g in zip(pulled, raw, strict=True)]
-        return raw, [x * step.factor.to(x.dtype) for x in pulled]
+        down = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in pulled]
+        return raw, [x * -step.factor.to(x.dtype) for x in down]
 
     def _shares(self, step: KeptStep, used: list[Tensor | None]) -> list[Tensor]:
         """Per parameter, ``[]``: a sample's part of an element's gradient, if n samples' are as often up as down."""
@@ -241,9 +244,9 @@ class Sweep:
     # one step
 
     def _score(
-        self, step: KeptStep, used: list[Tensor | None], raw: list[Tensor], pulled: list[Tensor], val_loss: Tensor
+        self, step: KeptStep, used: list[Tensor | None], raw: list[Tensor], directions: list[Tensor], val_loss: Tensor
     ) -> Scored:
-        P = {name: -x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in zip(self.names, pulled, strict=True)}
+        P = dict(zip(self.names, directions, strict=True))
         given = {name: g for name, g in zip(self.names, used, strict=True) if g is not None}
         # a few small parameters, whose gradients tell at little cost whether the batch runs as it did
         small = sorted(given, key=lambda name: given[name].numel())[:3]
@@ -341,11 +344,11 @@ class Sweep:
                 f" factor, and draw random numbers from torch alone{why}"
             )
 
-    def _feed_back(self, step: KeptStep, raw: list[Tensor], pulled: list[Tensor], adjoint: Adjoint) -> None:
-        for k in range(len(pulled[0])):
-            vector = [x[k].to(p.dtype) for x, p in zip(pulled, self.params, strict=True)]
+    def _feed_back(self, step: KeptStep, raw: list[Tensor], P: list[Tensor], adjoint: Adjoint) -> None:
+        for k in range(len(P[0])):
+            vector = [x[k].to(p.dtype) for x, p in zip(P, self.params, strict=True)]
             for x, h in zip(adjoint.weights, self.feedback(self.rerun, step.batches, raw, vector), strict=True):
-                x[k] += h
+                x[k] -= h
 
     def _audit(self, step: KeptStep, state: OptState, raw: list[Tensor], scored: Scored) -> Audit:
         """The step's credit against leaving a few of its samples out and training on to the window's end."""
