@@ -70,5 +70,5 @@ def test_is_left_to_reference_code(make):
 def test_what_has_no_memory_is_refused():
     w, table, sums = torch.zeros(6, 4), torch.tensor([STEP], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64)
     for g in (3.0, torch.zeros(6, 4).to_sparse(), torch.zeros(6, 4, device="meta")):
-        status = extension.C.variance_correction([w], [g], [], [], [], [w], [w.clone()], table, [0], 0, sums)
+        status = extension.C.variance_correction([w], [g], [], [], [], [w], [w.clone()], table, [0], 0, False, sums)
         assert status == adam_op._NOT_PLAIN
