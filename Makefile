@@ -17,8 +17,9 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 demo: $(VENV)/installed
 	$(BIN)/python -m adam_ghost demo
 
+# a process per core, each with one thread
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 25
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
