@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import SEQUENCES, VOCABULARY, D, Embed, Fn, N, normal, problem
 from oracles import close, gradients, gradients_one_by_one, inner
 from torch import nn
 from torch.nn import functional as F
-from zoo import SEQUENCES, VOCABULARY, D, Embed, Fn, N, normal, problem
 
 import adam_ghost as ag
 from adam_ghost import pairwise

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from models import SEQUENCES, VOCABULARY, D, Embed, Fn, problem
 from snapshots import everything, same
 from torch import nn
-from zoo import SEQUENCES, VOCABULARY, D, Embed, Fn, problem
 
 import adam_ghost as ag
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from models import SEQUENCES, VOCABULARY, D, Fn, N, inputs, normal, problem
 from oracles import Problem, losses
 from snapshots import everything, residue, same
 from torch import nn
 from torch.nn.utils import parametrizations
-from zoo import SEQUENCES, VOCABULARY, D, Fn, N, inputs, normal, problem
 
 import adam_ghost as ag
 from adam_ghost.layer_cache import open_step

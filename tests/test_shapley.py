@@ -6,10 +6,10 @@ import pydoc_data.topics
 
 import pytest
 import torch
+from models import SEQUENCES, D, Fn, problem
 from oracles import close, gradients_one_by_one
 from torch import nn
 from torch.nn import functional as F
-from zoo import SEQUENCES, D, Fn, problem
 
 import adam_ghost as ag
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from models import ONE, SEQUENCES, VOCABULARY, D, Fn, inputs, problem
 from torch import nn
-from zoo import ONE, SEQUENCES, VOCABULARY, D, Fn, inputs, problem
 
 import adam_ghost as ag
 from adam_ghost.capture import learned, walk

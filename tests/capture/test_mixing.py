@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
+from models import VOCABULARY, D, Fn, Leaf, N, inputs, normal, problem
 from oracles import Problem, close, gradients_loss_by_loss, gradients_one_by_one, inner
 from torch import nn
 from torch.nn import functional as F
-from zoo import VOCABULARY, D, Fn, Leaf, N, inputs, normal, problem
 
 import adam_ghost as ag
 

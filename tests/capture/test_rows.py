@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import D, Fn, N, problem
 from oracles import close, derivative_of_losses, gradients, gradients_one_by_one, inner
 from torch import nn
 from torch.nn import functional as F
-from zoo import D, Fn, N, problem
 
 import adam_ghost as ag
 from adam_ghost.capture.batch import Batch

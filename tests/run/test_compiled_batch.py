@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
+from models import D, Fn, N, inputs, normal
 from oracles import close, gradients, inner, losses
 from torch import nn
 from torch.nn import functional as F
-from zoo import D, Fn, N, inputs, normal
 
 import adam_ghost as ag
 

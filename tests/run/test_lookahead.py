@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from models import SEQUENCES, D, Fn, around, normal, problem
 from oracles import close, gradients, gradients_one_by_one, inner
-from zoo import SEQUENCES, D, Fn, around, normal, problem
 
 import adam_ghost as ag
 

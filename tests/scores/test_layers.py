@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import IN_FLOAT32, NO_FORWARD_MODE, ONE, RANDOM, SEQUENCES, VOCABULARY, Checkpointed, D, Embed, Fn, N, around, problem
 from oracles import close, derivative_of_losses, gradients_loss_by_loss, gradients_one_by_one, inner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from zoo import IN_FLOAT32, NO_FORWARD_MODE, ONE, RANDOM, SEQUENCES, VOCABULARY, Checkpointed, D, Embed, Fn, N, around, problem
 
 
 def check(case, name=""):

@@ -3,10 +3,10 @@
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from models import Fn, Leaf, Slope, normal
 from oracles import Problem, close, derivative_of_losses, gradients_one_by_one, inner
 from torch import nn
 from torch.nn import functional as F
-from zoo import Fn, Leaf, Slope, normal
 
 D = 4  # also a frequent number of samples, tokens and heads
 

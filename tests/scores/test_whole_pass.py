@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from models import D, Fn, N, inputs, normal
 from oracles import Problem, close, gradients_loss_by_loss, inner
 from torch import nn
 from torch.nn import functional as F
-from zoo import D, Fn, N, inputs, normal
 
 import adam_ghost as ag
 
