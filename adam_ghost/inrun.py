@@ -4,8 +4,8 @@ import io
 import os
 import time
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adam_ghost.capture.recording import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.ledger.ids import normalise
-from adam_ghost.optim import Optimizers, edits_gradients, listed, read_optimizer
+from adam_ghost.optim import Optimizers, listed, read_optimizer
 from adam_ghost.processes.find import find_world
 from adam_ghost.processes.world import World
 from adam_ghost.run.arguments import check_arguments, check_held, check_processes, window_options
@@ -24,13 +24,14 @@ from adam_ghost.run.readback import Books, Pending, Readback
 from adam_ghost.run.schedules import After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.steps import Steps
 from adam_ghost.run.totals import SampleScores, Totals
+from adam_ghost.run.turns import Turns
 from adam_ghost.run.window import Window
 from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.shapley import ShapleyValues, play
 from adam_ghost.step.alone import alone, tolerance
 from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, FinalGradients, GradientWatch
-from adam_ghost.step.step import Step, follow_scaling, gather_step, held_by, join
+from adam_ghost.step.fingerprint import EDITED, GradientWatch
+from adam_ghost.step.step import Step, follow_scaling, gather_step, held_by, join, plain_precision
 from adam_ghost.step.validation import Validation
 from adam_ghost.warn import warn
 
@@ -179,9 +180,7 @@ class InRun:
         self._squeeze = True  # whether the validation loss is a scalar
         self._seconds = 0.0  # of the host, in this step
         self.ledger = _open_writer(ledger)
-        self._awaited: set[torch.optim.Optimizer] = set()  # those that have yet to take the step that was begun
-        self._scored: dict[torch.optim.Optimizer, FinalGradients] = {}  # of the step that was begun
-        self._doubts: list[Readback] = []  # whether gradients of earlier steps were changed after they were scored
+        self._turns = Turns(len(self._optimizers) > 1)
         if self.ledger is not None:
             self.ledger.claim(self)
             self.ledger.share(world.first(self.ledger.run), world.size)
@@ -222,7 +221,7 @@ class InRun:
         self._closed = True
         try:
             self._end_step()
-            with self._sweeping(), self._plain_precision():
+            with self._sweeping(), plain_precision(self.model):
                 self._finish(self._schedule.finish())
             self._books.drain(self._book, wait=True)
         finally:
@@ -273,10 +272,10 @@ class InRun:
         refuse_mixed_samples(self.model)
         self._settle()
         self._follow_freezing()
-        with self._plain_precision():  # which may take a validation gradient
+        with plain_precision(self.model):  # which may take a validation gradient
             self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
-        return self._schedule.followed() if isinstance(self._schedule, After) else nullcontext()
+        return self._schedule.followed()
 
     def losses(self, losses: Tensor) -> None:
         """Tells the ledger each sample's share of the training loss, ``[n]``; after the forward pass that ``batch`` announced."""
@@ -293,7 +292,7 @@ class InRun:
         return Packing(offsets.to(device, non_blocking=True), int(offsets[-1]))
 
     def _audit_due(self) -> bool:
-        if isinstance(self._schedule, Window):  # which audits its own sweeps
+        if not self._schedule.per_step:  # windows audit their own sweeps
             return False
         return self.audit_every is not None and self._loop.attributed % self.audit_every == self.audit_every - 1
 
@@ -322,7 +321,7 @@ class InRun:
         shown, loop = ", ".join(changed[:6]), self._loop
         if self._schedule.pending():
             raise ValueError(f"frozen or unfrozen between two micro-batches of a step: {shown}; do it between two steps")
-        if self._schedule_name == "window":
+        if not self._schedule.per_step:
             raise ValueError(f"frozen or unfrozen in mid-run: {shown}; schedule='window' needs a new run for that")
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         if not params:
@@ -340,8 +339,9 @@ class InRun:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
-        if optimizer in self._awaited:
-            return self._check_final(optimizer)
+        if self._turns.awaits(optimizer):
+            with self._withdrawing():
+                return self._turns.check(optimizer)
         if len(self._optimizers) > 1 and not _has_gradients(optimizer):
             return  # it moves nothing
         self._end_step()
@@ -353,7 +353,7 @@ class InRun:
         self._loop.step += 1
         stepping = {each for each in self._optimizers if each is optimizer or _has_gradients(each)}
         if not due or micro is None:
-            self._awaited = stepping
+            self._turns.begin(stepping)
         if due:
             with self._world.together():
                 self._score(micro, dropped, stepping)
@@ -377,79 +377,44 @@ class InRun:
             return self._skip(micro)
         started = time.perf_counter() - self._seconds
         try:
-            with self._plain_precision():
+            with plain_precision(self.model):
                 self._attribute(micro, started)
         finally:
             self._loop.watch.fingerprint, self._seconds = None, 0.0
-        self._awaited = stepping
+        self._turns.begin(stepping)
 
-    def _check_final(self, optimizer: torch.optim.Optimizer) -> None:
-        """A later optimizer of the step: what it steps by has to be what was scored before the first one moved weights."""
-        scored = self._scored.get(optimizer)
-        if scored is None:
-            return
-        changed = scored.changed()
-        if changed.device.type != "cpu":  # looking would wait for the device
-            self._doubts.append(Readback(changed))
-        if getattr(optimizer, "grad_scale", None) is not None or (changed.device.type == "cpu" and bool(changed)):
-            self._refuse_late()
-
-    def _refuse_late(self) -> None:
-        self._withdraw()
-        raise RuntimeError(
-            "gradients of one optimizer changed after another had begun the step, when all were scored: unscale or clip all of them"
-            " before the first optimizer steps (with a gradient scaler, call scaler.unscale_(optimizer) for each)"
-        )
-
-    def _withdraw(self) -> None:
-        """The scores of the step that was begun are not those of the step."""
-        self._awaited, self._scored, self._doubts = set(), {}, []
-        if isinstance(self._schedule, Window):
+    @contextmanager
+    def _withdrawing(self) -> Iterator[None]:
+        """Where the step that was begun turns out to be another one, its scores are withdrawn."""
+        try:
+            yield
+        except RuntimeError:
+            self._turns.clear()
             self._schedule.withdraw()
-        else:
-            self._books.withdraw()
+            if self._schedule.per_step:  # else it is not in the books yet
+                self._books.withdraw()
+            raise
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        scored = self._scored.pop(optimizer, None)
-        if scored is not None and not edits_gradients(optimizer) and not scored.untouched():
-            self._withdraw()
-            raise RuntimeError(
-                "the gradients were changed after the run had scored them, by another hook of the optimizer (clipping?): the scores"
-                " would not be those of the step. Register that hook before the run is built"
-            )
-        if optimizer in self._awaited:
-            self._awaited.remove(optimizer)
-            if not self._awaited:
-                with self._sweeping(), self._plain_precision():
-                    self._finish(self._schedule.swept())
+        with self._withdrawing():
+            last = self._turns.taken(optimizer)
+        if last:
+            self._sweep()
 
     def _end_step(self) -> None:
-        """The step that was begun, if any, is over: optimizers that have not stepped by now will not."""
-        for doubt in self._doubts:
-            if doubt.get().any():
-                self._refuse_late()
-        self._doubts = []
-        if not self._awaited:
-            return
-        absent = [type(each).__name__ for each in self._awaited if each in self._scored]
-        if absent and len(self._optimizers) > 1:
-            self._withdraw()
-            raise RuntimeError(
-                f"step {self.step}: {', '.join(sorted(absent))} did not step, but its parameters have gradients and were scored"
-                " with the others': step every optimizer once in each step, or clear the gradients of those that rest before the"
-                " first one steps (zero_grad)"
-            )
-        self._awaited, self._scored = set(), {}
-        with self._sweeping(), self._plain_precision():
+        """The step that was begun, if any, is over."""
+        with self._withdrawing():
+            begun = self._turns.end(self.step)
+        if begun:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        with self._sweeping(), plain_precision(self.model):
             self._finish(self._schedule.swept())
 
     def _sweeping(self) -> AbstractContextManager[None]:
         """All processes sweep a window, or none."""
-        return self._world.together() if isinstance(self._schedule, Window) else nullcontext()
-
-    def _plain_precision(self) -> torch.autocast:
-        """A step inside of the loop's autocast is as one outside: that would round our sums, and keep casts of other weights."""
-        return torch.autocast(next(iter(self._loop.params.values())).device.type, enabled=False, cache_enabled=False)
+        return nullcontext() if self._schedule.per_step else self._world.together()
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop
@@ -487,7 +452,7 @@ class InRun:
         found = self._schedule.score(step, micro, edited, entry, void)
         for each in self._optimizers:
             if names := held_by(each, step.params):
-                self._scored[each] = FinalGradients({name: step.params[name] for name in names})
+                self._turns.keep(each, {name: step.params[name] for name in names})
         loop.attributed += 1
         entry.record.coverage = self.coverage.share
         entry.record.seconds = time.perf_counter() - started

@@ -15,6 +15,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
 
 
+@pytest.fixture
+def float64():
+    """torch's optimizers count their steps, and correct the moments' bias, in the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
     """Each test has random numbers of its own, the same in any order of tests and whatever folder its file lies in."""

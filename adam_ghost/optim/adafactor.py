@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar
-from adam_ghost.optim.defined import Coupled, raised
+from adam_ghost.optim.defined import Coupled
+from adam_ghost.optim.history import raised
 from adam_ghost.optim.protocol import number, register
 
 

@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 from adam_ghost.optim import adam_definition as definition
 from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import RULES, StepScalars
+from adam_ghost.optim.history import raised
 from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, number, register
 
 
@@ -199,8 +200,8 @@ class AdamState:
         lambda_m, lambda_v, *lambda_v_max = ([x[i] for i in moving] for x in after.state)
         m, v, v_max, steps = self.lists([params[i] for i in moving])
         if shares is not None:
-            entries = zip(moving, steps, v, strict=True)
-            v = [_at_least(shares[i], s, x, g) for i, s, x in entries if (g := grads[i]) is not None]
+            entries = [(x, g, shares[i], s) for i, s, x in zip(moving, steps, v, strict=True) if (g := grads[i]) is not None]
+            v = [raised(torch.zeros_like(g) if x is None else x, g * g, share, 1 - s.beta2, s.beta2) for x, g, share, s in entries]
         adam_op.adjoint(
             [params[i] for i in moving],
             [grads[i] for i in moving],
@@ -252,12 +253,6 @@ def local_part(x: Any) -> Any:
         return x
     with torch.no_grad():
         return x.to_local()
-
-
-def _at_least(share: Tensor, s: StepScalars, v: Tensor | None, g: Tensor) -> Tensor:
-    """``v`` raised where the second moment after the step would be less than what a gradient of ``share`` adds to it."""
-    least = (share.to(g.dtype).square() - g.square()) * ((1 - s.beta2) / (s.beta2 or 1.0))
-    return least.clamp_(min=0) if v is None else torch.maximum(least.to(v.dtype), v)
 
 
 def _read(

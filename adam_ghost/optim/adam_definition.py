@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adam_ghost.optim.history import typical_gradient
+
 RULES = ("secant", "tangent", "frozen", "sgd")
 
 Scalar = float | Tensor
@@ -149,16 +151,10 @@ def scaling(rule: str, s: StepScalars, w: Tensor, g: State, m: State, v: State, 
 
 
 def expected_gradient(s: StepScalars, w: Tensor, m: State, v: State) -> State:
-    """The gradient that history lets expect, before the backward pass; None where there is no history.
-
-    It has the first moment's sign and the second moment's size (the first moment alone is too small, and the secant depends on
-    the size), but at least a tenth of the parameter's typical size: rows of an embedding whose token has hardly been seen would
-    otherwise expect nothing, and take any gradient for an enormous step.
-    """
+    """The gradient that history lets expect, before the backward pass; None where there is no history."""
     if m is None or v is None:
         return None
-    typical = _wide(v, w) / (1 - s.beta2 ** (s.t - 1))
-    expected = typical.sqrt().clamp(min=0.1 * typical.mean().sqrt()).copysign(m)
+    expected = typical_gradient(m, _wide(v, w) / (1 - s.beta2 ** (s.t - 1)))
     return -expected if s.maximize else expected
 
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, absolute, at_least
-from adam_ghost.optim.defined import Elementwise, typical_gradient
-from adam_ghost.optim.protocol import number, register
+from adam_ghost.optim.defined import Elementwise
+from adam_ghost.optim.history import typical_gradient
+from adam_ghost.optim.moments import adam_scalars
+from adam_ghost.optim.protocol import register
 
 
 class Scalars(NamedTuple):
@@ -34,15 +36,7 @@ class AdamaxState(Elementwise):
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:
-        scalars = Scalars(
-            t=number(held.get("step", 0)) + 1,
-            lr=number(group["lr"]),
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=bool(group["maximize"]),
-        )
+        scalars = Scalars(**adam_scalars(group, held), maximize=bool(group["maximize"]))
         return scalars, (held.get("exp_avg"), held.get("exp_inf"))
 
     @staticmethod

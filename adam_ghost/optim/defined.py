@@ -258,21 +258,6 @@ class Coupled(Defined):
         return found
 
 
-def raised(mean_square: Tensor, square: Tensor, share: Tensor, new: Any, kept: Any) -> Tensor:
-    """``mean_square`` so that ``kept`` times it and ``new`` times the gradient's ``square`` are at least ``new * share**2``."""
-    return torch.maximum(mean_square, (share * share - square) * (new / kept)) if kept else mean_square
-
-
-def typical_gradient(mean: Tensor | None, mean_square: Tensor) -> Tensor:
-    """The gradient that running means of it and of its square let expect, in memory of its own.
-
-    It has the mean's sign (positive without one) and the root mean square's size, but at least a tenth of the parameter's typical
-    size: rows of an embedding whose token has hardly been seen would otherwise expect nothing.
-    """
-    size = mean_square.sqrt().clamp_(min=0.1 * mean_square.mean().sqrt())
-    return size if mean is None else size.copysign_(mean)
-
-
 def _sum_after(lead: int, x: Tensor) -> Tensor:
     """``x`` summed over all but the first ``lead`` dimensions, in float64; there may be no others."""
     return x.unsqueeze(-1).flatten(lead).sum(-1, dtype=torch.float64).reshape(-1)

@@ -10,6 +10,7 @@ from adam_ghost.optim import lion
 from adam_ghost.optim.adam import AdamState, ParamState
 from adam_ghost.optim.adam_definition import StepScalars
 from adam_ghost.optim.defined import Row
+from adam_ghost.optim.moments import adam_scalars
 from adam_ghost.optim.protocol import OptState, number, register
 
 _ROUNDED = "the optimizer rounds its state to few bits after every step, which no derivative follows"
@@ -73,16 +74,7 @@ def _dequantized(held: Any, which: str) -> Tensor | None:
 
 
 def _scalars(group: Any, held: Any, decoupled: bool, amsgrad: bool) -> StepScalars:
-    return StepScalars(
-        t=number(held.get("step", 0)) + 1,
-        lr=number(group["lr"]),
-        beta1=float(group["betas"][0]),
-        beta2=float(group["betas"][1]),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        decoupled=decoupled,
-        amsgrad=amsgrad,
-    )
+    return StepScalars(**adam_scalars(group, held), decoupled=decoupled, amsgrad=amsgrad)
 
 
 register("torchao.optim.adam._AdamBase", _of_torchao)

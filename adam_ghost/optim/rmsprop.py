@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
-from adam_ghost.optim.defined import Elementwise, raised, typical_gradient
+from adam_ghost.optim.defined import Elementwise
+from adam_ghost.optim.history import raised, typical_gradient
 from adam_ghost.optim.protocol import number, register
 
 

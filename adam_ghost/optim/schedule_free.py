@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
-from adam_ghost.optim.defined import Elementwise, raised, typical_gradient
+from adam_ghost.optim.history import typical_gradient
+from adam_ghost.optim.moments import Moments
 from adam_ghost.optim.protocol import number, register
 
 
@@ -24,10 +25,8 @@ class Scalars(NamedTuple):
     maximize: bool = False
 
 
-class ScheduleFreeState(Elementwise):
+class ScheduleFreeState(Moments):
     """The state: the base sequence ``z``, and the second moment."""
-
-    kinds = 2
 
     @classmethod
     def blank(cls, w: Tensor) -> tuple[Tensor, ...]:
@@ -55,10 +54,6 @@ class ScheduleFreeState(Elementwise):
             share=weight / total if total else 0.0,
         )
         return scalars, (held.get("z"), held.get("exp_avg_sq"))
-
-    @staticmethod
-    def bounded(s: Scalars, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return state[0], raised(state[1], g * g, share, 1 - s.beta2, s.beta2)
 
     def expected_gradient(self, p: Tensor) -> Tensor | None:
         s, (_, exp_avg_sq) = self._rows[p].scalars, self._rows[p].state

@@ -181,6 +181,6 @@ class Rerun:
                 found = torch.autograd.grad(self.loss(batch), self.params, allow_unused=True)
             for x, g in zip(total, found, strict=True):
                 if g is not None:
-                    x.add_(g if batch.scale is None or bool(batch.scale == 1) else g * batch.scale.to(g.dtype))
+                    x.add_(g if batch.scale is None else g * batch.scale.to(g.dtype))
         self.world.mean(total)
         return total

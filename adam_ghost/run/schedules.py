@@ -4,7 +4,7 @@ A schedule owns its hooks on the model, what it keeps from one step to the next,
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -95,6 +95,8 @@ class Entry:
 class Schedule(Protocol):
     """What the loop asks of a schedule."""
 
+    per_step: bool  # whether a step is scored and booked when it is taken, by what it did alone
+
     def attach(self) -> None:
         """Hangs its hooks on the model."""
 
@@ -118,6 +120,12 @@ class Schedule(Protocol):
 
     def pending(self) -> list[MicroBatch]:
         """Those collected so far."""
+
+    def followed(self) -> AbstractContextManager[None]:
+        """Around a loss outside of the model that uses its weights."""
+
+    def withdraw(self) -> None:
+        """The step that was scored last turned out to be another one."""
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
@@ -153,6 +161,9 @@ class Collecting:
             self.loop.watch.await_beginnings()
         micro.arrivals = Arrivals(self.loop.watch)
 
+    def followed(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def pending(self) -> list[MicroBatch]:
         return self._micro
 
@@ -179,6 +190,8 @@ class Collecting:
 
 class After(Collecting):
     """``midpoint`` and ``gauss``: layer calls are kept until the gradients are final, and contracted with ``P`` then."""
+
+    per_step = True
 
     def __init__(self, loop: Loop, place: str):
         super().__init__(loop)
@@ -213,6 +226,9 @@ class After(Collecting):
         return []
 
     finish = swept
+
+    def withdraw(self) -> None:
+        """Nothing is kept of it here."""
 
     def waiting(self) -> int | None:
         return None

@@ -188,6 +188,7 @@ class Sweep:
         """
         norms = torch.stack([norm([g for g in s.used() if g is not None]) for s in self.steps])
         factors = torch.stack([s.factor.to(norms) for s in self.steps])
+        self.scaled = {s.number for s, factor in zip(self.steps, factors.tolist(), strict=True) if factor != 1}
         base, first = factors.max(), self.steps[0]
         down = factors < base * (1 - 1e-4)
         scaled = False
@@ -223,7 +224,7 @@ class Sweep:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient of the loop's backward pass, before it was scaled, and ``P`` for it, ``[K, *shape]``, per parameter."""
         raw = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, used, strict=True)]
-        if bool(step.factor != 1):
+        if step.number in self.scaled:
             raw = [g / step.factor.to(g.dtype) for g in raw]
         pulled = state.pull(used, adjoint, self._shares(step, used) if self.window.options.bounded else None)
         if step.number in self.clipped:

@@ -58,6 +58,8 @@ class WindowPlan:
 class Window(Collecting):
     """Keeps steps, and sweeps each window when the steps ahead of it are done."""
 
+    per_step = False
+
     def __init__(self, loop: Loop, options: WindowOptions, coverage: Coverage):
         super().__init__(loop)
         self.options, self.coverage = options, coverage

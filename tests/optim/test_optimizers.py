@@ -12,6 +12,8 @@ from oracles import close
 
 from adam_ghost.optim import read_optimizer
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 O = torch.optim
 KINDS = {
     "SGD": (O.SGD, {"lr": 0.1}),
@@ -45,14 +47,6 @@ CASES = [
 ] + [pytest.param(*KINDS[name], id=name) for name in KINDS if KINDS[name][0] is O.Muon]
 DIFFERENTIABLE = {name: case for name, case in KINDS.items() if case[0] is not O.Muon}  # whose step runs in bfloat16
 kinds = pytest.mark.parametrize("kind, options", KINDS.values(), ids=KINDS)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """torch's optimizers count their steps, and correct the moments' bias, in the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def made(kind, options):

@@ -1,10 +1,9 @@
 """DistributedDataParallel: scores of one process with the whole batch; weights of plain DistributedDataParallel."""
 
-import numpy as np
 import pytest
 import torch
-from compared import distance, joined
-from faults import averaging_hook, failing, random_validation, refused, thin
+from compared import check_thin_layer, check_training, distance, joined
+from faults import averaging_hook, failing, random_validation, refused
 from loops import UNEVEN, WITH_NONE, train
 
 # trainings end where they end, seldom with a window
@@ -32,19 +31,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_one_process(name, pair):
-    case = dict(CASES[name])
-    found = pair.run(train, "ddp", **case)
-    plain = pair.run(train, "ddp", **case | {"schedule": None})
-    case.pop("wrapper", None), case.pop("inner", None)
-    expected = train("one", **case)
-
-    assert distance(joined(found), expected["scores"]) < 1e-12
-    assert distance(joined(found, "standardized"), expected["standardized"]) < 1e-9
-    for mine in found:
-        for what in ("sums", "totals", "val_loss"):
-            np.testing.assert_allclose(mine[what], expected[what], rtol=1e-10, atol=1e-13)
-        for w, x in zip(mine["weights"], plain[0]["weights"], strict=True):
-            np.testing.assert_array_equal(w, x)
+    check_training(pair, "ddp", CASES[name])
 
 
 @pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
@@ -56,9 +43,7 @@ def test_single_precision(schedule, pair):
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
 def test_the_thin_layer(clip, pair):
-    found = [s for mine in pair.run(thin, "ddp", (4, 2), clip) for s in mine]
-    expected = np.array(thin("one", (4, 2), clip))
-    assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
+    check_thin_layer(pair, "ddp", clip)
 
 
 @pytest.mark.parametrize(

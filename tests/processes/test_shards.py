@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from compared import distance, joined
-from faults import failing, half, refused_shards, thin
-from loops import UNEVEN, WITH_NONE, train
+from compared import check_thin_layer, check_training
+from faults import failing, half, refused_shards
+from loops import UNEVEN, WITH_NONE
 
 CASES = {
     "midpoint": {"schedule": "midpoint"},
@@ -18,25 +18,12 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_one_process(name, pair):
-    case = dict(CASES[name])
-    found = pair.run(train, "fsdp", **case)
-    plain = pair.run(train, "fsdp", **case | {"schedule": None})
-    case.pop("wrapper", None)
-    expected = train("one", **case)
-    assert distance(joined(found), expected["scores"]) < 1e-12
-    assert distance(joined(found, "standardized"), expected["standardized"]) < 1e-9
-    for mine in found:
-        for what in ("sums", "totals", "val_loss"):
-            np.testing.assert_allclose(mine[what], expected[what], rtol=1e-10, atol=1e-13)
-        for w, x in zip(mine["weights"], plain[0]["weights"], strict=True):
-            np.testing.assert_array_equal(w, x)
+    check_training(pair, "fsdp", CASES[name])
 
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
 def test_the_thin_layer(clip, pair):
-    found = [s for mine in pair.run(thin, "fsdp", (4, 2), clip) for s in mine]
-    expected = np.array(thin("one", (4, 2), clip))
-    assert np.linalg.norm(found - expected) < 1e-12 * np.linalg.norm(expected)
+    check_thin_layer(pair, "fsdp", clip)
 
 
 def test_passes_in_half_precision(pair):

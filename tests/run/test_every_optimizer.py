@@ -8,6 +8,8 @@ from trainings import mlp, points, sample_losses
 
 import adam_ghost as ag
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 O = torch.optim
 N = 6
 KINDS = {
@@ -21,14 +23,6 @@ KINDS = {
 }
 COUPLED = ("Adafactor",)
 every_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """torch's optimizers count their steps in the default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def matrix_and_rest(model):

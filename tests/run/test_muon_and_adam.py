@@ -13,18 +13,13 @@ import adam_ghost as ag
 from adam_ghost.optim import read_optimizer
 from adam_ghost.optim.muon import MuonState
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 PARTS, MAX_NORM = (4, 2), 0.3
 GAUSS = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # points of the two-point rule
 # of the four-point rule: where, how much
 PATH = ((0.06943184420297371, 0.17392742256872693), (0.33000947820757187, 0.32607257743127307))
 PATH += tuple((1 - at, weight) for at, weight in PATH)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def shared_out(model):
