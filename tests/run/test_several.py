@@ -274,3 +274,14 @@ def test_bad_lists():
         ag.InRun(model, [], lambda: None)
     with pytest.raises(TypeError, match=r"optimizer\[1\] must be one of .*got dict"):
         ag.InRun(model, [a, b.state_dict()], lambda: None)
+
+
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead", "window"])
+def test_an_optimizer_that_does_not_step_with_the_others_is_refused(schedule):
+    loop = Loop(two, schedule)
+    loop.backward()
+    loop.optimizers[0].step()
+    with pytest.raises(RuntimeError, match="step 1: AdamW did not step, but its parameters have gradients"):
+        loop.backward()
+    loop.run.close()
+    assert len(loop.run.scores().ids) == 0  # the step was another one than was scored
