@@ -95,6 +95,7 @@ class Sweep:
         with validation.weights_kept(self.params) as now, validation.undisturbed(advance=False), torch.no_grad():
             self.now = now
             self.unclipped, self.max_norm, self.clipped = self._clipping()
+            self.samples = self._samples()
             yield from self._walk()
 
     def _walk(self) -> Iterator[tuple[Entry, Scored | None]]:
@@ -239,8 +240,13 @@ class Sweep:
 
     def _shares(self, step: KeptStep, used: list[Tensor | None]) -> list[Tensor]:
         """Per parameter, ``[]``: a sample's part of an element's gradient, if n samples' are as often up as down."""
-        n = sum(self.loop.world.gather(sum(len(batch.ids) for batch in step.batches)))
+        n = self.samples[step.number]
         return [torch.zeros(()) if g is None else g.norm() / (g.numel() * n) ** 0.5 for g in used]
+
+    def _samples(self) -> dict[int, int]:
+        """By step, how many samples all processes had in it."""
+        here = [sum(len(batch.ids) for batch in step.batches) for step in self.steps]
+        return {step.number: sum(each) for step, *each in zip(self.steps, *self.loop.world.gather(here), strict=True)}
 
     # one step
 

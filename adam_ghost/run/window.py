@@ -226,7 +226,7 @@ class Window(Collecting):
         return found
 
     def _tell_of_outliers(self, found: list[tuple[Entry, Scored | None]]) -> None:
-        """Says once where single steps outweigh all others: the optimizer's step was nearly the sign of the gradient there."""
+        """Says once where single steps outweigh all others, as the first can, in which the loss and the moments move most."""
         sized = [(entry.record.step, scored.scores.double().norm()) for entry, scored in found if scored is not None]
         if len(sized) < 3 or self._warned_of_outliers:
             return
@@ -237,8 +237,7 @@ class Window(Collecting):
             self._warned_of_outliers = True
             warn(
                 f"the credit of steps {outliers[:6]} is more than {_OUTLIER} times that of the others, which it drowns in totals:"
-                " without a history of its gradients the optimizer steps by nearly their sign, and the derivative says nothing of"
-                " a step's change; rank by standardized scores, or build the run after the first steps"
+                " rank by standardized scores, or build the run after the first steps"
             )
 
     def waiting(self) -> int | None:

@@ -87,6 +87,17 @@ class WholePass:
             return {-1: self.head_grads[0]} if len(self.head_grads) == 1 else {}
         return self.grads
 
+    def _outputs(self, at: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Some outputs of the pass run again, by the keys of ``_at_rows``."""
+        seen: list[Tensor] = []
+        handle = self.head.register_forward_hook(lambda *call: seen.append(call[-1])) if -1 in at else None
+        try:
+            found = _tensors(self.model.forward(*self.args, **self.kwargs))
+        finally:
+            if handle is not None:
+                handle.remove()
+        return {i: seen[0] if i < 0 else found[i] for i in at}
+
     def scores(self, params: Mapping[str, Tensor], P: Directions, packing: Packing | None, per_token: bool) -> Tensor | None:
         """``[n, K]``, or ``[n, T, K]`` per token: the derivative of the outputs along ``P``, times their gradients.
 
@@ -97,14 +108,7 @@ class WholePass:
 
         def outputs(values: dict[str, Tensor]) -> dict[int, Tensor]:
             with _reparametrize_module(self.model, values | buffers, tie_weights=True):
-                seen: list[Tensor] = []
-                handle = None if -1 not in grads else self.head.register_forward_hook(lambda *call: seen.append(call[-1]))
-                try:
-                    found = _tensors(self.model.forward(*self.args, **self.kwargs))
-                finally:
-                    if handle is not None:
-                        handle.remove()
-            return {i: seen[0] if i < 0 else found[i] for i in grads}
+                return self._outputs(grads)
 
         grads = self._at_rows()
         by_token = per_token or packing is not None
@@ -123,15 +127,8 @@ class WholePass:
     def sample_gradients(self, params: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
         """``[n, *shape]`` each: by a backward pass per sample, with its share of the gradients at the outputs alone."""
         grads, held = self._at_rows(), list(params.values())
-        seen: list[Tensor] = []
         with self._as_then(), torch.enable_grad():
-            handle = None if -1 not in grads else self.head.register_forward_hook(lambda *call: seen.append(call[-1]))
-            try:
-                outputs = _tensors(self.model.forward(*self.args, **self.kwargs))
-            finally:
-                if handle is not None:
-                    handle.remove()
-        outs = [seen[0] if i < 0 else outputs[i] for i in grads]
+            outs = list(self._outputs(grads).values())
         rows = []
         for i in range(n):
             shares = [torch.zeros_like(g).index_copy_(0, torch.tensor([i], device=g.device), g[i : i + 1]) for g in grads.values()]
