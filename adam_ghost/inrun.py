@@ -256,6 +256,12 @@ class InRun:
         """
         if self._closed:
             raise RuntimeError("this run is closed")
+        # lookahead takes its validation gradient here
+        exchanging = isinstance(self._schedule, Ahead) and self._schedule.due()
+        with self._world.together() if exchanging else nullcontext():
+            return self._announce(ids, offsets, inputs)
+
+    def _announce(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None, inputs: Any) -> AbstractContextManager[None]:
         ids = normalise(ids)
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
@@ -418,6 +424,7 @@ class InRun:
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop
+        loop.world.settle()
         loop.world.check_reduced()
         if loop.watch.fingerprint is None:  # a backward pass that an error ended
             raise RuntimeError("optimizer.step() without a whole backward pass through the recorded forward pass")

@@ -30,6 +30,9 @@ class Replicas(Processes):
     def follow(self, model: nn.Module) -> list[Any]:
         return [model.register_forward_pre_hook(Hook(self._forward_begins), prepend=True)]
 
+    def entrance(self, model: nn.Module) -> nn.Module:
+        return model if self._wrapper is None else self._wrapper
+
     def _forward_begins(self, module: nn.Module, args: tuple) -> None:
         if not torch.is_grad_enabled():
             return

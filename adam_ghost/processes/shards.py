@@ -15,7 +15,11 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBa
 from torch.distributed.tensor import DTensor, Shard
 
 from adam_ghost.capture.declared import FOLLOWED, PASSING
+from adam_ghost.processes.carried import Carried
 from adam_ghost.processes.world import Processes
+
+# what gathers equal parts is called in this release of PyTorch
+GATHER = "all_gather_single" if hasattr(distributed, "all_gather_single") else "all_gather_into_tensor"
 
 FOLLOWED.add(RegisterPostBackwardFunction)
 PASSING.add(RegisterPostBackwardFunction)
@@ -27,6 +31,7 @@ class Shards(Processes):
     sharded = True
 
     def __init__(self, model: nn.Module):
+        settle(model)
         self._whole = {name: p for name, p in model.named_parameters() if p.requires_grad}
         refuse_layout(model, self._whole)
         first = next(iter(self._whole.values()))
@@ -34,20 +39,39 @@ class Shards(Processes):
         super().__init__(first.device_mesh.get_group())
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self.units = _units(model, self._whole)
+        self._carried: Carried | None = None
         self._broken = False  # whether a pass broke off, in which the others wait for this process
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
+        """Gradients are means over the processes inside, too, whether the loop accumulates or not."""
+        groups = [group for module in self._modules for group in _groups(module)]
+        if any(p.unsharded_accumulated_grad is not None for group in groups for p in group.fsdp_params):
+            raise ValueError(
+                "a backward pass under set_requires_gradient_sync(False) has left gradients that no pass has averaged: announce it"
+                " by run.batch, or end it with one that averages"
+            )
+        before = [(group, group.reduce_grads) for group in groups]
+        for group in groups:
+            group.reduce_grads = True
+        try:
+            yield
+        finally:
+            for group, reduce_grads in before:
+                group.reduce_grads = reduce_grads
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
         try:
             yield
         except Exception:
             self._broken = True
             raise
 
-    def _agree(self, error: Exception | None = None) -> None:
+    def _agree(self, place: str, error: Exception | None = None) -> None:
         # the others wait for parameters in a pass: they learn of the error when this process ends
         if not self._broken:
-            super()._agree(error)
+            super()._agree(place, error)
 
     def check_reduced(self) -> None:
         for module in self._modules:
@@ -68,34 +92,52 @@ class Shards(Processes):
         for module in self._modules:
             module.reshard()
 
+    def part(self, name: str, x: Tensor) -> Tensor:
+        dim = _sharded_dim(self._whole[name])
+        lengths = [self._shape(name, rank)[dim] for rank in range(self.size)]
+        return x.narrow(dim, sum(lengths[: self.rank]), lengths[self.rank])
+
     def sum_parts(self, x: Tensor) -> Tensor:
         return self.sum(x)
 
     def whole(self, P: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
         """The directions ``[K, *shape]`` of one unit after another, which is unsharded meanwhile; the next ones on their way."""
-        units = [(module, [name for name in names if name in P]) for module, names in self.units]
-        units = [(module, names) for module, names in units if names]
-        coming = self._gather_parts(P, units[0][1])
-        for i, (module, names) in enumerate(units):
+        units = [(group, [name for name in names if name in P]) for group, names in self.units]
+        units = [(group, names) for group, names in units if names]
+        coming = self._send(P, units[0][1])
+        for i, (group, names) in enumerate(units):
             gathered, work = coming
             work.wait()
             if i + 1 < len(units):
-                coming = self._gather_parts(P, units[i + 1][1])
-            module.unshard()
+                coming = self._send(P, units[i + 1][1])
+            group.unshard()
+            group.wait_for_unshard()
             try:
                 yield self._join(P, names, gathered)
             finally:
-                module.reshard()
+                group.reshard()
+
+    def carry(self, P: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        carried, self._carried = self._carried, None
+        if carried is not None:
+            carried.end()
+        if P is None:
+            return {}
+        self._carried = Carried(P, self.units, self._gather_parts, self._join)
+        return self._carried
+
+    def _send(self, P: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, Any]:
+        self._agree("a unit's directions")
+        return self._gather_parts(P, names)
 
     def _gather_parts(self, P: Mapping[str, Tensor], names: Sequence[str]) -> tuple[Tensor, Any]:
         """``[processes, elements]``: each one's parts, in a line and filled up to the longest."""
-        self._agree()
         longest = max(sum(self._size(P[name], name, rank) for name in names) for rank in range(self.size))
         parts = torch.cat([P[name].flatten() for name in names])
         sent = parts.new_zeros(longest)
         sent[: len(parts)] = parts
         gathered = parts.new_empty(self.size * longest)
-        work = distributed.all_gather_into_tensor(gathered, sent, group=self.group, async_op=True)
+        work = getattr(distributed, GATHER)(gathered, sent, group=self.group, async_op=True)
         return gathered.view(self.size, longest), work
 
     def _shape(self, name: str, rank: int) -> list[int]:
@@ -123,6 +165,13 @@ class Shards(Processes):
 def is_sharded_whole(model: nn.Module) -> bool:
     """Whether any part of the model is ``fully_shard``'s."""
     return any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def settle(model: nn.Module) -> None:
+    """Drops the whole parameters that a forward pass has left behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def refuse_layout(model: nn.Module, params: Mapping[str, Tensor]) -> None:
@@ -159,10 +208,11 @@ def _sharded_dim(p: Tensor) -> int:
 
 
 def _units(model: nn.Module, params: Mapping[str, Tensor]) -> list[tuple[Any, list[str]]]:
-    """The sharded modules, each with the names of the parameters that no sharded module inside of it has."""
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, FSDPModule)}
-    found: dict[str, list[str]] = {name: [] for name in modules}
-    for name in params:
-        inside = [path for path in modules if path == "" or name.startswith(f"{path}.")]
-        found[max(inside, key=len)].append(name)
-    return [(modules[path], names) for path, names in found.items()]
+    """What one call of ``fully_shard`` gathers at once, each with its parameters' names."""
+    names: dict[Tensor, str] = {p: name for name, p in params.items()}
+    found: dict[Any, list[str]] = {}
+    for module in model.modules():
+        for group in _groups(module) if isinstance(module, FSDPModule) else ():
+            held = [p.sharded_param for p in group.fsdp_params]
+            found[group] = [names[p] for p in held if p in names]  # several modules may share one
+    return list(found.items())

@@ -1,9 +1,11 @@
 """The processes that train one model, as the rest of the package sees them: of one process, everything is the identity.
 
-Every exchange begins with one number per process, which says whether that process is well. A process that raises takes part in
-it, too, instead of what it was to do next; so the others learn of it where they would have waited for it, and raise as well.
+Every exchange begins with a word per process, which says whether that process is well, and where in the program it is. A process
+that raises takes part in it, too, instead of what it was to do next; so the others learn of it where they would have waited for
+it, and raise as well. Processes that are not at the same place all raise.
 """
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -32,9 +34,21 @@ class World:
         yield
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """All processes enter and leave the block, or all of them raise."""
+    def passing(self) -> Iterator[None]:
+        """Around a pass of the model in which it may exchange parameters: an error inside cannot be told to the others."""
         yield
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes leave the block, or all of them raise."""
+        yield
+
+    def meet(self, place: str) -> None:
+        """Raises PeerFailed in all processes where not all are at this place of the program."""
+
+    def entrance(self, model: nn.Module) -> nn.Module:
+        """What the loop calls to run the model."""
+        return model
 
     def check_reduced(self) -> None:
         """Raises ValueError if the gradients that the optimizer is about to use are this process's own."""
@@ -54,9 +68,17 @@ class World:
         """The sum over the whole parameters, of which ``x`` is that over this process's parts."""
         return x
 
+    def part(self, name: str, x: Tensor) -> Tensor:
+        """This process's part of ``x``, which has the shape of the named parameter."""
+        return x
+
     def whole(self, P: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
         """The whole directions of which ``P`` has this process's parts, a few at a time."""
         yield P
+
+    def carry(self, P: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """The whole directions, each while a backward pass has the weights of it; of ``P``, until the next call."""
+        return P or {}
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of all processes' ``x``."""
@@ -95,26 +117,38 @@ class Processes(World):
         self._source = ranks[0]
 
     @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Around a pass of the model in which it may exchange parameters: an error inside cannot be told to the others."""
+        yield
+
+    @contextmanager
     def together(self) -> Iterator[None]:
         try:
             yield
         except PeerFailed:
             raise
         except Exception as error:
-            self._agree(error)
+            self._agree("an error", error)
             raise
-        self._agree()
+        self._agree("the end of a step")
 
-    def _agree(self, error: Exception | None = None) -> None:
-        """Raises PeerFailed where another process has an ``error``."""
-        ill = torch.tensor([int(error is not None)], dtype=torch.int32)
-        distributed.all_reduce(ill, group=self._host)
-        if not ill.item():
-            return
-        said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is None:
-            rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
-            raise PeerFailed(f"process {rank} raised {text}")
+    def meet(self, place: str) -> None:
+        self._agree(place)
+
+    def _agree(self, place: str, error: Exception | None = None) -> None:
+        """Raises PeerFailed where another process has an ``error``, or is at another ``place``."""
+        code = zlib.crc32(place.encode()) >> 1
+        word = torch.tensor([int(error is not None), code, -code], dtype=torch.int32)
+        distributed.all_reduce(word, distributed.ReduceOp.MAX, group=self._host)
+        ill, last, first = word.tolist()
+        if ill:
+            said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
+            if error is None:
+                rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
+                raise PeerFailed(f"process {rank} raised {text}")
+        elif last != -first:
+            places = ", ".join(f"process {rank} is at {where}" for rank, where in enumerate(self._gather(place)))
+            raise PeerFailed(f"the processes do not do the same: {places}; all of them have to announce and take the same steps")
 
     def _gather(self, x: T) -> list[T]:
         found: list[Any] = [None] * self.size
@@ -122,13 +156,13 @@ class Processes(World):
         return found
 
     def sum(self, x: Tensor) -> Tensor:
-        self._agree()
+        self._agree("a sum")
         total = x.detach().clone()
         distributed.all_reduce(total, group=self.group)
         return total
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
-        self._agree()
+        self._agree("a mean")
         for bucket in _buckets(tensors):
             flat = torch.cat([x.detach().flatten() for x in bucket])
             distributed.all_reduce(flat, group=self.group)
@@ -137,24 +171,24 @@ class Processes(World):
                 x.detach().copy_(found.view_as(x))
 
     def union(self, names: set[str], known: Sequence[str]) -> set[str]:
-        self._agree()
+        self._agree("a union")
         there = torch.tensor([name in names for name in known], dtype=torch.uint8)
         distributed.all_reduce(there, distributed.ReduceOp.MAX, group=self._host)
         return {name for name, any_has_it in zip(known, there.tolist(), strict=True) if any_has_it}
 
     def first(self, x: T) -> T:
-        self._agree()
+        self._agree("a broadcast")
         found: list[Any] = [x]
         distributed.broadcast_object_list(found, src=self._source, group=self._host)
         return found[0]
 
     def gather(self, x: T) -> list[T]:
-        self._agree()
+        self._agree("a gathering")
         return self._gather(x)
 
 
 class PeerFailed(RuntimeError):
-    """Another process raised, so this one cannot go on either; the message says what."""
+    """Another process raised, or does something else, so this one cannot go on either; the message says what."""
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from adam_ghost.optim import OptState, listed, read_optimizer
 from adam_ghost.optim.adam import AdamState
 from adam_ghost.processes.find import refuse_unfollowed
+from adam_ghost.processes.shards import settle
 from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS
@@ -25,6 +26,7 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a module that hooks can be hung on, got {type(model).__name__}: attribute it unscripted")
+    settle(model)
     opt_state = read_optimizer(optimizer, "optimizer")
     for each in listed(optimizer):
         if not isinstance(each, torch.optim.Optimizer):
@@ -58,8 +60,8 @@ def check_processes(model: nn.Module, optimizer: Any, schedule: str, world: Worl
         raise ValueError("audit_every plays with a step's samples in one process, and several train this model: audit a run of one")
     if world.sharded and type(read_optimizer(optimizer)) is not AdamState:
         raise ValueError("where fully_shard shards the model, one Adam or AdamW of torch.optim must train it")
-    if world.sharded and schedule in ("lookahead", "window"):
-        raise ValueError(f"schedule={schedule!r} is not supported where fully_shard shards the model: use 'midpoint' or 'gauss'")
+    if world.sharded and schedule == "window":
+        raise ValueError("schedule='window' is not supported where fully_shard shards the model: use one of the others")
     if is_compiled(model):
         raise ValueError("the model is compiled and trained by several processes, which is not supported: compile nothing")
 

@@ -16,6 +16,7 @@ from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, unseen
 from adam_ghost.capture.recording import Packing, Recording
 from adam_ghost.capture.rows import Rows
+from adam_ghost.processes.carried import Carried
 from adam_ghost.scores.contract import score_call
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
@@ -28,7 +29,7 @@ class ContractingRecording(Recording):
     def __init__(self, P: Directions, n: int, packing: Packing | None = None, keep: bool = False):
         super().__init__(packing)
         self.P, self.keep = P, keep
-        some = next(iter(P.values()))
+        some = next(iter((P.parts if isinstance(P, Carried) else P).values()))
         self.slot = some.new_zeros(n, len(some)).requires_grad_()
         self.slot.register_hook(lambda grad: self._tell())
         self._arrived: Tensor | None = None
@@ -54,7 +55,15 @@ class ContractingRecording(Recording):
         self.scored |= params
         if not self.batch_size:
             return
-        scores = score_call(call.with_gradient(index, grad), self.P, Asked(self.batch_size, self.packing))
+        contract = partial(self._contract, call.with_gradient(index, grad))
+        if isinstance(self.P, Carried):
+            self.P.when_whole(params, contract)
+        else:
+            contract()
+
+    def _contract(self, call: Call) -> None:
+        with torch.no_grad():
+            scores = score_call(call, self.P, Asked(self.batch_size, self.packing))
         self._arrived = scores if self._arrived is None else self._arrived + scores
 
     def forget(self) -> None:
@@ -104,7 +113,11 @@ class ScoredLinears:
             return None
         recorder.scored = True
         recording.scored.update(names.values())
-        P = tuple(None if p is None else recording.P[names[p]] for p in own)
+
+        def directions() -> tuple[Tensor | None, ...]:
+            return tuple(None if p is None else recording.P[names[p]] for p in own)
+
+        P = directions if isinstance(recording.P, Carried) else directions()
         offsets, order = None if recording.packing is None else recording.packing.offsets, None
         if isinstance(tag, Rows):
             samples, count = owners(lead_rows(x, tag), recorder.batch.n, recording.packing)

@@ -20,6 +20,7 @@ from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.scores.forms import Directions
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
 from adam_ghost.step.step import Step, inner
@@ -330,29 +331,46 @@ class Ahead(After):
     def __init__(self, loop: Loop):
         super().__init__(loop, "midpoint")
         self._direction: Direction | None = None
+        self._P: Directions = {}  # of it, what layers are contracted with
+        self._opened = 0  # the step that was announced last, counted from 1
         self._layers: ScoredLinears | CompiledLayers = ScoredLinears(loop.model, self.recorder)
 
     def attach(self) -> None:
         super().attach()
         self._layers.attach()
+        world = self.loop.world
+        if world.size > 1:  # before the model exchanges anything
+            entrance = world.entrance(self.loop.model)
+            self._handles.append(entrance.register_forward_pre_hook(Hook(self._runs), prepend=True))
 
     def detach(self) -> None:
         self._layers.detach()
         super().detach()
         self._direction = None
+        self.loop.world.carry(None)
+
+    def _runs(self, module: nn.Module, args: tuple) -> None:
+        """The loop calls the model: where that was not announced, it was not in any process."""
+        coming = self.loop.step + 1
+        ours = self.loop.validation.running
+        if torch.is_grad_enabled() and self._opened < coming and not ours and self.due():
+            self.loop.world.meet("a forward pass before run.batch")
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         if first:
             # a step that was skipped left it; the validation pass is not to be recorded
             self.recorder.recording = None
-            with self.loop.world.together():
-                self._direction = self._foresee()
+            self.loop.world.meet("a step's first run.batch")
+            self._opened = self.loop.step + 1
+            self._direction = self._foresee()
+            if self._direction is not None:
+                # what is lost is scored by a pass of its own
+                lost = (self._lost or ()) if self.loop.fallback else ()
+                self._P = self.loop.world.carry({name: x for name, x in self._direction.P.items() if name not in lost})
         if self._direction is None:
             super().open(micro, first)
         else:
-            # what is lost is scored by a pass of its own
-            P = {name: x for name, x in self._direction.P.items() if not self.loop.fallback or name not in (self._lost or ())}
-            self._arm(micro, ContractingRecording(P, len(micro.ids), micro.packing, keep=micro.audit))
+            self._arm(micro, ContractingRecording(self._P, len(micro.ids), micro.packing, keep=micro.audit))
 
     def _foresee(self) -> Direction | None:
         """``P`` from the gradient that history lets expect; None where it is too short."""
@@ -367,7 +385,8 @@ class Ahead(After):
         return opt_state.steps_taken(default=self.loop.step) >= HISTORY
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
-        direction, self._direction = self._direction, None
+        direction, self._direction, self._P = self._direction, None, {}
+        self.loop.world.carry(None)
         if direction is None:
             return super().score(step, micro, edited, entry, void)
         scale = torch.stack(list(step.scale.values()))
@@ -382,7 +401,7 @@ class Ahead(After):
         scores = scores * (scale.mean() * self.loop.world.share)
         self._lost = {*step.whole, *step.missing}
         at = 0.0 if self.loop.refreshes else None
-        total = inner(direction.P, step.grads)
+        total = self.loop.world.sum_parts(inner(direction.P, step.grads))
         accounted = step.accounted(direction.P, total)
         return Scored(scores, direction.val_loss, total, accounted, direction.history, edited, at)
 

@@ -1,5 +1,6 @@
 """A linear layer: its scores by one product of forward size, its samples' gradients, and the backward pass that scores."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class _ScoredLinear(torch.autograd.Function):
     """``x @ weight.T + bias``; the gradient of ``slot [n, K]`` is the samples' scores.
 
     Samples are the leading dimension of ``x``, in equal shares, or ``offsets`` into its tokens, taken in ``order``, of which the
-    last run is nobody's. ``P``: ``[K, *shape]``.
+    last run is nobody's. ``P``: ``[K, *shape]``; or ``late`` gives them in the backward pass.
     """
 
     @staticmethod
@@ -101,18 +102,21 @@ class _ScoredLinear(torch.autograd.Function):
         P_bias: Tensor | None,
         offsets: Tensor | None,
         order: Tensor | None,
+        late: Callable[[], tuple[Tensor | None, Tensor | None]] | None,
     ) -> Tensor:
         # casts as autocast makes them, but the gradients of the weights come back as wide as their sums are
         seen = weight
         if torch.is_autocast_enabled(x.device.type):
             seen, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(x, seen, P_weight, P_bias, offsets, order)
-        ctx.n, ctx.dtype = len(slot), weight.dtype
+        ctx.n, ctx.dtype, ctx.late = len(slot), weight.dtype, late
         return cpu.linear(x, seen, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, P_weight, P_bias, offsets, order = ctx.saved_tensors
+        if ctx.late is not None:
+            P_weight, P_bias = ctx.late()
         d_input = None
         if ctx.needs_input_grad[0]:
             d_input = cpu.linear(grad, weight.t())
@@ -128,7 +132,7 @@ class _ScoredLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
             scores, d_bias = with_bias(scores, sums, P_bias), sums.sum(0)
-        return d_input, d_weight, d_bias, None if scores is None else scores[: ctx.n], None, None, None, None
+        return d_input, d_weight, d_bias, None if scores is None else scores[: ctx.n], *[None] * 5
 
 
 FOLLOWED.add(_ScoredLinear)
@@ -138,20 +142,33 @@ def scored_linear(
     layer: nn.Module,
     x: Tensor,
     slot: Tensor,
-    P: tuple[Tensor | None, ...],
+    P: tuple[Tensor | None, ...] | Callable[[], tuple[Tensor | None, ...]],
     offsets: Tensor | None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """The layer's forward, whose backward adds the samples' scores to the gradient of ``slot [n, K]``; ``P`` of weight and bias."""
+    """The layer's forward, whose backward adds the samples' scores to the gradient of ``slot [n, K]``.
+
+    ``P`` of weight and bias, or what gives them in the backward pass.
+    """
     weight: Any = layer.weight  # nn.Module types its attributes as modules too
     bias: Any = layer.bias
-    P_weight = P[0]
-    if is_transposed(layer):
-        weight, P_weight = weight.t(), None if P_weight is None else P_weight.mT
+    transposed = is_transposed(layer)
+    weight = weight.t() if transposed else weight
+
+    def directions(P: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None]:
+        P_weight, P_bias = P
+        return P_weight.mT if transposed and P_weight is not None else P_weight, P_bias
+
+    late = None
+    if callable(P):
+        found = P
+        late, (P_weight, P_bias) = lambda: directions(found()), (None, None)
+    else:
+        P_weight, P_bias = directions(P)
     if torch.is_autocast_enabled(x.device.type):
         # a cast that autograd sees: the backward pass runs without autocast, on what the product really saw
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets, order)
+    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P_bias, offsets, order, late)
 
 
 def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:

@@ -29,6 +29,7 @@ class Validation:
         self.world, self.split = world or World(), split
         self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
+        self.running = False  # whether a pass of the model is the validation's
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
     @contextmanager
@@ -56,6 +57,7 @@ class Validation:
         buffers = [(x.data, x.clone()) for _, own in held for x in own.values() if x is not None]
         weights = (p for m in modules for p in m._parameters.values() if p is not None)
         devices = sorted({p.device.index for p in weights if p.is_cuda})
+        outer, self.running = self.running, True
         with torch.random.fork_rng(devices), Surroundings(filter(is_custom, modules)).entered(), self.world.quiet():
             if self._stream is None and self.world.size > 1 and not self.split:
                 self._stream = self.world.first(_streams(devices))
@@ -69,6 +71,7 @@ class Validation:
                 if advance:
                     self._stream = _streams(devices)
             finally:
+                self.running = outer
                 for module, mode in modes:
                     module.training = mode
                 for module, own in held:
@@ -78,7 +81,7 @@ class Validation:
 
     def loss(self) -> Tensor:
         """The loss alone, ``[]`` or ``[K]``, detached, with the random numbers that the next ``gradient`` will draw."""
-        with self.undisturbed(advance=False), torch.no_grad():
+        with self.undisturbed(advance=False), self.world.passing(), torch.no_grad():
             loss = self._checked(self._evaluate()).detach().clone()
         if self.split:
             self.world.mean([loss])
@@ -94,7 +97,7 @@ class Validation:
         """
         self.world.settle()
         leaves = list(self.model.parameters())  # which are others while the model runs, where they are sharded
-        with self.undisturbed(advance), torch.enable_grad():
+        with self.undisturbed(advance), self.world.passing(), torch.enable_grad():
             loss = self._checked(self._evaluate())
             if not loss.requires_grad:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")

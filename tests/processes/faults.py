@@ -2,10 +2,12 @@
 
 import contextlib
 import warnings
+import weakref
+from typing import Any
 
 import torch
 from loops import Net, batch, give_history, loss_of, parts, spread_out, train, validation
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -46,12 +48,14 @@ def failing(where: str, schedule: str, spread: str = "ddp") -> str:
     run = ag.InRun(model, optimizer, val_loss, schedule, **options if schedule == "window" else {})
     try:
         for t in range(3):
+            if sick == "ids" and t == 1:
+                run.batch([0.5])
             if sick == "batch" and t == 1:
                 x, y = batch(0, 3)
                 loss_of(model, x, y).backward()  # which nobody announced
                 optimizer.step()
             step(model, optimizer, run, t)
-    except (ArithmeticError, RuntimeError) as error:
+    except (ArithmeticError, RuntimeError, TypeError) as error:
         said = f"{type(error).__name__}: {error}"
     with contextlib.suppress(RuntimeError):
         run.close()
@@ -170,7 +174,7 @@ class Counted:
 
     def __getattr__(self, name: str):
         real = getattr(distributed, name)
-        if name not in ("all_reduce", "all_gather_into_tensor", "all_gather_object", "broadcast_object_list"):
+        if name not in ("all_reduce", shards.GATHER, "all_gather_object", "broadcast_object_list"):
             return real
 
         def call(first, *args, **kwargs):
@@ -178,6 +182,63 @@ class Counted:
             return real(first, *args, **kwargs)
 
         return call
+
+
+def riding() -> tuple[list[str], int, int, int]:
+    """What a backward pass of lookahead gathers, in order: weights or directions, with the elements of each process's part; and of
+    whole directions the most elements held at once, then those held after it, and those of all.
+    """
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4 + 2 * i), nn.Tanh(), nn.Linear(4 + 2 * i, 4)) for i in range(4)))
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for p in model.parameters():
+        give_history(optimizer, p)
+    gathered, whole, most = [], [], 0
+    sizes = {4 * (4 + 2 * i) + 4 + i: f"{i}" for i in range(4)}
+    real, join = getattr(distributed, shards.GATHER), shards.Shards._join
+    sending = shards.Shards._gather_parts
+    ours = False
+
+    def gather(out, part, *args, **kwargs):
+        gathered.append(("P" if ours else "w") + sizes[part.numel()])
+        return real(out, part, *args, **kwargs)
+
+    def send(*args):
+        nonlocal ours
+        ours = True
+        try:
+            return sending(*args)
+        finally:
+            ours = False
+
+    def held():
+        return sum(x.numel() for x in (ref() for ref in whole) if x is not None)
+
+    def joined(*args):
+        nonlocal most
+        found = join(*args)
+        whole.extend(weakref.ref(x) for x in found.values())
+        most = max(most, held())
+        return found
+
+    x = torch.randn(3, 4)
+    with ag.InRun(model, optimizer, lambda: model(x).square().mean(), "lookahead") as run:
+        setattr(distributed, shards.GATHER, gather)
+        shards.Shards._gather_parts, shards.Shards._join = send, joined
+        try:
+            run.batch([1, 2, 3])
+            loss = model(x).square().sum()
+            gathered.clear()
+            loss.backward()
+        finally:
+            setattr(distributed, shards.GATHER, real)
+            shards.Shards._gather_parts, shards.Shards._join = sending, join
+        after = held()
+        optimizer.step()
+    return gathered, most, after, sum(p.numel() for p in model.parameters())
 
 
 def exchanges(spread: str, schedule: str, split: bool) -> list[tuple[str, int]]:

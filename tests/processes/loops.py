@@ -58,13 +58,19 @@ def parts(sizes: tuple[int, ...]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
-def validation(model: nn.Module, split: bool) -> Any:
-    """The loss of all validation samples; of those of this process alone where it is split."""
+def validation(model: nn.Module, split: bool, targets: int = 0) -> Any:
+    """The loss of all validation samples; of those of this process alone where it is split. ``targets``: so many losses."""
     x, y = batch(1000, 8)
     if split:
         share = slice(4 * distributed.get_rank(), 4 * distributed.get_rank() + 4)
         x, y = x[share], y[share]
-    return lambda: F.cross_entropy(model(x), y)
+
+    def val_loss() -> Tensor:
+        logits = model(x)
+        losses = [F.cross_entropy(logits, (y + k) % VOCABULARY) for k in range(max(1, targets))]
+        return torch.stack(losses) if targets else losses[0]
+
+    return val_loss
 
 
 def spread_out(model: Net, spread: str, **options: Any) -> Any:
@@ -102,16 +108,18 @@ def train(
     warm: bool = False,
     wrapper: dict | None = None,
     inner: bool = False,
+    targets: int = 0,
+    evaluated: bool = False,
     options: dict | None = None,
     ledger: str | None = None,
     checkpoint: str | None = None,
     end: str = "close",
 ) -> dict[str, Any]:
-    """What became of a training: scores by id, the weights, the books. ``spread``: ``one`` process, ``ddp`` or
-    ``fsdp``.
+    """What became of a training: scores by id, the weights, the books. ``spread``: ``one`` process, ``ddp`` or ``fsdp``.
 
-    A step's loss is the mean over the processes of their samples' mean losses. Training goes on from the ``checkpoint`` where
-    there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed.
+    A step's loss is the mean over the processes of their samples' mean losses. ``evaluated``: passes without gradients come between
+    the steps. Training goes on from the ``checkpoint`` where there is one, or leaves one there after its sixth step. ``end``: the
+    run is closed, or process 1 is killed.
     """
     several = spread != "one"
     plain = Net(extra).to(dtype)
@@ -129,7 +137,13 @@ def train(
         losses = [F.cross_entropy(logits[s], y[s]) for s in shares if s.stop > s.start]
         return torch.stack(losses).sum() / len(shares) / micro
 
+    def evaluate() -> None:
+        if evaluated:
+            with torch.no_grad():
+                model(batch(0, 2)[0])
+
     run = None
+    evaluate()
     if schedule is not None:
         options = dict(options or {})
         if schedule == "window":
@@ -137,7 +151,9 @@ def train(
         shown = plain if inner else model
         if ledger is not None:
             options["ledger"] = ag.LedgerWriter(ledger, flush_rows=9)
-        run = ag.InRun(shown, optimizer, validation(model, split and several), schedule, val_split=split and several, **options)
+        split_here = split and several
+        val_loss = validation(model, split_here, targets)
+        run = ag.InRun(shown, optimizer, val_loss, schedule, val_split=split_here, **options)
     begin = 0
     if checkpoint is not None and Path(checkpoint).exists():
         begin = load(checkpoint, plain, optimizer, run)
@@ -162,6 +178,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
+        evaluate()
         if checkpoint is not None and t == 5:
             save(checkpoint, plain, optimizer, run, t + 1)
     if end == "kill" and distributed.get_rank() == 1:

@@ -22,6 +22,8 @@ CASES = {
     "accumulated": {"schedule": "midpoint", "micro": 2, "sizes": UNEVEN, "clip": 0.05},
     "lookahead-accumulated": {"schedule": "lookahead", "micro": 3},
     "window-accumulated": {"schedule": "window", "micro": 2, "sizes": UNEVEN},
+    "targets": {"schedule": "midpoint", "targets": 2, "steps": 4},
+    "lookahead-targets": {"schedule": "lookahead", "targets": 2, "split": True, "steps": 4, "warm": True},
     "static": {"schedule": "midpoint", "wrapper": {"static_graph": True}},
     "bucket-view": {"schedule": "midpoint", "micro": 2, "wrapper": {"gradient_as_bucket_view": True}},
     "unused": {"schedule": "midpoint", "extra": True, "wrapper": {"find_unused_parameters": True}},
@@ -34,11 +36,12 @@ def test_scores_are_those_of_one_process(name, pair):
     check_training(pair, "ddp", CASES[name])
 
 
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
 @pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
-def test_single_precision(schedule, pair):
+def test_single_precision(schedule, spread, pair):
     """Over a training rounding grows; over a step it does not."""
     case = {"schedule": schedule, "dtype": torch.float32, "steps": 1, "warm": True}
-    assert distance(joined(pair.run(train, "ddp", **case)), train("one", **case)["scores"]) < 1e-6
+    assert distance(joined(pair.run(train, spread, **case)), train("one", **case)["scores"]) < 1e-6
 
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
@@ -59,6 +62,24 @@ def test_an_error_in_one_process_reaches_all(where, error, schedule, pair):
     healthy, sick = pair.run(failing, where, schedule)
     assert sick.startswith(error) and sick.endswith(" 2")
     assert healthy.startswith(f"PeerFailed: process 1 raised {error}") and healthy.endswith(" 2")
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (
+            "batch",
+            "the processes do not do the same: process 0 is at a step's first run.batch, process 1 is at a forward pass before",
+        ),
+        ("ids", "process 1 raised TypeError"),
+    ],
+)
+def test_lookahead_is_announced_in_all_processes_or_in_none(where, said, spread, pair):
+    """Its validation pass would meet another process's training pass."""
+    healthy, sick = pair.run(failing, where, "lookahead", spread)
+    assert said in healthy and healthy.endswith(" 2") and sick.endswith(" 2")
+    assert sick.startswith("TypeError" if where == "ids" else "PeerFailed")
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,25 @@
 import numpy as np
 import pytest
 from compared import check_thin_layer, check_training
-from faults import failing, half, refused_shards
+from faults import failing, half, refused_shards, riding
 from loops import UNEVEN, WITH_NONE
 
 CASES = {
     "midpoint": {"schedule": "midpoint"},
     "gauss": {"schedule": "gauss"},
+    "lookahead": {"schedule": "lookahead", "steps": 14},
     "split": {"schedule": "midpoint", "split": True},
+    "lookahead-split": {"schedule": "lookahead", "split": True, "warm": True},
     "none": {"schedule": "midpoint", "sizes": WITH_NONE},
+    "lookahead-none": {"schedule": "lookahead", "sizes": WITH_NONE, "warm": True},
     "accumulated": {"schedule": "midpoint", "micro": 2, "sizes": UNEVEN, "clip": 0.05},
+    "lookahead-accumulated": {"schedule": "lookahead", "micro": 3, "sizes": UNEVEN, "clip": 0.05, "warm": True},
     "kept-whole": {"schedule": "midpoint", "wrapper": {"reshard_after_forward": False}},
+    "targets": {"schedule": "midpoint", "targets": 2, "steps": 4},
+    "lookahead-targets": {"schedule": "lookahead", "targets": 2, "split": True, "steps": 4, "warm": True},
+    "evaluated": {"schedule": "midpoint", "evaluated": True, "steps": 4},
+    "lookahead-evaluated": {"schedule": "lookahead", "evaluated": True, "micro": 2, "steps": 4, "warm": True},
+    "lookahead-kept-whole": {"schedule": "lookahead", "wrapper": {"reshard_after_forward": False}, "warm": True},
 }
 
 
@@ -24,6 +33,14 @@ def test_scores_are_those_of_one_process(name, pair):
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
 def test_the_thin_layer(clip, pair):
     check_thin_layer(pair, "fsdp", clip)
+
+
+def test_directions_ride_with_the_weights(pair):
+    """Behind a unit's weights, ahead of its backward pass as these are, and freed after it."""
+    for gathered, most, after, every in pair.run(riding):
+        assert gathered == ["w3", "P3", "w2", "P2", "w1", "P1", "w0", "P0"]
+        largest = 2 * 10 * 4 + 10 + 4
+        assert most <= largest < every and after == 0
 
 
 def test_passes_in_half_precision(pair):
@@ -45,7 +62,6 @@ def test_an_error_in_one_process_reaches_all(pair):
         ("hybrid", "mesh of 2 dimensions"),
         ("offloaded", "CPUOffloadPolicy is not supported"),
         ("ignored", "'shift' is whole in every process (ignored_params)"),
-        ("lookahead", "schedule='lookahead' is not supported where fully_shard shards the model: use 'midpoint'"),
         ("unaveraged", "gradients are not averaged over the 2 processes"),
         ("divided", "set_gradient_divide_factor() is not supported"),
     ],
