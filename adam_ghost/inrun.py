@@ -154,7 +154,7 @@ class InRun:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         model, world = find_world(model)
         if world.size > 1:
-            check_processes(model, optimizer, schedule, world, audit_every)
+            check_processes(model, optimizer, schedule, feedback, world, audit_every)
         self.model, self.optimizer = model, optimizer
         self._optimizers: list[torch.optim.Optimizer] = listed(optimizer)
         self.audit_every, self.audit_permutations = audit_every, audit_permutations

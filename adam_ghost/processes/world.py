@@ -115,6 +115,7 @@ class Processes(World):
         on_host = "gloo" in distributed.get_backend(self.group)
         self._host = self.group if on_host else distributed.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self._source = ranks[0]
+        self._told: Exception | None = None  # that the others know of
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -128,7 +129,9 @@ class Processes(World):
         except PeerFailed:
             raise
         except Exception as error:
-            self._agree("an error", error)
+            if error is not self._told:
+                self._told = error
+                self._agree("an error", error)
             raise
         self._agree("the end of a step")
 

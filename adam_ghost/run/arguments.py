@@ -12,7 +12,7 @@ from adam_ghost.processes.find import refuse_unfollowed
 from adam_ghost.processes.shards import settle
 from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import is_compiled
-from adam_ghost.run.feedback import FEEDBACKS
+from adam_ghost.run.feedback import FEEDBACKS, OF_PARTS
 from adam_ghost.run.schedules import SCHEDULES
 from adam_ghost.run.store import parse_bytes
 from adam_ghost.run.window import WindowOptions
@@ -54,14 +54,17 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
     return rule
 
 
-def check_processes(model: nn.Module, optimizer: Any, schedule: str, world: World, audit_every: Any) -> None:
+def check_processes(model: nn.Module, optimizer: Any, schedule: str, feedback: str, world: World, audit_every: Any) -> None:
     """Raises ValueError for what takes all of a step's samples in one process."""
     if audit_every is not None:
         raise ValueError("audit_every plays with a step's samples in one process, and several train this model: audit a run of one")
     if world.sharded and type(read_optimizer(optimizer)) is not AdamState:
         raise ValueError("where fully_shard shards the model, one Adam or AdamW of torch.optim must train it")
-    if world.sharded and schedule == "window":
-        raise ValueError("schedule='window' is not supported where fully_shard shards the model: use one of the others")
+    if world.sharded and schedule == "window" and feedback not in OF_PARTS:
+        raise ValueError(
+            f"feedback={feedback!r} is not supported where fully_shard shards the model, whose gradients come to .grad alone:"
+            f" use one of {', '.join(OF_PARTS)}"
+        )
     if is_compiled(model):
         raise ValueError("the model is compiled and trained by several processes, which is not supported: compile nothing")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 
+from adam_ghost.processes.world import World
 from adam_ghost.run.rerun import EVERY, KeptBatch, Rerun, slopes
 
 # of the weights' norm, the step of a difference: below it float32 rounds the difference away, or bfloat16 does (measured)
@@ -25,10 +26,11 @@ Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], li
 @contextmanager
 def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Iterator[Tensor]:
     """The weights a small step along ``vector``; yields the step, ``[]``, 0 where the vector is."""
-    data = [p.data for p in rerun.params]
+    rerun.world.settle()
+    data = [rerun.world.local(p.data) for p in rerun.params]
     exact = all(batch.autocast is None for batch in batches) and all(x.element_size() > 2 for x in data)
-    length = norm(vector)
-    size = norm(data).clamp(min=_LEAST_WEIGHT * sum(x.numel() for x in data) ** 0.5)
+    length, size = whole_norms(torch.stack([norm(vector), norm(data)]), rerun.world).unbind()
+    size = size.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in rerun.params) ** 0.5)
     c = torch.where(length > 0, (_REACH if exact else _REACH_HALF) * size / length, 0.0)
     before = [x.clone() for x in data]
     torch._foreach_add_(data, [v * c.to(v.dtype) for v in vector])
@@ -36,6 +38,7 @@ def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> 
         yield c
     finally:
         torch._foreach_copy_(data, before)
+        rerun.world.settle()
 
 
 def differences(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
@@ -91,7 +94,7 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
 
     Unlike the Hessian it bears a part of the batch: for a third of the price of a step.
     """
-    total = [torch.zeros_like(p) for p in rerun.params]
+    total = rerun.zeros()
     for batch in batches:
         n = len(batch.ids)
         rows = torch.arange(0, n, EVERY, device=rerun.device) if batch.packing is None else None
@@ -114,8 +117,8 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
         then = (batch.slopes if rows is None else batch.slopes[rows]).to(seen)
         scale = torch.where(seen.norm() > 0, then.norm() / seen.norm(), 0.0)
         scale = scale if rows is None else scale * n / len(rows)
-        _add(total, torch.autograd.grad(out, rerun.params, bent, allow_unused=True), scale)
-    rerun.world.mean(total)
+        rerun.add_gradient(total, out, bent * scale.to(bent.dtype))
+    rerun.average(total)
     return total
 
 
@@ -127,7 +130,7 @@ def _add(total: list[Tensor], found: Sequence[Tensor | None], scale: Tensor) -> 
 
 def none(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
     """No feedback: what a sample does through momentum alone."""
-    return [torch.zeros_like(p) for p in rerun.params]
+    return [torch.zeros_like(x) for x in vector]
 
 
 FEEDBACKS: dict[str, Feedback] = {
@@ -139,6 +142,15 @@ FEEDBACKS: dict[str, Feedback] = {
 }
 
 
+# those that know of the model's gradient only what a backward pass leaves in .grad
+OF_PARTS = ("differences", "gauss-newton", "none")
+
+
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """``[]``, float64: of all tensors together."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64)))
+
+
+def whole_norms(norms: Tensor, world: World) -> Tensor:
+    """The norms of whole tensors, from those of this process's parts."""
+    return world.sum_parts(norms.square()).sqrt() if world.sharded else norms

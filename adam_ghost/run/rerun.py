@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from adam_ghost.capture.calls import RngState, rng_state
 from adam_ghost.capture.recording import Packing
 from adam_ghost.processes.world import World
+from adam_ghost.step.validation import gradients_aside
 
 # of a batch's rows, those that Gauss-Newton products are taken on
 EVERY = 4
@@ -134,7 +135,7 @@ class Rerun:
 
         Raises ValueError where it returns anything but a scalar.
         """
-        with self._as_then(batch):
+        with self._as_then(batch), self.world.passing():
             loss = self.train_loss(batch.inputs if inputs is None else inputs)
         if not isinstance(loss, Tensor) or loss.ndim != 0:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -174,13 +175,36 @@ class Rerun:
             return self.measure_scale(batch, slopes(torch.autograd.grad(loss, out)[0]))
 
     def gradient(self, batches: Sequence[KeptBatch]) -> list[Tensor]:
-        """The gradient of the batches' losses, as the loop scaled them, by the parameters; zeros where there is none."""
-        total = [torch.zeros_like(p) for p in self.params]
+        """The gradient of the batches' losses, as the loop scaled them, by the parameters; zeros where there is none.
+
+        Of parameters that are spread over the processes, this process's part.
+        """
+        total = self.zeros()
         for batch in batches:
             with torch.enable_grad():
-                found = torch.autograd.grad(self.loss(batch), self.params, allow_unused=True)
-            for x, g in zip(total, found, strict=True):
-                if g is not None:
-                    x.add_(g if batch.scale is None else g * batch.scale.to(g.dtype))
-        self.world.mean(total)
+                loss = self.loss(batch)
+                loss = loss if batch.scale is None else loss * batch.scale.to(loss.dtype)
+            self.add_gradient(total, loss)
+        self.average(total)
         return total
+
+    def zeros(self) -> list[Tensor]:
+        """Shaped like the parameters, or this process's parts of them."""
+        return [torch.zeros_like(self.world.local(p.detach())) for p in self.params]
+
+    def add_gradient(self, total: list[Tensor], out: Tensor, along: Tensor | None = None) -> None:
+        """Adds the gradient of ``< out , along >`` by the parameters; sharded ones come averaged."""
+        if self.world.sharded:
+            with gradients_aside(self.params), self.world.passing():
+                out.backward(along)
+                found = [p.grad for p in self.params]
+        else:
+            found = list(torch.autograd.grad(out, self.params, along, allow_unused=True))
+        for x, g in zip(total, found, strict=True):
+            if g is not None:
+                x += self.world.local(g)
+
+    def average(self, total: list[Tensor]) -> None:
+        """Makes of the sum of added gradients what it is in the mean over the processes."""
+        if not self.world.sharded:
+            self.world.mean(total)

@@ -19,13 +19,13 @@ from adam_ghost.ledger.books import Audit
 from adam_ghost.optim import OptState
 from adam_ghost.optim.protocol import Adjoint
 from adam_ghost.run.compiled import is_compiled
-from adam_ghost.run.feedback import FEEDBACKS, norm
+from adam_ghost.run.feedback import FEEDBACKS, norm, whole_norms
 from adam_ghost.run.leave_out import Trajectory, compare
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import KeptBatch, first_output, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
-from adam_ghost.step.step import report_coverage, score_passes
+from adam_ghost.step.step import inner, report_coverage, score_passes
 from adam_ghost.step.whole_pass import WholePass
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class Sweep:
 
     def __init__(self, window: "Window", steps: list[KeptStep], plan: "WindowPlan"):
         self.window, self.loop, self.rerun, self.plan = window, window.loop, window.rerun, plan
+        self.world = window.loop.world
         self.params, self.names = window.params, list(window.loop.params)
         self.all = steps
         self.steps = [s for s in steps if not bool(s.void)]
@@ -107,11 +108,13 @@ class Sweep:
             if adjoint is not None:
                 after = segments[i + 1][0].state()
                 there = states[-1].advanced(segment[-1].used(), segment[-1].scalars)
-                self._check_arrival(segment, *(x.kept(list(x.parameters()))[0] for x in (states[0], there, after)))
+                with self.world.together():
+                    self._check_arrival(segment, *(x.kept(list(x.parameters()))[0] for x in (states[0], there, after)))
             else:
                 end = states[-1].advanced(segment[-1].used(), segment[-1].scalars)
                 if self.plan.end == self.loop.step:  # the weights are still those after its last step
-                    self._check_arrival(segment, list(states[0].parameters()), list(end.parameters()), self.now)
+                    with self.world.together():
+                        self._check_arrival(segment, list(states[0].parameters()), list(end.parameters()), self.now)
                 self.put(end)
                 val_loss, val_grads = self.loop.validation.gradient(self.params)
                 adjoint = end.adjoint([g if val_loss.ndim else g.unsqueeze(0) for g in val_grads])
@@ -178,7 +181,8 @@ class Sweep:
 
     def put(self, state: OptState) -> None:
         """Gives the model the weights of ``state``."""
-        torch._foreach_copy_([p.data for p in self.params], list(state.parameters()))
+        self.world.settle()
+        torch._foreach_copy_([self.world.local(p.data) for p in self.params], list(state.parameters()))
 
     # scaling
 
@@ -187,7 +191,7 @@ class Sweep:
 
         Told by what the steps that were scaled down have in common: the norm afterwards, or the factor.
         """
-        norms = torch.stack([norm([g for g in s.used() if g is not None]) for s in self.steps])
+        norms = whole_norms(torch.stack([norm([g for g in s.used() if g is not None]) for s in self.steps]), self.world)
         factors = torch.stack([s.factor.to(norms) for s in self.steps])
         self.scaled = {s.number for s, factor in zip(self.steps, factors.tolist(), strict=True) if factor != 1}
         base, first = factors.max(), self.steps[0]
@@ -197,7 +201,7 @@ class Sweep:
             self.put(self.all[0].state())
             self.rerun.find_scales(first.batches)
             here = {"scaled" for batch in first.batches if batch.scale is not None and bool(batch.scale > 1)}
-            scaled = bool(self.loop.world.union(here, ["scaled"]))
+            scaled = bool(self.world.union(here, ["scaled"]))
             # a scaler's factors are powers of two
             base = torch.exp2((base.log2() - 1e-3).ceil()) if scaled else torch.ones_like(base)
             powers = (factors / base).log2()
@@ -224,16 +228,16 @@ class Sweep:
         self, step: KeptStep, state: OptState, used: list[Tensor | None], adjoint: Adjoint
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The gradient of the loop's backward pass, before it was scaled, and ``P`` for it, ``[K, *shape]``, per parameter."""
-        raw = [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, used, strict=True)]
+        raw = [torch.zeros_like(p) if g is None else g for p, g in zip(state.parameters(), used, strict=True)]
         if step.number in self.scaled:
             raw = [g / step.factor.to(g.dtype) for g in raw]
         pulled = state.pull(used, adjoint, self._shares(step, used) if self.window.options.bounded else None)
         if step.number in self.clipped:
             # the factor, max_norm over the gradient's norm, shrinks as the gradient grows: nothing along it passes
-            size = norm(raw)
+            size = whole_norms(norm(raw), self.world)
             squared = size * (size + 1e-6 / self.unclipped)  # clip_grad_norm_'s own small number
             dots = [x.flatten(1) @ g.flatten().to(x.dtype) for x, g in zip(pulled, raw, strict=True)]  # each [K]
-            along = torch.stack(dots).double().sum(0) / squared
+            along = self.world.sum_parts(torch.stack(dots).double().sum(0)) / squared
             pulled = [x - along.view(-1, *[1] * g.ndim).to(x.dtype) * g.to(x.dtype) for x, g in zip(pulled, raw, strict=True)]
         down = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in pulled]
         return raw, [x * -step.factor.to(x.dtype) for x in down]
@@ -241,12 +245,14 @@ class Sweep:
     def _shares(self, step: KeptStep, used: list[Tensor | None]) -> list[Tensor]:
         """Per parameter, ``[]``: a sample's part of an element's gradient, if n samples' are as often up as down."""
         n = self.samples[step.number]
-        return [torch.zeros(()) if g is None else g.norm() / (g.numel() * n) ** 0.5 for g in used]
+        norms = torch.stack([torch.zeros_like(step.factor) if g is None else g.norm().to(step.factor) for g in used])
+        sizes = torch.tensor([p.numel() * n for p in self.params]).to(norms)
+        return list((whole_norms(norms, self.world) / sizes.sqrt()).unbind())
 
     def _samples(self) -> dict[int, int]:
         """By step, how many samples all processes had in it."""
         here = [sum(len(batch.ids) for batch in step.batches) for step in self.steps]
-        return {step.number: sum(each) for step, *each in zip(self.steps, *self.loop.world.gather(here), strict=True)}
+        return {step.number: sum(each) for step, *each in zip(self.steps, *self.world.gather(here), strict=True)}
 
     # one step
 
@@ -256,25 +262,28 @@ class Sweep:
         P = dict(zip(self.names, directions, strict=True))
         given = {name: g for name, g in zip(self.names, used, strict=True) if g is not None}
         # a few small parameters, whose gradients tell at little cost whether the batch runs as it did
-        small = sorted(given, key=lambda name: given[name].numel())[:3]
-        again = {name: torch.zeros_like(given[name]) for name in small}
+        small = sorted(given, key=lambda name: self.loop.params[name].numel())[:3]
+        again = {name: given[name].new_zeros(self.loop.params[name].shape) for name in small}
+        carried = self.world.carry(P)
         recordings, scores, passes, scales = [], [], [], []
         for batch in step.batches:
-            recording = ContractingRecording(P, len(batch.ids), batch.packing)
-            found, scale, pass_ = self._record(batch, recording, [self.loop.params[name] for name in small])
+            recording = ContractingRecording(carried, len(batch.ids), batch.packing)
+            found, scale, pass_ = self._record(batch, recording, small)
             passes.append(pass_)
             scales.append(scale)
             for name, g in zip(small, found, strict=True):
                 if g is not None:
                     again[name] += g * (step.factor * scale).to(g.dtype)
             recordings.append(recording)
-            scores.append(recording.scores * (scale * self.loop.world.share).to(recording.scores.dtype))
-        self.loop.world.mean(list(again.values()))
+            scores.append(recording.scores * (scale * self.world.share).to(recording.scores.dtype))
+        self.world.carry(None)
+        self.world.mean(list(again.values()))
+        again = {name: self.world.part(name, g) for name, g in again.items()}
         self._compare(step, {name: given[name] for name in small}, again)
         coverage = self.window.coverage
         by_passes = self.loop.fallback and coverage.forward_mode
         by_passes = by_passes and all(w.by_sample(r.batch_size, r.packing) for r, w in zip(recordings, passes, strict=True))
-        whole, missing = report_coverage(given, recordings, coverage, by_passes=by_passes, world=self.loop.world)
+        whole, missing = report_coverage(given, recordings, coverage, by_passes=by_passes, world=self.world)
         if whole:
             more = score_passes(passes, recordings, self.loop.params, {name: P[name] for name in whole})
             coverage.tell_of_passes(whole, given, more is not None)
@@ -283,19 +292,19 @@ class Sweep:
             else:
                 parts = more.split([len(x) for x in scores])
                 scores = [x + part * scale.to(part.dtype) for x, part, scale in zip(scores, parts, scales, strict=True)]
-        total = torch.stack([P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in zip(self.names, raw, strict=True)])
+        total = self.world.sum_parts(inner(P, dict(zip(self.names, raw, strict=True))))
         record = step.entry.record
         record.coverage, record.window = self.window.coverage.share, self.plan.first
         record.horizon = self.steps[-1].number - step.number
-        history = torch.full_like(total[0], float("nan"))  # no part of a window's credit is apart from its samples
+        history = torch.full_like(total, float("nan"))  # no part of a window's credit is apart from its samples
         # where parameters are missing, no part of the total is known to be the others'
-        return Scored(torch.cat(scores), val_loss, total.sum(0), None if missing else total.sum(0), history, step.edited)
+        return Scored(torch.cat(scores), val_loss, total, None if missing else total, history, step.edited)
 
     def _record(
-        self, batch: KeptBatch, recording: ContractingRecording, small: list[nn.Parameter]
+        self, batch: KeptBatch, recording: ContractingRecording, small: list[str]
     ) -> tuple[Sequence[Tensor | None], Tensor, WholePass]:
-        """Runs a batch again, contracts its calls as their gradients come; returns ``small``'s gradients, the loss' scale and
-        the pass itself.
+        """Runs a batch again, contracts its calls as their gradients come; returns the gradients of the ``small`` parameters by
+        this batch, the loss' scale and the pass itself.
 
         The weights' gradients, which are known, are not formed: two thirds of a backward pass are enough.
         """
@@ -328,9 +337,11 @@ class Sweep:
             with torch.enable_grad(), eager:
                 loss = self.rerun.loss(batch)
                 recorder.end()  # the loss, too, was followed
-                wanted = [*(get_gradient_edge(x) for x in (heads[-1], *small)), *recording.outputs]
+                held = {name: p for p, name in recorder.names.items()}  # as they were in the pass
+                wanted = [*(get_gradient_edge(x) for x in (heads[-1], *(held[name] for name in small))), *recording.outputs]
                 recording.outputs = None
-                out, *found = torch.autograd.grad(loss, wanted, allow_unused=True)
+                with self.world.passing():
+                    out, *found = torch.autograd.grad(loss, wanted, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -341,7 +352,8 @@ class Sweep:
 
     def _compare(self, step: KeptStep, used: dict[str, Tensor], again: dict[str, Tensor]) -> None:
         """Raises ValueError where the batch, run again, does not give the gradient that the optimizer used."""
-        off, size = norm([again[name] - g for name, g in used.items()]), norm(list(used.values()))
+        norms = torch.stack([norm([again[name] - g for name, g in used.items()]), norm(list(used.values()))])
+        off, size = whole_norms(norms, self.world).unbind()
         if not bool(off <= _SAME_GRADIENT * size):
             changed = any(batch.changed() for batch in step.batches)
             why = "; its inputs were changed in place since: give run.batch copies" if changed else ""

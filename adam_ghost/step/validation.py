@@ -1,6 +1,6 @@
 """The validation gradient at weights of choice, with everything of the user's put back afterwards, to the bit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -160,16 +160,22 @@ def _by_grad(losses: Tensor, params: Sequence[Tensor]) -> list[Sequence[Tensor |
 
 
 def _by_backward(losses: Tensor, params: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
-    """By ``.backward()``; the ``.grad`` of all ``leaves`` are put back."""
-    held = [p.grad for p in leaves]
     rows: list[Sequence[Tensor | None]] = []
-    try:
-        for k, x in enumerate(losses):
-            for p in leaves:
-                p.grad = None
+    for k, x in enumerate(losses):
+        with gradients_aside(leaves):
             x.backward(retain_graph=k < len(losses) - 1)
             rows.append([p.grad for p in params])
-    finally:
-        for p, g in zip(leaves, held, strict=True):
-            p.grad = g
     return rows
+
+
+@contextmanager
+def gradients_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """The ``.grad`` of all ``leaves`` are None where the block begins, and afterwards as before."""
+    held = [(p, p.grad) for p in leaves]
+    for p, _ in held:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, g in held:
+            p.grad = g

@@ -11,6 +11,7 @@ from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import adam_ghost as ag
@@ -44,8 +45,13 @@ def failing(where: str, schedule: str, spread: str = "ddp") -> str:
         return validation(model, False)()
 
     said = "nothing"
-    options = {"window": 1, "ahead": 0, "train_loss": lambda given: loss_of(model, *given)}
-    run = ag.InRun(model, optimizer, val_loss, schedule, **options if schedule == "window" else {})
+
+    def train_loss(given):
+        return loss_of(model, *given) if sick != "other_loss" or run.step < 2 else model(given[0]).square().sum()
+
+    steps = 1 if where == "val_loss" else 2
+    options = {"window": steps, "ahead": 0, "train_loss": train_loss} if schedule == "window" else {}
+    run = ag.InRun(model, optimizer, val_loss, schedule, **options)
     try:
         for t in range(3):
             if sick == "ids" and t == 1:
@@ -55,7 +61,10 @@ def failing(where: str, schedule: str, spread: str = "ddp") -> str:
                 loss_of(model, x, y).backward()  # which nobody announced
                 optimizer.step()
             step(model, optimizer, run, t)
-    except (ArithmeticError, RuntimeError, TypeError) as error:
+            if sick == "pruned" and t == 0:
+                held = model.shift.data
+                (held.to_local() if isinstance(held, DTensor) else held).mul_(0.5)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         said = f"{type(error).__name__}: {error}"
     with contextlib.suppress(RuntimeError):
         run.close()
@@ -148,7 +157,8 @@ def refused_shards(what: str) -> str:
         fully_shard(model, mesh=mesh, ignored_params={model.shift} if what == "ignored" else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     try:
-        with ag.InRun(model, optimizer, validation(model, False), what if what == "lookahead" else "midpoint") as run:
+        options = {"schedule": "window", "feedback": what, "train_loss": loss_of} if what in ("double", "forward") else {}
+        with ag.InRun(model, optimizer, validation(model, False), **options) as run:
             if what == "unaveraged":
                 model.set_requires_gradient_sync(False)
             if what == "divided":

@@ -2,14 +2,23 @@
 
 import numpy as np
 import pytest
-from compared import check_thin_layer, check_training
+from compared import check_thin_layer, check_training, distance, joined
 from faults import failing, half, refused_shards, riding
-from loops import UNEVEN, WITH_NONE
+from loops import UNEVEN, WITH_NONE, train
+
+# trainings end where they end, seldom with a window
+pytestmark = pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
 
 CASES = {
     "midpoint": {"schedule": "midpoint"},
     "gauss": {"schedule": "gauss"},
     "lookahead": {"schedule": "lookahead", "steps": 14},
+    "window": {"schedule": "window"},
+    "window-alone": {"schedule": "window", "options": {"feedback": "none"}, "steps": 6},
+    "window-none": {"schedule": "window", "sizes": WITH_NONE, "split": True, "steps": 6},
+    "window-clipped": {"schedule": "window", "clip": 0.05, "steps": 6},
+    "window-accumulated": {"schedule": "window", "micro": 2, "sizes": UNEVEN, "steps": 6},
+    "window-targets": {"schedule": "window", "targets": 2, "evaluated": True, "steps": 6},
     "split": {"schedule": "midpoint", "split": True},
     "lookahead-split": {"schedule": "lookahead", "split": True, "warm": True},
     "none": {"schedule": "midpoint", "sizes": WITH_NONE},
@@ -28,6 +37,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_one_process(name, pair):
     check_training(pair, "fsdp", CASES[name])
+
+
+def test_gauss_newton_is_that_of_replicas(pair):
+    """Each process takes every fourth row of its own part of the batch."""
+    case = {"schedule": "window", "options": {"feedback": "gauss-newton"}, "sizes": ((5, 3), (1, 6)), "steps": 6}
+    found, expected, without = (
+        joined(pair.run(train, how, **case | more))
+        for how, more in (("fsdp", {}), ("ddp", {}), ("ddp", {"options": {"feedback": "none"}}))
+    )
+    assert distance(found, expected) < 1e-11 < 1e-3 < distance(without, expected)
 
 
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
@@ -49,10 +68,19 @@ def test_passes_in_half_precision(pair):
         assert np.abs(np.subtract(sums, totals)).max() < 0.01 * np.abs(totals).max()
 
 
-def test_an_error_in_one_process_reaches_all(pair):
-    healthy, sick = pair.run(failing, "batch", "midpoint", "fsdp")
-    error = "RuntimeError: optimizer.step() without a recorded forward pass"
-    assert sick.startswith(error) and healthy.startswith(f"PeerFailed: process 1 raised {error}")
+@pytest.mark.parametrize(
+    ("where", "schedule", "error"),
+    [
+        ("batch", "midpoint", "RuntimeError: optimizer.step() without a recorded forward pass"),
+        ("pruned", "window", "ValueError: 'shift' is not where steps"),
+        ("other_loss", "window", "ValueError: step 2: train_loss(inputs), run again"),
+    ],
+)
+def test_an_error_in_one_process_reaches_all(where, schedule, error, pair):
+    healthy, sick = pair.run(failing, where, schedule, "fsdp")
+    assert sick.startswith(error) and sick.endswith(" 2")
+    # what the whole parameters tell, both raise
+    assert healthy.startswith((f"PeerFailed: process 1 raised {error}", error)) and healthy.endswith(" 2")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +90,8 @@ def test_an_error_in_one_process_reaches_all(pair):
         ("hybrid", "mesh of 2 dimensions"),
         ("offloaded", "CPUOffloadPolicy is not supported"),
         ("ignored", "'shift' is whole in every process (ignored_params)"),
+        ("double", "feedback='double' is not supported where fully_shard shards the model"),
+        ("forward", "feedback='forward' is not supported where fully_shard shards the model"),
         ("unaveraged", "gradients are not averaged over the 2 processes"),
         ("divided", "set_gradient_divide_factor() is not supported"),
     ],
