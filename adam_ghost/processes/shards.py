@@ -51,14 +51,14 @@ class Shards(Processes):
                 "a backward pass under set_requires_gradient_sync(False) has left gradients that no pass has averaged: announce it"
                 " by run.batch, or end it with one that averages"
             )
-        before = [(group, group.reduce_grads) for group in groups]
+        before = [(group, group.reduce_grads, group.gradient_divide_factor) for group in groups]
         for group in groups:
-            group.reduce_grads = True
+            group.reduce_grads, group.gradient_divide_factor = True, None
         try:
             yield
         finally:
-            for group, reduce_grads in before:
-                group.reduce_grads = reduce_grads
+            for group, reduce_grads, factor in before:
+                group.reduce_grads, group.gradient_divide_factor = reduce_grads, factor
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -74,10 +74,12 @@ class Shards(Processes):
             super()._agree(place, error)
 
     def check_reduced(self) -> None:
+        factors = {group.gradient_divide_factor or self.size for module in self._modules for group in _groups(module)}
+        if len(factors) > 1:
+            raise ValueError(f"set_gradient_divide_factor() must be the same for the whole model, got {sorted(factors)}")
+        self.share = 1 / factors.pop()
         for module in self._modules:
             for group in _groups(module):
-                if group.gradient_divide_factor is not None:
-                    raise ValueError("set_gradient_divide_factor() is not supported: gradients must be means over the processes")
                 if not group.reduce_grads:
                     raise ValueError(
                         f"the gradients are not averaged over the {self.size} processes: set_requires_gradient_sync(True) before"

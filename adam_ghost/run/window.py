@@ -144,6 +144,8 @@ class Window(Collecting):
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> None:
         """Keeps the step; its scores come with its window's sweep."""
+        if step.world.share != 1 / step.world.size:
+            raise ValueError("schedule='window' takes gradients that are means over the processes: no set_gradient_divide_factor()")
         scale = torch.stack(list(step.scale.values()))
         uneven = (scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max()
         if edited.device.type == "cpu" and bool(uneven):

@@ -154,15 +154,20 @@ def refused_shards(what: str) -> str:
     elif what == "offloaded":
         fully_shard(model, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
     else:
+        fully_shard(model.block, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params={model.shift} if what == "ignored" else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     try:
-        options = {"schedule": "window", "feedback": what, "train_loss": loss_of} if what in ("double", "forward") else {}
+        options = {"schedule": "window", "train_loss": loss_of} if what in ("double", "forward", "divided_window") else {}
+        options |= {"feedback": what} if what in ("double", "forward") else {}
         with ag.InRun(model, optimizer, validation(model, False), **options) as run:
             if what == "unaveraged":
                 model.set_requires_gradient_sync(False)
             if what == "divided":
                 model.set_gradient_divide_factor(3.0)
+            if what == "divided_window":
+                for module in (model.block, model):
+                    module.set_gradient_divide_factor(3.0)
             step(model, optimizer, run, 0)
     except (TypeError, ValueError) as error:
         return str(error)

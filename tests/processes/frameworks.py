@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -42,6 +44,10 @@ def val_loss(model: nn.Module) -> Tensor:
     return model(input_ids=x[:5], labels=y[:5]).loss
 
 
+def windows(schedule: str) -> dict[str, int]:
+    return {"window": 2, "ahead": 1} if schedule == "window" else {}
+
+
 def read(run: Any) -> dict[int, float]:
     found = run.scores()
     return dict(zip(found.ids, found.total.tolist(), strict=True))
@@ -49,7 +55,7 @@ def read(run: Any) -> dict[int, float]:
 
 @contextlib.contextmanager
 def launched(shard: bool = False) -> Iterator[None]:
-    """As torchrun sets the environment, where there are several processes; Accelerate shards on CPUs, too, if it is to ``shard``."""
+    """As torchrun sets the environment, where there are several processes; has Accelerate ``shard`` on CPUs, too."""
     from accelerate import state
 
     several = distributed.is_initialized()
@@ -122,7 +128,7 @@ def trained(shard: bool, schedule: str, folder: str, batch: int = BATCH) -> tupl
             optim="adamw_torch", weight_decay=0.0, report_to=[], disable_tqdm=True, save_strategy="no", **options,
         )  # fmt: skip
         model = gpt().double()
-        callback = AttributionCallback(val_loss, schedule=schedule, **({"window": 2, "ahead": 1} if schedule == "window" else {}))
+        callback = AttributionCallback(val_loss, schedule=schedule, **windows(schedule))
         trainer = InOrder(model, args, train_dataset=samples, data_collator=transformers.default_data_collator)
         callback.attach(trainer)
         trainer.train()
@@ -171,9 +177,7 @@ def lit(strategy: str, schedule: str, batch: int = BATCH) -> tuple[dict[int, flo
             "ddp": strategies.DDPStrategy,
             "model_parallel": lambda: strategies.ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1),
         }[strategy]()
-        callback = AttributionCallback(
-            Module.validate, schedule=schedule, **({"window": 2, "ahead": 1} if schedule == "window" else {})
-        )
+        callback = AttributionCallback(Module.validate, schedule=schedule, **windows(schedule))
         module = Module()
         sampler = torch.utils.data.DistributedSampler(samples, shuffle=False) if size > 1 else None
         loader = torch.utils.data.DataLoader(samples, batch_size=batch, sampler=sampler)
@@ -183,3 +187,12 @@ def lit(strategy: str, schedule: str, batch: int = BATCH) -> tuple[dict[int, flo
         )  # fmt: skip
         trainer.fit(module, loader)
         return read(callback.run), isinstance(module, FSDPModule)
+
+
+def titan(schedule: str, folder: str) -> tuple[dict[int, float], list, list]:
+    """By the example of torchtitan's loop; also what the scores of each step add up to, and should."""
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+    import torchtitan_loop
+
+    run = torchtitan_loop.train(schedule, None, folder)
+    return read(run), [s.score_sum for s in run.steps], [s.total for s in run.steps]

@@ -110,6 +110,7 @@ def train(
     inner: bool = False,
     targets: int = 0,
     evaluated: bool = False,
+    summed: bool = False,
     options: dict | None = None,
     ledger: str | None = None,
     checkpoint: str | None = None,
@@ -118,12 +119,15 @@ def train(
     """What became of a training: scores by id, the weights, the books. ``spread``: ``one`` process, ``ddp`` or ``fsdp``.
 
     A step's loss is the mean over the processes of their samples' mean losses. ``evaluated``: passes without gradients come between
-    the steps. Training goes on from the ``checkpoint`` where there is one, or leaves one there after its sixth step. ``end``: the
-    run is closed, or process 1 is killed.
+    the steps. ``summed``: gradients are added up over shards, not averaged, as torchtitan does. Training goes on from the
+    ``checkpoint`` where there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed.
     """
     several = spread != "one"
     plain = Net(extra).to(dtype)
     model = spread_out(plain, spread, **(wrapper or {}))
+    if summed and several:
+        for part in (plain.block, model):
+            part.set_gradient_divide_factor(1.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 
     for p in plain.parameters() if warm else ():
@@ -132,7 +136,7 @@ def train(
     def train_loss(given: Any) -> Tensor:
         x, y, shares = given
         if several:
-            return loss_of(model, x, y) / micro
+            return loss_of(model, x, y) / micro / (len(shares) if summed else 1)
         logits = model(x)
         losses = [F.cross_entropy(logits[s], y[s]) for s in shares if s.stop > s.start]
         return torch.stack(losses).sum() / len(shares) / micro

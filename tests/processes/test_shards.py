@@ -25,6 +25,8 @@ CASES = {
     "lookahead-none": {"schedule": "lookahead", "sizes": WITH_NONE, "warm": True},
     "accumulated": {"schedule": "midpoint", "micro": 2, "sizes": UNEVEN, "clip": 0.05},
     "lookahead-accumulated": {"schedule": "lookahead", "micro": 3, "sizes": UNEVEN, "clip": 0.05, "warm": True},
+    "summed": {"schedule": "midpoint", "summed": True, "sizes": UNEVEN, "steps": 4},
+    "lookahead-summed": {"schedule": "lookahead", "summed": True, "sizes": UNEVEN, "steps": 4, "warm": True},
     "kept-whole": {"schedule": "midpoint", "wrapper": {"reshard_after_forward": False}},
     "targets": {"schedule": "midpoint", "targets": 2, "steps": 4},
     "lookahead-targets": {"schedule": "lookahead", "targets": 2, "split": True, "steps": 4, "warm": True},
@@ -93,7 +95,8 @@ def test_an_error_in_one_process_reaches_all(where, schedule, error, pair):
         ("double", "feedback='double' is not supported where fully_shard shards the model"),
         ("forward", "feedback='forward' is not supported where fully_shard shards the model"),
         ("unaveraged", "gradients are not averaged over the 2 processes"),
-        ("divided", "set_gradient_divide_factor() is not supported"),
+        ("divided", "set_gradient_divide_factor() must be the same for the whole model, got [2, 3.0]"),
+        ("divided_window", "schedule='window' takes gradients that are means over the processes"),
     ],
 )
 def test_other_shards_are_refused(what, message, pair):

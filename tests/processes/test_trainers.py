@@ -1,8 +1,9 @@
 """Accelerate, the Trainer and Lightning in two processes: scores of one process with the whole batch."""
 
+import numpy as np
 import pytest
 from compared import distance, joined
-from frameworks import BATCH, accelerated, lit, trained
+from frameworks import BATCH, accelerated, lit, titan, trained
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -33,3 +34,15 @@ def test_trainer(shard, schedule, pair, tmp_path):
 def test_lightning(strategy, schedule, pair):
     pytest.importorskip("lightning")
     check(pair.run(lit, strategy, schedule), lit("auto", schedule, 2 * BATCH), strategy == "model_parallel")
+
+
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
+def test_torchtitan_loop(schedule, pair, tmp_path):
+    """Scores add up to the step's gradient, and noise is told from text."""
+    found = pair.run(titan, schedule, str(tmp_path / "state"))
+    scores = {i: s for mine in found for i, s in mine[0].items()}
+    assert len(scores) == 14 * 2 * 2 * 4
+    for _, sums, totals in found:
+        np.testing.assert_allclose(sums, totals, rtol=1e-3, atol=1e-6)
+    worst = sorted(scores, key=scores.__getitem__)[:30]
+    assert sum(i % 1000 % 3 == 0 for i in worst) > 20  # ten by chance
