@@ -29,6 +29,7 @@ from bench import ops as ops_bench
 from bench import optimizers as optimizers_bench
 from bench import predictions as predictions_bench
 from bench import sass as sass_bench
+from bench import scaling as scaling_bench
 from bench import schedule as schedule_bench
 from bench import throughput as throughput_bench
 from bench import window as window_bench
@@ -321,6 +322,14 @@ def schedule(json: Json = None) -> None:
         cells = f"{row['least_mb']:.0f}", f"{row['dram']:.2f}", str(schedule_bench.DRAM), f"{row['balance']:.3f}"
         table.add_row(row["op"], row["shape"], *cells, str(schedule_bench.BALANCE))
     console.print(table)
+    _write(json, {"rows": rows})
+
+
+@app.command()
+def scaling(json: Json = None) -> None:
+    """Bytes moved and held and operations of a sharded step's attribution, beside the plain step's; the table of docs/scaling.md."""
+    rows = scaling_bench.measure()
+    print(scaling_bench.table(rows))
     _write(json, {"rows": rows})
 
 

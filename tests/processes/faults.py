@@ -271,3 +271,64 @@ def exchanges(spread: str, schedule: str, split: bool) -> list[tuple[str, int]]:
             finally:
                 world.distributed = shards.distributed = distributed
     return made
+
+
+def traffic(schedule: str, K: int, feedback: str = "differences") -> tuple[int, int, int]:
+    """Elements of weights and directions gathered, and of gradients added up, in a step; in ``window``, in a sweep of five steps."""
+    torch.manual_seed(0)
+    blocks: Any = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
+    model: Any = nn.Sequential(blocks, nn.Linear(8, 4, bias=False))
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*blocks, model):
+        fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for p in model.parameters():
+        give_history(optimizer, p)
+    x, seen, ours = torch.randn(3, 8), [0, 0, 0], False
+    scatter = "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+    gather, add, send = getattr(distributed, shards.GATHER), getattr(distributed, scatter), shards.Shards._gather_parts
+
+    def gathering(out, *args, **kwargs):
+        seen[int(ours)] += out.numel()
+        return gather(out, *args, **kwargs)
+
+    def adding(*args, **kwargs):
+        seen[2] += kwargs.get("input", args[1] if len(args) > 1 else None).numel()
+        return add(*args, **kwargs)
+
+    def sending(*args):
+        nonlocal ours
+        ours = True
+        try:
+            return send(*args)
+        finally:
+            ours = False
+
+    def val_loss():
+        return model(x).square().mean(0)[:K]
+
+    def train_loss(given):
+        return model(given).square().mean()
+
+    windows = {"window": 3, "ahead": 2, "feedback": feedback, "train_loss": train_loss} if schedule == "window" else {}
+    run = ag.InRun(model, optimizer, val_loss if K > 1 else lambda: val_loss()[0], schedule, **windows)
+    setattr(distributed, shards.GATHER, gathering)
+    setattr(distributed, scatter, adding)
+    shards.Shards._gather_parts = sending
+    try:
+        for t in range(5 if windows else 1):
+            run.batch([10 * t, 10 * t + 1, 10 * t + 2], inputs=x)
+            train_loss(x).backward()
+            if t == 4:
+                seen[:] = [0, 0, 0]
+            optimizer.step()
+            optimizer.zero_grad()
+        found = tuple(seen)
+    finally:
+        setattr(distributed, shards.GATHER, gather)
+        setattr(distributed, scatter, add)
+        shards.Shards._gather_parts = send
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.close()
+    return found
