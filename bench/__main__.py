@@ -327,7 +327,7 @@ def schedule(json: Json = None) -> None:
 
 @app.command()
 def scaling(json: Json = None) -> None:
-    """Bytes moved and held and operations of a sharded step's attribution, beside the plain step's; the table of docs/scaling.md."""
+    """Bytes moved, bytes held and operations of a sharded step's attribution, beside the plain step's: docs/scaling.md's table."""
     rows = scaling_bench.measure()
     print(scaling_bench.table(rows))
     _write(json, {"rows": rows})

@@ -274,7 +274,7 @@ def exchanges(spread: str, schedule: str, split: bool) -> list[tuple[str, int]]:
 
 
 def traffic(schedule: str, K: int, feedback: str = "differences") -> tuple[int, int, int]:
-    """Elements of weights and directions gathered, and of gradients added up, in a step; in ``window``, in a sweep of five steps."""
+    """Elements of weights and directions gathered, and of gradients added up, in a step; in a sweep of five steps."""
     torch.manual_seed(0)
     blocks: Any = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
     model: Any = nn.Sequential(blocks, nn.Linear(8, 4, bias=False))
