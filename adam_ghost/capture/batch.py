@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from adam_ghost.capture import rules
+from adam_ghost.capture import attention, rules
 from adam_ghost.capture.declared import DECLARED, FOLLOWED, custom_function, is_opaque
 from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.pointwise import POINTWISE, POINTWISE_IF_TWO
@@ -350,6 +350,9 @@ class Landing:
     def index(self, x: Tensor, rows: Rows) -> Tensor | None:
         """The index of the result, as far as the argument ``x`` is concerned; None where rows of different samples meet."""
         func, args, kwargs, out = self.func, self.args, self.kwargs, self.out
+        names = attention.names_of(func)
+        if names is not None:
+            return self._attended(names, x, rows)
         if func in WRITES:
             return self._after_writing(x, rows)
         if func in JOINS:
@@ -363,6 +366,18 @@ class Landing:
                 return None if moved is None else shrunk(moved)
         landed = self.batch.landed(rows, out, lambda d: self.place(x, d))
         return None if landed is None else landed.of
+
+    def _attended(self, names: tuple[str, ...], x: Tensor, rows: Rows) -> Tensor | None:
+        """The queries' index, where none of them sees a key or a value ``x`` of another sample."""
+        bound, _ = rules.bind(names, self.args, self.kwargs)
+        tag = self.batch[bound[0]]
+        if self.result or tag is None or not any(x is y for y in bound[:3]):
+            return None
+        queries = self.batch.as_rows(bound[0], tag)
+        if queries.of.shape[-1] != 1 or rows.of.shape[-1] != 1:
+            return None
+        apart = self.batch.n == 1 or attention.sees_its_own(names, bound, queries.samples, rows.samples)
+        return queries.of if apart is True or self.batch.certain(apart) else None
 
     def _after_writing(self, x: Tensor, rows: Rows) -> Tensor | None:
         write = WRITES[self.func]

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
+from adam_ghost.capture.attention import declare_attention
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, declare_known
@@ -120,6 +121,7 @@ class Recorder:
     def attach(self) -> None:
         declare_known()
         declare_heads()
+        declare_attention()
         known: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         if any(hasattr(p, "to_local") for p in known):
             for module in self.model.modules():

@@ -60,7 +60,7 @@ def _as_it_does(func: Callable, of: Tensor, x: Tensor, *args: Any, **kwargs: Any
 
 
 def _reshaped(func: Callable, of: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-    """By reshaping what varies alone: of the dimensions that are joined or divided, those along which all belongs together stay 1."""
+    """By reshaping what varies alone: dimensions along which all belongs together stay 1, however they are joined or divided."""
     if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):  # ``view`` reinterprets the elements
         return None
     shape = func(torch.empty(x.shape, device="meta"), *args, **kwargs).shape

@@ -108,7 +108,9 @@ class _ScoredLinear(torch.autograd.Function):
             seen, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(x, seen, P_weight, P_bias, offsets, order)
         ctx.n, ctx.dtype = len(slot), weight.dtype
-        return cpu.linear(x, seen, bias)
+        out = cpu.linear(x, seen, bias)
+        # a view made here could not be changed in place, as an activation after the layer may do
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from architecture import WAYS  # noqa: E402
 from families import EXCEPTIONS, FAMILIES, LIBRARIES  # noqa: E402
 from measure import measured  # noqa: E402

@@ -45,6 +45,11 @@ class Family:
             made = reduce(getattr, self.model.split("."), timm.models)(num_classes=4, **self.sizes)
         else:
             made = timm.create_model(self.model, pretrained=False, num_classes=4, **self.sizes)
+        for module in made.modules():
+            if isinstance(module, timm.layers.DropPath):
+                module.drop_prob = 0.0
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         for p in made.parameters():
             p.data += 0.05 * torch.randn_like(p)
         return Frozen(made).double().train()
@@ -58,7 +63,6 @@ _TRANSFORMER = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "n
 _SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 2)}
 _STAGES = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
 _EMBEDDED = {"embed_dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
-_BLOCKS = {"img_size": 32, "num_blocks": 2, "embed_dim": 16}
 _RESNET = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
 _WIDE = {"layers": (1, 1, 1, 1), "channels": (32, 32, 32, 32)}
 _MAXVIT = {"img_size": 64, "embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1), "stem_width": 8}
@@ -66,11 +70,12 @@ _MAXVIT = {"img_size": 64, "embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1)
 TIMM: dict[str, Family] = {
     # transformers
     "timm-vit": Family("vit_tiny_patch16_224", 16, _TRANSFORMER),
-    "timm-vit-registers": Family("vit_tiny_patch16_224", 16, _TRANSFORMER | {"global_pool": "map", "init_values": 0.1, "qk_norm": True,
-        "reg_tokens": 2, "class_token": False}),
+    "timm-vit-registers": Family("vit_tiny_patch16_224", 16, _TRANSFORMER | {"global_pool": "map", "init_values": 0.1,
+        "qk_norm": True, "reg_tokens": 2, "class_token": False}),
     "timm-naflexvit": Family("naflexvit_base_patch16_gap", 32, {"embed_dim": 16, "depth": 2, "num_heads": 2}),
     "timm-vit-relpos": Family("vit_relpos_small_patch16_224", 16, _TRANSFORMER),
-    "timm-vit-sam": Family("samvit_base_patch16", 16, _TRANSFORMER | {"global_attn_indexes": (1,), "window_size": 1, "neck_chans": 8}),
+    "timm-vit-sam": Family("samvit_base_patch16", 16, _TRANSFORMER | {"global_attn_indexes": (1,), "window_size": 1,
+        "neck_chans": 8}),
     "timm-deit": Family("deit_tiny_distilled_patch16_224", 16, _TRANSFORMER),
     "timm-deit3": Family("deit3_small_patch16_224", 16, _TRANSFORMER),
     "timm-beit": Family("beit_base_patch16_224", 16, _TRANSFORMER),
@@ -98,8 +103,6 @@ TIMM: dict[str, Family] = {
     "timm-coatnet": Family("coatnet_pico_rw_224", 64, _MAXVIT),
     "timm-maxvit": Family("maxvit_pico_rw_256", 64, _MAXVIT),
     "timm-maxxvit": Family("maxxvit_rmlp_nano_rw_256", 64, _MAXVIT),
-    "timm-levit": Family("levit_128s", 64, {"img_size": 64, "embed_dim": (16, 16, 16), "key_dim": 8, "num_heads": (2, 2, 2),
-        "depth": (1, 1, 1)}),
     "timm-edgenext": Family("edgenext_xx_small", 64, _STAGES | {"heads": (2, 2, 2, 2)}),
     "timm-mobilevit": Family("mobilevit_xxs", 32),
     "timm-efficientformer2": Family("efficientformer_v2.EfficientFormerV2", 32, {"depths": (1, 1, 1, 1), "img_size": 32,
@@ -110,7 +113,7 @@ TIMM: dict[str, Family] = {
     "timm-caformer": Family("metaformer.MetaFormer", 32, _STAGES),
     # convolutions
     "timm-resnet": Family("resnet18", 32, _RESNET),
-    "timm-resnet-groupnorm": Family("resnet18", 32, _WIDE | {"norm_layer": "groupnorm"}),
+    "timm-resnet-groupnorm": Family("resnet18", 64, _WIDE | {"norm_layer": "groupnorm"}),
     "timm-resnet-bottleneck": Family("resnet50", 32, _RESNET | {"block_args": {"attn_layer": "se"}}),
     "timm-resnetv2": Family("resnetv2_50", 32, {"layers": (1, 1), "channels": (32, 32), "stem_chs": 32}),
     "timm-convnext": Family("convnext_atto", 32, _STAGES),
@@ -130,9 +133,7 @@ TIMM: dict[str, Family] = {
     "timm-convmixer": Family("convmixer.ConvMixer", 32, {"dim": 16, "depth": 2, "patch_size": 8}),
     "timm-mambaout": Family("mambaout_femto", 32, {"depths": (1, 1), "dims": (8, 16)}),
     # mixtures of tokens by products
-    "timm-mixer": Family("mixer_b16_224", 32, _BLOCKS),
-    "timm-gmlp": Family("gmlp_s16_224", 32, _BLOCKS),
-    "timm-resmlp": Family("resmlp_12_224", 32, _BLOCKS),
+    "timm-mixer": Family("mlp_mixer.MlpMixer", 32, {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 16}),
     "timm-sequencer": Family("sequencer.Sequencer2d", 32, {"img_size": 32, "layers": (1, 1), "patch_sizes": (8, 2),
         "embed_dims": (16, 16), "hidden_sizes": (8, 8), "mlp_ratios": (2.0, 2.0)}),
 }  # fmt: skip

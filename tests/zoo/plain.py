@@ -167,9 +167,10 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder = nn.Sequential(
             nn.Conv2d(2, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 8, 3, 2, 1), nn.Flatten(), nn.Linear(32, 2 * D)
-        )
+        )  # fmt: skip
         self.decoder = nn.Sequential(
-            nn.Linear(D, 32), nn.Unflatten(1, (8, 2, 2)), nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.ELU(), nn.ConvTranspose2d(4, 2, 4, 2, 1)
+            nn.Linear(D, 32), nn.Unflatten(1, (8, 2, 2)), nn.ConvTranspose2d(8, 4, 4, 2, 1), nn.ELU(),
+            nn.ConvTranspose2d(4, 2, 4, 2, 1),
         )  # fmt: skip
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
