@@ -221,3 +221,126 @@ def test_unpadded_tokens_in_a_run(way, varlen):
         found, record = torch.from_numpy(run.scores().total), run.steps[-1]
     assert record.coverage == 1
     close(found.sum(), torch.tensor(record.total, dtype=torch.float64).squeeze())
+
+
+class Packed(nn.Module):
+    """Token rows of several samples; attention within documents alone, or ``wrong`` over all; some layers hide what they do."""
+
+    def __init__(self, wrong=False):
+        super().__init__()
+        self.tokens, self.qkv, self.norm, self.out = nn.Embedding(9, D), nn.Linear(D, 3 * D), nn.LayerNorm(D), nn.Linear(D, 2)
+        self.scale, self.wrong = nn.Parameter(torch.ones(D)), wrong
+
+    def forward(self, ids, of):
+        x = self.tokens(ids)
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        seen = torch.ones_like(of[:, :, None] == of[:, None]) if self.wrong else of[:, :, None] == of[:, None]
+        weights = (q @ k.mT).masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+        return self.out(self.norm(x + (weights @ v).transpose(1, 2).flatten(2)) * self.scale)
+
+
+OF = {
+    "in-line": torch.tensor([[0, 0, 0, 1, 2, 2, 2], [3, 3, 3, 3, 4, 4, 4]]),
+    "anywhere": torch.tensor([[4, 0, 0, 1, 2, 4, 0], [3, -1, 3, 0, 3, 3, -1]]),
+}
+
+
+class PackedProblem(Problem):
+    """A sample's loss is that of its tokens, wherever they are."""
+
+    def shares(self, out, n=None):
+        return self.losses(out, self.inputs[1])
+
+    def val_loss(self):
+        return self.losses(self.model(*self.val_inputs), self.val_inputs[1]).sum()
+
+
+def losses_of(out, of):
+    per_token = (out - 0.3).square().sum(-1)
+    return torch.stack([per_token[of == i].mean() + per_token[of == i].sum().sin() for i in range(N)])
+
+
+def packed(where, wrong=False):
+    torch.manual_seed(0)
+    ids, val = torch.randint(9, (2, 2, 7))
+    model = Packed(wrong).double()
+    return PackedProblem(model, (ids, OF[where]), (val, OF["in-line"]), losses=losses_of)
+
+
+def told(where):
+    """What the samples are told by."""
+    in_line = {"offsets": torch.tensor([0, 3, 4, 7, 11, 14])}
+    return in_line if where == "in-line" else {"samples": OF[where]}
+
+
+def shares_of(case, P):
+    found = case.losses(case.model(*case.inputs), case.inputs[1])
+    grads = [torch.autograd.grad(x, list(case.params.values()), retain_graph=True) for x in found]
+    return torch.stack([inner(P, dict(zip(case.params, g, strict=True))) for g in grads]), grads
+
+
+@pytest.mark.parametrize("where", OF)
+def test_packed_rows_in_the_thin_layer(where):
+    case = packed(where).warm(3)
+    case.optimizer.zero_grad()
+    with case.cache.packed(**told(where)):
+        case.backward()
+    P = case.direction()
+    want, grads = shares_of(case, P)
+    close(case.attribute(), want)
+    flat = torch.stack([torch.cat([x.flatten() for x in g]) for g in grads])
+    close(ag.gram(case.cache, case.optimizer, preconditioner=None), flat @ flat.T)
+    assert ag.gram(case.cache, case.optimizer, preconditioner="factored").isfinite().all()
+    with case.cache:  # which speaks of that block alone
+        case.backward()
+    assert case.cache.recorded.packing is None
+
+
+@pytest.mark.parametrize("way", ["midpoint", "lookahead", "window"])
+@pytest.mark.parametrize("where", OF)
+def test_packed_rows_in_a_run(where, way):
+    case = packed(where).warm(11)
+    case.optimizer.zero_grad()
+
+    def loss(inputs):
+        return case.losses(case.model(*inputs), inputs[1]).sum()
+
+    windows = {"window": 1, "ahead": 0, "train_loss": loss, "feedback": "none"} if way == "window" else {"audit_every": 1}
+    with ag.InRun(case.model, case.optimizer, case.val_loss, way, strict=True, **windows) as run:
+        run.batch(range(N), inputs=case.inputs, **told(where))
+        loss(case.inputs).backward()
+        if way == "midpoint":
+            want = shares_of(case, case.direction())[0]
+        case.optimizer.step()
+        run.flush()
+        found, record = torch.from_numpy(run.scores().total), run.steps[-1]
+    close(found.sum(), torch.tensor(record.total, dtype=torch.float64).squeeze())
+    if way == "midpoint":
+        close(found, want)
+    if record.audit is not None:
+        assert record.audit.alone < 1e-9 and record.audit.r > 0.99
+
+
+def test_an_audit_finds_packed_rows_that_meet():
+    case = packed("in-line", wrong=True).warm(11)
+    case.optimizer.zero_grad()
+    with ag.InRun(case.model, case.optimizer, case.val_loss, "midpoint", audit_every=1) as run:
+        run.batch(range(N), told("in-line")["offsets"])
+        case.backward()
+        with pytest.warns(UserWarning, match="the gradients of samples computed alone differ"):
+            case.optimizer.step()
+            run.flush()
+
+
+@pytest.mark.parametrize(
+    "told,match",
+    [
+        ({"offsets": torch.tensor([0, 3]), "samples": OF["in-line"]}, "got both"),
+        ({"samples": OF["in-line"].double()}, "samples must be integers, got torch.float64"),
+        ({"offsets": torch.tensor([[0, 3]])}, r"offsets must be \[n \+ 1\] integers for n samples, got \[1, 2\]"),
+        ({}, "packed needs offsets or samples"),
+    ],
+)
+def test_packing_that_says_nothing(told, match):
+    with pytest.raises(ValueError, match=match):
+        packed("in-line").cache.packed(**told)

@@ -12,6 +12,6 @@ FAMILIES: dict[str, Architecture] = {name: family for families in LIBRARIES.valu
 EXCEPTIONS = {
     "`RecurrentGemma` (transformers)": "its layers keep their states, with a graph, from one batch to the next: in training, its"
     " own second backward pass fails",
-    "`xcit`, `levit` (timm)": "torch's backward pass of a batch norm by running statistics differs between a batch and its samples where"
-    " the gradient is not contiguous, so that the batch's own gradient is not the sum of its samples' (CPU, torch 2.13)",
+    "`xcit`, `levit` (timm)": "torch's own backward pass of a batch norm by running statistics is another one for a batch than"
+    " for its samples where the gradient is not contiguous (CPU, torch 2.13): the batch's gradient is not the samples' sum",
 }
