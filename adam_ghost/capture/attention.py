@@ -57,7 +57,7 @@ def sees_its_own(names: tuple[str, ...], bound: list[Any], queries: Tensor, keys
     ``queries``, ``keys``: the samples of either's rows, as they broadcast to ``query`` and to ``key``, or ``value``.
     """
     if names is _SEGMENTED:
-        return _by_segments(*bound[3:5], queries.flatten(), keys.flatten(), len(bound[0]), len(bound[1]))
+        return _by_segments(bound[3], bound[4], queries.flatten(), keys.flatten(), len(bound[0]), len(bound[1]))
     mask, causal = bound[3] if len(bound) > 3 else None, bound[5] if len(bound) > 5 else False
     apart = (queries != keys.mT) & (keys.mT != NOBODY)  # [..., T, S], or 1 where all belongs together
     if isinstance(mask, Tensor):

@@ -197,6 +197,7 @@ def _facts(ledger: LedgerReader, steps: list[dict], booked: list[dict], samples:
         "Skipped steps": str(len(steps) - len(booked)),
         "Samples": f"{samples:,}",
         "Parameters covered": f"{min(s['coverage'] for s in steps):.1%}" if steps else None,
+        "Parameters scored by whole passes": f"{max(s['by_passes'] for s in steps):.1%}" if steps else None,
         "Attribution per step": f"{1e3 * float(np.median([s['seconds'] for s in booked])):.1f} ms" if booked else None,
         "Began": f"{datetime.fromtimestamp(run['created'], timezone.utc):%Y-%m-%d %H:%M} UTC",
         "PyTorch": run.get("versions", {}).get("torch"),
