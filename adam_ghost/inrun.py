@@ -30,9 +30,9 @@ from adam_ghost.scores.cpu import multiplies_bfloat16
 from adam_ghost.scores.forms import Asked
 from adam_ghost.shapley import ShapleyValues, play
 from adam_ghost.step.alone import alone, tolerance
-from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples
+from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples, share_of
 from adam_ghost.step.fingerprint import EDITED, GradientWatch
-from adam_ghost.step.step import Step, book_passes, follow_scaling, gather_step, held_by, join, plain_precision
+from adam_ghost.step.step import Step, follow_scaling, gather_step, held_by, join, plain_precision
 from adam_ghost.step.validation import Validation
 from adam_ghost.warn import warn
 
@@ -456,8 +456,9 @@ class InRun:
                 self._turns.keep(each, {name: step.params[name] for name in names})
         loop.attributed += 1
         entry.record.coverage = self.coverage.share
-        if found is not None:
-            book_passes(entry.record, step.whole, step.grads, found.total.numel() * len(step.passes))
+        if found is not None and step.whole:
+            entry.record.by_passes = share_of(step.whole, step.grads)
+            entry.record.passes = found.total.numel() * len(step.passes)
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return

@@ -103,7 +103,8 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
         """SELECT step, avg(score_sum) AS score_sum, avg(history) AS history, avg(val_loss) AS val_loss,
            bool_or(skipped) AS skipped, min(val_loss_at) AS val_loss_at, max(horizon) AS horizon,
            max(seconds) AS seconds, min(time) AS time, sum(samples) AS samples, max(audit_r) AS r, max(audit_relative_l2) AS l2,
-           max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
+           max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage,
+           max(by_passes) AS by_passes FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
         [target],
     ).to_pylist()
     booked = [s for s in steps if not s["skipped"]]

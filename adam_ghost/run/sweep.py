@@ -25,7 +25,8 @@ from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import KeptBatch, first_output, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
-from adam_ghost.step.step import book_passes, report_coverage, score_passes
+from adam_ghost.step.coverage import share_of
+from adam_ghost.step.step import report_coverage, score_passes
 from adam_ghost.step.whole_pass import WholePass
 
 if TYPE_CHECKING:
@@ -283,7 +284,8 @@ class Sweep:
             else:
                 parts = more.split([len(x) for x in scores])
                 scores = [x + part * scale.to(part.dtype) for x, part, scale in zip(scores, parts, scales, strict=True)]
-                book_passes(step.entry.record, whole, given, len(passes) * len(directions[0]))
+                step.entry.record.by_passes = share_of(whole, given)
+                step.entry.record.passes = len(passes) * len(directions[0])
         total = torch.stack([P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in zip(self.names, raw, strict=True)])
         record = step.entry.record
         record.coverage, record.window = self.window.coverage.share, self.plan.first

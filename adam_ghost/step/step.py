@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.walk import named_parameters
-from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import OptState
 from adam_ghost.processes.world import World
 from adam_ghost.scores.contract import score_recordings
@@ -136,13 +135,6 @@ def score_passes(
             return None
         found.append(scores)
     return torch.cat(found)
-
-
-def book_passes(record: StepRecord, names: Sequence[str], grads: Mapping[str, Tensor], passes: int) -> None:
-    """Enters that ``passes`` whole passes scored the parameters of these names, of all that have one of ``grads``."""
-    if names:
-        record.by_passes = sum(grads[name].numel() for name in names) / sum(g.numel() for g in grads.values())
-        record.passes = passes
 
 
 def join(world: World, scores: Tensor, val_loss: Tensor) -> Tensor:
