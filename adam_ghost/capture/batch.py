@@ -134,7 +134,7 @@ class Batch:
         if any(self.lost(t) for t in tensors):
             return None
         known, kwargs = counterpart(func), {k: x for k, x in kwargs.items() if k != "out"}
-        understood = known is not func or attention.names_of(func) is not None
+        understood = known is not func or func in DECLARED or attention.names_of(func) is not None
         if understood and (function := custom_function(out.grad_fn)) is not None:
             FOLLOWED.add(function)
         func = known

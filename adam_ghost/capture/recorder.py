@@ -420,7 +420,7 @@ class Recorder:
             tags = {i: tag for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
             axes = {i: tag[0] for i, tag in tags.items() if isinstance(tag, tuple)}
             if len(axes) == len(tags):
-                DECLARED[func].try_out(args, axes, self.batch.n)
+                DECLARED[func].try_out(args, kwargs, axes, self.batch.n)
         if meets_parameters and not self.inside_layer:
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
             rng = rng_state(tensors[0].device)
