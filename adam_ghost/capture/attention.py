@@ -63,7 +63,7 @@ def sees_its_own(names: tuple[str, ...], bound: list[Any], queries: Tensor, keys
     if isinstance(mask, Tensor):
         # what a mask adds leaves nothing of a key beyond half of the type's range
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        apart = apart & seen
+        apart = apart & (seen | ~seen.any(-1, keepdim=True))  # where it leaves none, all weigh the same
     elif causal:
         apart = apart & apart.new_ones(bound[0].shape[-2], bound[1].shape[-2]).tril()
     return ~apart.any()
@@ -71,15 +71,18 @@ def sees_its_own(names: tuple[str, ...], bound: list[Any], queries: Tensor, keys
 
 def _by_segments(starts_q: Tensor, starts_k: Tensor | None, queries: Tensor, keys: Tensor, T: int, S: int) -> Tensor:
     starts_k = starts_q if starts_k is None else starts_k
-    place = lambda starts, size: torch.searchsorted(starts, torch.arange(size, device=starts.device), right=True) - 1  # noqa: E731
-    of_key, keys = place(starts_k, S), keys.expand(S)
+    of_key, keys = _segment_of(starts_k, S), keys.expand(S)
     # the first and last sample among a segment's keys; of nobody's keys it has none
     empty = keys.new_zeros(len(starts_k))
-    last = empty.fill_(NOBODY).scatter_reduce(0, of_key.clamp(min=0), keys, "amax")
+    last = empty.fill_(NOBODY).scatter_reduce(0, of_key, keys, "amax")
     everybody = torch.iinfo(keys.dtype).max
-    first = torch.full_like(empty, everybody).scatter_reduce(
-        0, of_key.clamp(min=0), torch.where(keys == NOBODY, everybody, keys), "amin"
-    )
-    of_query = place(starts_q, T).clamp(min=0)
+    first = torch.full_like(empty, everybody).scatter_reduce(0, of_key, torch.where(keys == NOBODY, everybody, keys), "amin")
+    of_query = _segment_of(starts_q, T)
     alone = (first[of_query] == queries) & (last[of_query] == queries)
     return (alone | (last[of_query] == NOBODY)).all()
+
+
+def _segment_of(starts: Tensor, size: int) -> Tensor:
+    """``[size]``: the segment of each row, of those that start at ``starts``."""
+    rows = torch.arange(size, device=starts.device).to(starts.dtype)
+    return (torch.searchsorted(starts, rows, right=True) - 1).clamp(min=0)

@@ -51,13 +51,17 @@ def find_packing(offsets: Tensor | None, samples: Tensor | None, device: torch.d
         raise ValueError("samples packed in rows are told by offsets or by samples, got both")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {given.dtype}")
-    given = given.to(device, torch.int64, non_blocking=True)
+    moved = given.to(device, torch.int64, non_blocking=True)
     if samples is not None:
-        return Packing.by_index(given, int(given.max()) + 1 if n is None else n)
+        n = int(given.max()) + 1 if n is None else n
+        # elsewhere, looking would wait for the device
+        if given.device.type == "cpu" and given.numel() and not -1 <= int(given.min()) <= int(given.max()) < n:
+            raise ValueError(f"samples must be -1 to {n - 1}, got {int(given.min())} to {int(given.max())}")
+        return Packing.by_index(moved, n)
     if given.ndim != 1 or len(given) < 2 or (n is not None and len(given) != n + 1):
         size, count = ("n + 1", "n") if n is None else (n + 1, n)
         raise ValueError(f"offsets must be [{size}] integers for {count} samples, got {list(given.shape)}")
-    return Packing(given, int(given[-1]))
+    return Packing(moved, int(given[-1]))
 
 
 class Recording:

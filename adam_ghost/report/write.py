@@ -188,6 +188,7 @@ def _layout(x: str, y: str) -> dict[str, Any]:
 def _facts(ledger: LedgerReader, steps: list[dict], booked: list[dict], samples: int) -> dict[str, str]:
     run = ledger.run
     settings = run.get("settings", {})
+    passed = max((s["by_passes"] for s in steps), default=0.0)
     facts = {
         "Model": settings.get("model"),
         "Parameters": f"{settings['parameters']:,}" if "parameters" in settings else None,
@@ -198,7 +199,7 @@ def _facts(ledger: LedgerReader, steps: list[dict], booked: list[dict], samples:
         "Skipped steps": str(len(steps) - len(booked)),
         "Samples": f"{samples:,}",
         "Parameters covered": f"{min(s['coverage'] for s in steps):.1%}" if steps else None,
-        "Parameters scored by whole passes": f"{max(s['by_passes'] for s in steps):.1%}" if steps else None,
+        "Parameters scored by whole passes": f"{passed:.1%}" if passed else None,
         "Attribution per step": f"{1e3 * float(np.median([s['seconds'] for s in booked])):.1f} ms" if booked else None,
         "Began": f"{datetime.fromtimestamp(run['created'], timezone.utc):%Y-%m-%d %H:%M} UTC",
         "PyTorch": run.get("versions", {}).get("torch"),

@@ -117,16 +117,18 @@ def by_varlen(q, k, v, starts):
     return varlen_attn(q, k, v, starts, starts, T, T, window_size=(-1, 0))
 
 
-def by_mask(q, k, v, starts, lower=None):
+def by_mask(q, k, v, starts, lower=None, blind=None):
     mask = documents(starts)[:, None] == documents(starts)
+    if blind is not None:
+        mask[blind] = False
     if lower is not None:
         mask = q.new_zeros(mask.shape).masked_fill(~mask, lower)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
-def by_least_mask(q, k, v, starts):
-    return by_mask(q, k, v, starts, torch.finfo(q.dtype).min)
+def by_least_mask(q, k, v, starts, blind=None):
+    return by_mask(q, k, v, starts, torch.finfo(q.dtype).min, blind)
 
 
 class Unpadded(nn.Module):
@@ -186,6 +188,7 @@ def wrong(starts):
 MIXING = {
     "mask": lambda q, k, v, starts: by_mask(q, k, v, wrong(starts)),
     "least": lambda q, k, v, starts: by_least_mask(q, k, v, wrong(starts)),
+    "nothing seen": lambda q, k, v, starts: by_least_mask(q, k, v, starts, blind=0),
     "finite": lambda q, k, v, starts: by_mask(q, k, v, starts, -1e4),
     "varlen": lambda q, k, v, starts: by_varlen(q, k, v, wrong(starts)),
     "no mask": lambda q, k, v, starts: by_mask(q, k, v, starts[[0, -1]]),
@@ -339,6 +342,7 @@ def test_an_audit_finds_packed_rows_that_meet():
         ({"samples": OF["in-line"].double()}, "samples must be integers, got torch.float64"),
         ({"offsets": torch.tensor([[0, 3]])}, r"offsets must be \[n \+ 1\] integers for n samples, got \[1, 2\]"),
         ({}, "packed needs offsets or samples"),
+        ({"samples": OF["in-line"] - 2}, "samples must be -1 to 2, got -2 to 2"),
     ],
 )
 def test_packing_that_says_nothing(told, match):
