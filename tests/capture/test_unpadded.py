@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import adam_ghost as ag
 from adam_ghost.capture.batch import Batch
+from adam_ghost.run.lookahead import ContractingRecording
 
 T, HEADS = 7, 2
 LENGTHS = torch.tensor([3, 7, 1, 4, 6])
@@ -297,6 +298,25 @@ def test_packed_rows_in_the_thin_layer(where):
     with case.cache:  # which speaks of that block alone
         case.backward()
     assert case.cache.recorded.packing is None
+
+
+def test_packed_rows_scored_as_their_gradients_form(monkeypatch):
+    """Each linear layer scores the rows of a sample together, wherever they lie."""
+    case, taken, plain = packed("anywhere").warm(11), [], ContractingRecording.__init__
+
+    def take(self, P, *args, **options):
+        taken.append({name: x[0].clone() for name, x in P.items()})
+        plain(self, P, *args, **options)
+
+    monkeypatch.setattr(ContractingRecording, "__init__", take)
+    case.optimizer.zero_grad()
+    with ag.InRun(case.model, case.optimizer, case.val_loss, "lookahead", strict=True) as run:
+        run.batch(range(N), **told("anywhere"))
+        case.backward()
+        want = shares_of(case, taken[0])[0]
+        case.optimizer.step()
+        run.flush()
+        close(torch.from_numpy(run.scores().total), want)
 
 
 @pytest.mark.parametrize("way", ["midpoint", "lookahead", "window"])
