@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.capture.recording import Packing
+from adam_ghost.capture.recording import find_packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.ledger.ids import normalise
 from adam_ghost.optim import Optimizers, listed, read_optimizer
@@ -27,9 +27,10 @@ from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.turns import Turns
 from adam_ghost.run.window import Window
 from adam_ghost.scores.cpu import multiplies_bfloat16
+from adam_ghost.scores.forms import Asked
 from adam_ghost.shapley import ShapleyValues, play
 from adam_ghost.step.alone import alone, tolerance
-from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples
+from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples, share_of
 from adam_ghost.step.fingerprint import EDITED, GradientWatch
 from adam_ghost.step.step import Step, follow_scaling, gather_step, held_by, join, plain_precision
 from adam_ghost.step.validation import Validation
@@ -236,7 +237,12 @@ class InRun:
     # the user's loop
 
     def batch(
-        self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None
+        self,
+        ids: Sequence[Hashable] | Tensor,
+        offsets: Tensor | None = None,
+        *,
+        samples: Tensor | None = None,
+        inputs: Any = None,
     ) -> AbstractContextManager:
         """Names the samples of the next forward pass; before each micro-batch, if gradients are accumulated.
 
@@ -246,7 +252,10 @@ class InRun:
         Args:
             ids: one integer or string per sample, in the order of the batch.
             offsets: for samples packed in rows, ``[len(ids) + 1]`` integers: sample ``i`` is the tokens
-                ``offsets[i]:offsets[i + 1]`` of all rows in a line (``cu_seqlens``).
+                ``offsets[i]:offsets[i + 1]`` of all rows in a line (``cu_seqlens``). That the model keeps them apart (by a mask,
+                by segments of its attention) is taken for granted; an audit looks.
+            samples: the same for samples in any places: of each token of all rows, the place of its sample in ``ids``, -1 where
+                it is padding.
             inputs: in ``window``, what ``train_loss`` computes this micro-batch's loss from; kept until its window is swept.
 
         Raises:
@@ -263,23 +272,21 @@ class InRun:
 
     def _announce(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None, inputs: Any) -> AbstractContextManager[None]:
         ids = normalise(ids)
-        if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
-            raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
+        packing = find_packing(offsets, samples, next(iter(self._loop.params.values())).device, len(ids))
         self._end_step()
         if not self._schedule.due():
             return nullcontext()
         started = time.perf_counter()
         audit = self._audit_due()
-        if offsets is not None and (audit or is_compiled(self.model)):
-            what = "audit_every" if audit else "a compiled model"
-            raise ValueError(f"{what} cannot be used with samples packed in rows")
+        if packing is not None and is_compiled(self.model):
+            raise ValueError("a compiled model cannot be used with samples packed in rows")
         if self.ledger is not None:
             self.ledger.begin(ids, self._settings)
         refuse_mixed_samples(self.model)
         self._settle()
         self._follow_freezing()
         with plain_precision(self.model):  # which may take a validation gradient
-            self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
+            self._schedule.open(MicroBatch(ids, packing, audit, inputs), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
         return self._schedule.followed()
 
@@ -290,12 +297,6 @@ class InRun:
             if losses.shape != (len(micro[-1].ids),):
                 raise ValueError(f"losses must be [{len(micro[-1].ids)}], one per id, got {list(losses.shape)}")
             micro[-1].losses = losses.detach()
-
-    def _packing(self, offsets: Tensor | None) -> Packing | None:
-        if offsets is None:
-            return None
-        device = next(iter(self._loop.params.values())).device
-        return Packing(offsets.to(device, non_blocking=True), int(offsets[-1]))
 
     def _audit_due(self) -> bool:
         if not self._schedule.per_step:  # windows audit their own sweeps
@@ -462,6 +463,9 @@ class InRun:
                 self._turns.keep(each, {name: step.params[name] for name in names})
         loop.attributed += 1
         entry.record.coverage = self.coverage.share
+        if found is not None and step.whole:
+            entry.record.by_passes = share_of(step.whole, step.grads)
+            entry.record.passes = found.total.numel() * len(step.passes)
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
@@ -478,8 +482,9 @@ class InRun:
         """The step's exact game, and how far recorded gradients are from those of samples alone, of the first micro-batch."""
         first, validation = micro[0], self._loop.validation
         apart = None
-        if first.whole is not None and first.packing is None:
-            apart = alone(step, first.whole, len(first.ids), validation, self.step)
+        if first.whole is not None and first.recording is not None:
+            asked = Asked(first.recording.batch_size, first.packing)
+            apart = alone(step, first.whole, asked, validation, self.step)
             if apart is not None and not apart <= tolerance(first.whole):
                 self.coverage.tell(
                     "alone",

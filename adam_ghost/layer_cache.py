@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.learned import recorder_of
-from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.recording import Packing, Recording, find_packing
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.optim.adam import AdamState
 from adam_ghost.processes.find import find_world, refuse_unfollowed
@@ -69,8 +69,26 @@ class LayerCache:
         self._recorder = recorder_of(self.model, alone=world.size == 1)
         self._recording = False
         self._handles: list[RemovableHandle] = []
+        self._packing: Packing | None = None  # of the next block
         self.loses = True  # whether layer calls lose parameters, as far as a step has told
         self.clear()
+
+    def packed(self, offsets: Tensor | None = None, *, samples: Tensor | None = None) -> "LayerCache":
+        """``with cache.packed(offsets):`` records one block whose samples are packed in rows of tokens.
+
+        Scores are the samples' then, ``[n]``; per token they are the rows' still.
+
+        Args:
+            offsets: ``[n + 1]`` integers: sample ``i`` is the tokens ``offsets[i]:offsets[i + 1]`` of all rows in a line
+                (``cu_seqlens``). That the model keeps them apart, by a mask or by segments, is taken for granted.
+            samples: instead, the sample of each token of all rows, -1 where it is padding; samples count from 0.
+
+        Raises ValueError where both are given, or one of another shape or type.
+        """
+        if offsets is None and samples is None:
+            raise ValueError("packed needs offsets or samples")
+        self._packing = find_packing(offsets, samples, next(self.model.parameters()).device)
+        return self
 
     def clear(self) -> None:
         """Forgets what was recorded."""
@@ -84,6 +102,7 @@ class LayerCache:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
         refuse_mixed_samples(self.model)
         self.clear()
+        self.recorded, self._packing = Recording(self._packing), None
         self._handles = self.validation.world.follow(self.model)
         if self.fallback and self.loses:
             self._handles += [

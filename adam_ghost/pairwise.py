@@ -11,7 +11,8 @@ from adam_ghost.capture.rows import Rows
 from adam_ghost.layer_cache import LayerCache, check_cache, open_step
 from adam_ghost.optim import Optimizers, OptState
 from adam_ghost.scores import ops
-from adam_ghost.scores.shapes import add, in_line, lead_rows, samples_first
+from adam_ghost.scores.forms import Asked
+from adam_ghost.scores.shapes import add, in_line, samples_first, samples_of
 from adam_ghost.step.step import Step, plain_precision
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
@@ -46,15 +47,16 @@ def gram(layer_cache: LayerCache, opt_state: Optimizers | OptState, *, precondit
 def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
     """Parts ``[n, n]`` that add up to the products of all pairs."""
     (recorded,) = step.recordings
+    asked = Asked(recorded.batch_size, recorded.packing)
     for name, p in step.params.items():
         D = None if preconditioner is None else step.opt_state.metric(p, step.grads[name])
         calls = [call for call in recorded.calls if name in call.parameters()]
         linear = calls and name not in step.whole and p.ndim == 2 and all(layer_kind(c.fn) == "linear" for c in calls)
         if linear and D is not None and preconditioner == "factored":
             scale = (step.scale[name] if step.scale else 1.0) * step.world.share
-            yield from _factored(calls, D * scale**2, recorded.batch_size)
+            yield from _factored(calls, D * scale**2, asked)
         else:
-            yield from _exact(step, name, D, recorded.batch_size)
+            yield from _exact(step, name, D, asked.samples)
 
 
 def _exact(step: Step, name: str, D: Tensor | None, n: int) -> Iterator[Tensor]:
@@ -68,11 +70,11 @@ def _exact(step: Step, name: str, D: Tensor | None, n: int) -> Iterator[Tensor]:
         yield scaled @ G.mT
 
 
-def _factored(calls: list[Call], D: Tensor, n: int) -> Iterator[Tensor]:
+def _factored(calls: list[Call], D: Tensor, asked: Asked) -> Iterator[Tensor]:
     row, col = _rank_one(D)
     if is_transposed(calls[0].fn):
         row, col = col, row
-    sides = [_side(c, n, D.dtype) for c in calls]
+    sides = [_side(c, asked, D.dtype) for c in calls]
     for i, (a, b, offsets) in enumerate(sides):
         yield ops.ghost_gram(a, b, row=row, col=col, offsets=offsets)
         for a2, b2, offsets2 in sides[:i]:
@@ -80,13 +82,14 @@ def _factored(calls: list[Call], D: Tensor, n: int) -> Iterator[Tensor]:
             yield from (across, across.mT)
 
 
-def _side(call: Call, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+def _side(call: Call, asked: Asked, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """A call's inputs and output gradients, ``[n, T, d]``, or ``[N, d]`` with the samples' offsets."""
     tag, a, b = call.outputs[0], call.input.to(dtype), call.grad_output[0].to(dtype)
-    if not isinstance(tag, Rows):
-        a, b = (samples_first(x, tag, n).flatten(1, -2) for x in (a, b))
+    if not isinstance(tag, Rows) and asked.packing is None:
+        a, b = (samples_first(x, tag, asked.n).flatten(1, -2) for x in (a, b))
         return a, b, None
-    order, offsets = in_line(lead_rows(b, tag).samples, n)
+    of = samples_of(b, tag, asked).expand(*b.shape[:-1], 1).reshape(-1)  # [M]
+    order, offsets = in_line(of, asked.samples)
     order = order[: int(offsets[-1])]  # without nobody's
     return a.flatten(0, -2)[order], b.flatten(0, -2)[order], offsets
 

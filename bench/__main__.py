@@ -198,18 +198,28 @@ def throughput(
     compile: Annotated[bool, typer.Option(help="torch.compile the model; without midpoint, which cannot record it.")] = False,
     memory: Annotated[bool, typer.Option(help="Also measure the peak memory of each variant.")] = True,
     windows: Annotated[bool, typer.Option(help="Also a cycle of each kind of windows: some ten minutes on a CPU.")] = False,
+    experts: Annotated[int, typer.Option(help="Then the same with so many experts, of as many operations to a token.")] = 0,
 ) -> None:
     """Training with attribution against training alone, and against training plus the bare validation pass."""
     setting = throughput_bench.Setting(device=device, compiled=compile)
     if gpt2:
         sizes = {"layers": 12, "width": 768, "heads": 12, "context": 1024, "vocabulary": 50304}
         setting = replace(setting, **sizes, autocast=True, fused=True)
+    found = _throughput(setting, rounds, memory, windows)
+    if experts:
+        found["with_experts"] = _throughput(replace(setting, experts=experts), rounds, memory, windows)
+    _write(json, found)
+
+
+def _throughput(setting: throughput_bench.Setting, rounds: int, memory: bool, windows: bool) -> dict[str, Any]:
     with Progress(console=console) as progress:
         task = progress.add_task("rounds", total=rounds)
         times = throughput_bench.measure(setting, rounds, lambda k: progress.update(task, completed=k + 1))
     shares = throughput_bench.summary(times)
     peaks = {v: throughput_bench.peak_memory(v, setting) for v in setting.variants} if memory else {}
-    table = Table(caption=f"r = {setting.val_batch}:{setting.batch} validation:training samples, medians of {rounds} rounds")
+    what = f"{setting.experts} experts, two to a token, " if setting.experts else ""
+    caption = f"{what}r = {setting.val_batch}:{setting.batch} validation:training samples, medians of {rounds} rounds"
+    table = Table(caption=caption)
     for name in ("", "of plain", "of the bound", "quartiles", "peak memory"):
         table.add_column(name, justify="right")
     for v in setting.variants:
@@ -223,7 +233,7 @@ def throughput(
     for v, found in of_windows.items():
         table.add_row(v, f"{found['of_plain']:.3f}", "", "", f"{found['peak_bytes'] / 2**20:.0f} MiB")
     console.print(table)
-    _write(json, {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks, "windows": of_windows})
+    return {"setting": asdict(setting), "rounds": rounds, "shares": shares, "peak_bytes": peaks, "windows": of_windows}
 
 
 @app.command()

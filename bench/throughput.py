@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import adam_ghost as ag
 from adam_ghost.demo.model import GPT
+from bench.experts import with_experts
 
 VARIANTS = ("plain", "bound", "lookahead", "midpoint")
 # window, steps ahead, every which window, feedback
@@ -44,6 +45,7 @@ class Setting:
     autocast: bool = False
     fused: bool = False
     compiled: bool = False
+    experts: int = 0  # of a mixture in place of each perceptron, two to a token
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -53,7 +55,8 @@ class Setting:
 def stepper(variant: str, s: Setting) -> Callable[[], None]:
     """A function that takes one training step of its own model, in the way of ``variant``, also of ``WINDOWS``."""
     torch.manual_seed(0)
-    model = GPT(s.vocabulary, s.context, s.layers, s.width, s.heads).to(s.device)
+    model = GPT(s.vocabulary, s.context, s.layers, s.width, s.heads)
+    model = (with_experts(model, s.experts) if s.experts else model).to(s.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=s.fused)
     tokens = torch.randint(0, s.vocabulary, (s.batch + s.val_batch, s.context + 1), device=s.device)
     x_val = tokens[s.batch :]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from adam_ghost.capture import rules
+from adam_ghost.capture import attention, rules
 from adam_ghost.capture.declared import DECLARED, FOLLOWED, custom_function, is_opaque
 from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.pointwise import POINTWISE, POINTWISE_IF_TWO
@@ -36,6 +36,7 @@ class Batch:
         self._tags = WeakIdKeyDictionary()  # None marks a lost tensor
         self.nodes: set[Any] = set()  # of the graph, at which samples passed
         self.doubts: list[Tensor] = []  # [] bool: whether something that was taken for granted is not so
+        self._constant = False  # whether the result now looked at carries no gradient
 
     def __getitem__(self, x: Tensor) -> Tag | None:
         return None if self.lost(x) else self._tags.get(x)
@@ -133,14 +134,15 @@ class Batch:
         if any(self.lost(t) for t in tensors):
             return None
         known, kwargs = counterpart(func), {k: x for k, x in kwargs.items() if k != "out"}
-        if known is not func and (function := custom_function(out.grad_fn)) is not None:
+        understood = known is not func or func in DECLARED or attention.names_of(func) is not None
+        if understood and (function := custom_function(out.grad_fn)) is not None:
             FOLLOWED.add(function)
         func = known
         name = next((name for name in _FIRST if name in kwargs), None)
         if not args and name is not None and func not in rules.PRODUCTS:
             args, kwargs = (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
         call = Landing(self, func, args, kwargs, tensors, out, index)
-        tagged = self.tagged(tensors)
+        tagged, self._constant = self.tagged(tensors), torch.is_grad_enabled() and not out.requires_grad
         try:
             tag = self._in_blocks(call, tagged)
             return self._by_index(call, tagged) if tag is None else tag
@@ -194,6 +196,7 @@ class Batch:
     ) -> Tag | None:
         """The tag of ``out``, which a layer made of ``tensors`` with ``tags``; ``land`` tells where the axes of some lie in it."""
         blocks = {i: tag for i, tag in tags.items() if isinstance(tag, tuple)}
+        self._constant = False
         if len(blocks) == len(tags):
             rows = {rows for _, rows in blocks.values()}
             axis = land({i: axis for i, (axis, _) in blocks.items()}) if len(rows) == 1 else None
@@ -234,9 +237,14 @@ class Batch:
         return Rows(torch.arange(x.shape[axis], device=x.device).view(shape), rows)
 
     def certain(self, holds: Tensor) -> bool:
-        """Whether ``holds``; where looking would wait for a device, it is taken for granted, and doubted until the scores come."""
+        """Whether ``holds``; where looking would wait for a device, it is taken for granted, and doubted until the scores come.
+
+        Not of what carries no gradient: that may be held for a constant, which it is to the scores.
+        """
         if holds.device.type == "cpu" and self.look:
             return bool(holds)
+        if self._constant:
+            return False
         self.doubts.append(~holds)
         return True
 
@@ -264,14 +272,17 @@ class Batch:
         if any(s not in (1, size) for s, size in zip(rows.of.shape, out.shape, strict=True)):
             return None
         look, dims = self.look and out.device.type == "cpu", rows.varies()
-        if not look:  # rows of tokens that are split into samples and tokens again
-            dims = dims[: reshaped and len(dims) > 1 and rows.of.numel() == self.n * rows.per]
+        # rows of tokens that are split into samples and tokens again: what was padding is each sample's own
+        again = reshaped and len(dims) > 1
+        if not look:
+            dims = dims[: again and rows.of.numel() == self.n * rows.per]
         for d in dims:
             size = rows.of.shape[d]
             if size == 0 or size % self.n or (not look and size != self.n):
                 continue
             blocks = torch.arange(self.n, device=out.device).repeat_interleave(size // self.n, output_size=size)
-            if self.certain((rows.samples == blocks.view([size if k == d else 1 for k in range(out.ndim)])).all()):
+            same = rows.samples == blocks.view([size if k == d else 1 for k in range(out.ndim)])
+            if self.certain((same | (rows.of == NOBODY) if again else same).all()):
                 return d, size // self.n
         return rows
 
@@ -350,6 +361,9 @@ class Landing:
     def index(self, x: Tensor, rows: Rows) -> Tensor | None:
         """The index of the result, as far as the argument ``x`` is concerned; None where rows of different samples meet."""
         func, args, kwargs, out = self.func, self.args, self.kwargs, self.out
+        names = attention.names_of(func)
+        if names is not None:
+            return self._attended(names, x, rows)
         if func in WRITES:
             return self._after_writing(x, rows)
         if func in JOINS:
@@ -363,6 +377,18 @@ class Landing:
                 return None if moved is None else shrunk(moved)
         landed = self.batch.landed(rows, out, lambda d: self.place(x, d))
         return None if landed is None else landed.of
+
+    def _attended(self, names: tuple[str, ...], x: Tensor, rows: Rows) -> Tensor | None:
+        """The queries' index, where none of them sees a key or a value ``x`` of another sample."""
+        bound, _ = rules.bind(names, self.args, self.kwargs)
+        tag = self.batch[bound[0]]
+        if self.result or tag is None or not any(x is y for y in bound[:3]):
+            return None
+        queries = self.batch.as_rows(bound[0], tag)
+        if queries.of.shape[-1] != 1 or rows.of.shape[-1] != 1:
+            return None
+        apart = self.batch.n == 1 or attention.sees_its_own(names, bound, queries.samples, rows.samples)
+        return queries.of if apart is True or self.batch.certain(apart) else None
 
     def _after_writing(self, x: Tensor, rows: Rows) -> Tensor | None:
         write = WRITES[self.func]

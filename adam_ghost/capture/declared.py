@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,23 +19,41 @@ FOLLOWED: set[type] = {CheckpointFunction}
 PASSING: set[type] = set()
 
 
-def keeps_samples_apart(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Declares that a ``torch.autograd.Function`` never mixes the samples of a batch; to be used as a decorator, too.
+def keeps_samples_apart(function: Any) -> Any:
+    """Declares that a ``torch.autograd.Function``, or a plain function, never mixes the samples of a batch; a decorator, too.
 
     In forward and backward, what lies at one index of the batch's dimension depends on what lies there in the arguments
     alone, and results have the batch along the same dimension as the arguments. Otherwise such a function hides the batch:
     layers behind it are named as not attributed. The declaration is tried out once, on the arguments of the first call that
-    is recorded with more than one sample: one sample is exchanged, and the others' results and gradients must stay.
+    is recorded with more than one sample along a dimension: one sample is exchanged, and the others' results and gradients
+    must stay. Where the samples are in rows of any order, it is taken at its word.
 
-    Raises TypeError if it is no such class; the call that finds the declaration false raises ValueError.
+    Returns the class itself; of a plain function (``torch.compile(flex_attention)``, say), the one to call in its place.
+    Raises TypeError if it is neither; the call that finds the declaration false raises ValueError.
     """
+    if not isinstance(function, type) and callable(function):
+        return _declared(function)
     if not (isinstance(function, type) and issubclass(function, torch.autograd.Function)):
-        raise TypeError(f"keeps_samples_apart expects a subclass of torch.autograd.Function, got {function!r}")
+        raise TypeError(f"keeps_samples_apart expects a function or a subclass of torch.autograd.Function, got {function!r}")
     if function not in FOLLOWED:
         run = visible(function)
         DECLARED[run] = Declared(run, function.__qualname__)
         FOLLOWED.add(function)
     return function
+
+
+def _declared(function: Callable) -> Callable:
+    """``function`` as one that a function mode is told of, and not of what it does."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = tuple(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not torch.compiler.is_compiling() and has_torch_function(tensors):
+            return handle_torch_function(run, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    DECLARED[run] = Declared(run, getattr(function, "__qualname__", repr(function)))
+    return run
 
 
 def visible(function: type[torch.autograd.Function]) -> Callable:
@@ -85,16 +104,16 @@ class Declared:
     def __init__(self, run: Callable, name: str):
         self.run, self.name, self.tried = run, name, False
 
-    def try_out(self, args: tuple, axes: dict[int, int], n: int) -> None:
+    def try_out(self, args: tuple, kwargs: dict[str, Any], axes: dict[int, int], n: int) -> None:
         """``axes``: which arguments carry ``n`` samples, and along which dimension. Raises ValueError where they mix."""
         if self.tried or n < 2:
             return
         for sample in (0, n - 1):
-            self._exchange(args, axes, n, sample)
+            self._exchange(args, kwargs, axes, n, sample)
         self.tried = True
 
     @torch.enable_grad()
-    def _exchange(self, args: tuple, axes: dict[int, int], n: int, sample: int) -> None:
+    def _exchange(self, args: tuple, kwargs: dict[str, Any], axes: dict[int, int], n: int, sample: int) -> None:
         copies = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
         for i in axes:
             copies[i].requires_grad_(copies[i].is_floating_point())
@@ -103,8 +122,8 @@ class Declared:
             changed[i] = copies[i].detach().clone()
             _rows(changed[i], axis, n)[sample] = _rows(copies[i].detach(), axis, n)[(sample + 1) % n]
         with torch.no_grad():
-            new = self._outputs(changed)
-        outs = self._outputs([x.clone() if isinstance(x, Tensor) else x for x in copies])
+            new = self._outputs(changed, kwargs)
+        outs = self._outputs([x.clone() if isinstance(x, Tensor) else x for x in copies], kwargs)
         axis = next(iter(axes.values()))
         carrying = [(a, b) for a, b in zip(outs, new, strict=True) if axis < a.ndim and a.shape[axis] % n == 0]
         for before, after in carrying:
@@ -123,10 +142,10 @@ class Declared:
                 rows = _rows(grad, axes[i], n)
                 self._same(torch.zeros_like(rows), rows, sample, "gradients")
 
-    def _outputs(self, args: list[Any]) -> list[Tensor]:
+    def _outputs(self, args: list[Any], kwargs: dict[str, Any]) -> list[Tensor]:
         devices = sorted({x.device.index for x in args if isinstance(x, Tensor) and x.device.type == "cuda"})
         with torch.random.fork_rng(devices):  # every run draws the same numbers
-            out = self.run(*args)
+            out = self.run(*args, **kwargs)
         return [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
 
     def _same(self, a: Tensor, b: Tensor, sample: int, what: str) -> None:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
@@ -60,6 +61,8 @@ class FunctionMode(TorchFunctionMode):
         self._call = call
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if torch.compiler.is_compiling():  # a function that compiles a part of itself (flex_attention) traces the mode as well
+            return func(*args, **(kwargs or {}))
         return self._call(func, args, kwargs or {})
 
     def remove(self) -> None:

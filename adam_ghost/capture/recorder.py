@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
+from adam_ghost.capture.attention import declare_attention
 from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, declare_known
@@ -120,6 +121,7 @@ class Recorder:
     def attach(self) -> None:
         declare_known()
         declare_heads()
+        declare_attention()
         known: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         if any(hasattr(p, "to_local") for p in known):
             for module in self.model.modules():
@@ -418,7 +420,7 @@ class Recorder:
             tags = {i: tag for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
             axes = {i: tag[0] for i, tag in tags.items() if isinstance(tag, tuple)}
             if len(axes) == len(tags):
-                DECLARED[func].try_out(args, axes, self.batch.n)
+                DECLARED[func].try_out(args, kwargs, axes, self.batch.n)
         if meets_parameters and not self.inside_layer:
             first = args[0].detach().clone() if inplace and not self._is_source(args[0]) else None
             rng = rng_state(tensors[0].device)

@@ -56,9 +56,39 @@ def _widened(of: Tensor, x: Tensor, *dims: int) -> Tensor:
 
 def _as_it_does(func: Callable, of: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """By the function itself; what only gives a view leaves the expanded dimensions as they are."""
+    return func(of.expand(x.shape), *args, **kwargs)
+
+
+def _reshaped(func: Callable, of: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """By reshaping what varies alone: dimensions along which all belongs together stay 1, however they are joined or divided."""
     if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):  # ``view`` reinterprets the elements
         return None
-    return func(of.expand(x.shape), *args, **kwargs)
+    shape = func(torch.empty(x.shape, device="meta"), *args, **kwargs).shape
+    if x.numel() == 0:
+        return of.new_full((1,) * len(shape), NOBODY)
+    before, after = [], []
+    for old, new in _same_elements(x.shape, shape):
+        together = all(of.shape[d] == 1 for d in old)
+        before += [1 if together else x.shape[d] for d in old]
+        after += [1 if together else shape[d] for d in new]
+    return of.expand(before).reshape(after)
+
+
+def _same_elements(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
+    """The runs of dimensions of two shapes that hold the same number of elements each, as short as they can be."""
+    runs: list[tuple[range, range]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        first, second, sizes = i, j, [1, 1]
+        while (i, j) == (first, second) or sizes[0] != sizes[1]:
+            if j == len(after) or (i < len(before) and sizes[0] <= sizes[1]):
+                sizes[0] *= before[i]
+                i += 1
+            else:
+                sizes[1] *= after[j]
+                j += 1
+        runs.append((range(first, i), range(second, j)))
+    return runs
 
 
 def _flipped(func: Callable, of: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,7 +188,7 @@ def _joined(func: Callable, of: Tensor, x: Tensor, tensors: Sequence[Tensor], **
 _VIEWS = """
     select unbind narrow split split_with_sizes chunk tensor_split unsafe_chunk unsafe_split unsafe_split_with_sizes hsplit vsplit
     dsplit permute transpose swapaxes swapdims t adjoint movedim moveaxis squeeze unsqueeze expand expand_as broadcast_to
-    Tensor.unfold torch.diagonal Tensor.diagonal reshape view flatten unflatten view_as reshape_as ravel
+    Tensor.unfold torch.diagonal Tensor.diagonal
 """
 _COPIES = "rot90 repeat tile masked_select take"
 
@@ -167,6 +197,7 @@ MOVES: dict[Callable, Callable] = {
     for names, move in (
         (_VIEWS, _as_it_does),
         (_COPIES, _as_it_does),
+        ("reshape view flatten unflatten view_as reshape_as ravel", _reshaped),
         ("flip fliplr flipud", _flipped),
         ("roll", _rolled),
         ("index_select", _selected_rows),

@@ -450,6 +450,11 @@ def _solve(i, axis, out, A, B, **_):
     return axis if A.ndim == B.ndim and axis < A.ndim - 2 else None
 
 
+def _solve_triangular(i, axis, out, A, B, **_):
+    axis = _aligned(axis, (A, B)[i], out.ndim)
+    return axis if axis < out.ndim - 2 else None
+
+
 def _picked(i, axis, out, x, dim, index, *_, **__):
     """Of functions that pick elements along ``dim``, or put some there, by an index of as many dimensions."""
     return None if not isinstance(dim, int) or dim % x.ndim == axis or out.ndim != x.ndim else axis
@@ -529,6 +534,7 @@ PRODUCTS: dict[Callable, Product] = {
         ("linalg.vecdot", _product(_vecdot, "x y")),
         ("linalg.cross", _product(_cross, _PAIR)),
         ("linalg.solve", _product(_solve, "A B")),
+        ("linalg.solve_triangular", _product(_solve_triangular, "A B")),
         ("prelu", _product(_prelu, "input weight")),
         ("F.embedding", _product(_embedding, "input weight")),
         ("F.embedding_bag", _product(_embedding_bag, "input weight")),

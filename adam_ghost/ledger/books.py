@@ -48,6 +48,9 @@ class StepRecord:
     val_loss_at: float | None = None  # of the way from the weights after history alone (0) to the step's end; None: elsewhere
     window: int | None = None  # the first step of the window that the scores come from; None: they are the step's own
     horizon: int | None = None  # how many steps after this one their validation loss was looked at
+    # share of the parameters with a gradient that layer calls lost, and that passes of the whole model score instead
+    by_passes: float = 0.0
+    passes: int = 0  # how many such passes the step took: each costs about two forward passes, and fallback=False saves it
 
 
 @dataclass

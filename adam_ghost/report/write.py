@@ -103,7 +103,8 @@ def _collect(ledger: LedgerReader, target: int, rank_by: str) -> tuple[dict[str,
         """SELECT step, avg(score_sum) AS score_sum, avg(history) AS history, avg(val_loss) AS val_loss,
            bool_or(skipped) AS skipped, min(val_loss_at) AS val_loss_at, max(horizon) AS horizon,
            max(seconds) AS seconds, min(time) AS time, sum(samples) AS samples, max(audit_r) AS r, max(audit_relative_l2) AS l2,
-           max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
+           max(audit_loss_drop) AS loss_drop, min(coverage) AS coverage,
+           max(by_passes) AS by_passes FROM steps WHERE target = ? GROUP BY step ORDER BY step""",
         [target],
     ).to_pylist()
     booked = [s for s in steps if not s["skipped"]]
@@ -187,6 +188,7 @@ def _layout(x: str, y: str) -> dict[str, Any]:
 def _facts(ledger: LedgerReader, steps: list[dict], booked: list[dict], samples: int) -> dict[str, str]:
     run = ledger.run
     settings = run.get("settings", {})
+    passed = max((s["by_passes"] for s in steps), default=0.0)
     facts = {
         "Model": settings.get("model"),
         "Parameters": f"{settings['parameters']:,}" if "parameters" in settings else None,
@@ -197,6 +199,7 @@ def _facts(ledger: LedgerReader, steps: list[dict], booked: list[dict], samples:
         "Skipped steps": str(len(steps) - len(booked)),
         "Samples": f"{samples:,}",
         "Parameters covered": f"{min(s['coverage'] for s in steps):.1%}" if steps else None,
+        "Parameters scored by whole passes": f"{passed:.1%}" if passed else None,
         "Attribution per step": f"{1e3 * float(np.median([s['seconds'] for s in booked])):.1f} ms" if booked else None,
         "Began": f"{datetime.fromtimestamp(run['created'], timezone.utc):%Y-%m-%d %H:%M} UTC",
         "PyTorch": run.get("versions", {}).get("torch"),

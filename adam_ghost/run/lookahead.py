@@ -118,9 +118,11 @@ class ScoredLinears:
             return tuple(None if p is None else recording.P[names[p]] for p in own)
 
         P = directions if isinstance(recording.P, Carried) else directions()
-        offsets, order = None if recording.packing is None else recording.packing.offsets, None
+        packing = recording.packing
+        offsets, order = (None, None) if packing is None else (packing.offsets, packing.order)
         if isinstance(tag, Rows):
-            samples, count = owners(lead_rows(x, tag), recorder.batch.n, recording.packing)
+            samples, count = owners(lead_rows(x, tag), recorder.batch.n, packing)
             order, offsets = in_line(samples, count)
+        if offsets is not None and order is not None:  # the last run is nobody's
             offsets = torch.cat([offsets, offsets.new_full((1,), len(order))])
         return scored_linear(layer, x, recording.slot, P, offsets, order)

@@ -25,6 +25,7 @@ from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import KeptBatch, first_output, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
+from adam_ghost.step.coverage import share_of
 from adam_ghost.step.step import inner, report_coverage, score_passes
 from adam_ghost.step.whole_pass import WholePass
 
@@ -292,6 +293,8 @@ class Sweep:
             else:
                 parts = more.split([len(x) for x in scores])
                 scores = [x + part * scale.to(part.dtype) for x, part, scale in zip(scores, parts, scales, strict=True)]
+                step.entry.record.by_passes = share_of(whole, given)
+                step.entry.record.passes = len(passes) * len(directions[0])
         total = self.world.sum_parts(inner(P, dict(zip(self.names, raw, strict=True))))
         record = step.entry.record
         record.coverage, record.window = self.window.coverage.share, self.plan.first

@@ -15,7 +15,7 @@ from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.rows import Rows
 from adam_ghost.scores.forms import Asked, Directions, Form, register
 from adam_ghost.scores.products import GROUPED, grouped_product, is_linear
-from adam_ghost.scores.shapes import add, by_row, by_token, collect_rows, sum_samples
+from adam_ghost.scores.shapes import add, by_row, by_token, collect_rows, samples_of, sum_samples
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
@@ -23,9 +23,9 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     per_token = asked.per_token or asked.packing is not None
     products = _derivative(call, P, params, asked.n, per_token)
     if products is None:
-        if per_token:
+        if asked.per_token:
             raise ValueError(f"per_token=True: '{call.name}' has no forward-mode derivative, which per-token scores need")
-        return _by_sample(call, P, params, asked.n)
+        return _by_sample(call, P, params, asked)
     outputs = [_collected(call.outputs[i], x, asked) for i, x in products.items()]
     if asked.per_token and len({x.shape for x in outputs}) > 1:
         raise ValueError(f"per_token=True: the outputs of '{call.name}' have different numbers of tokens")
@@ -100,36 +100,30 @@ def _derivative(call: Call, P: Directions, params: Mapping[str, Tensor], n: int,
     return {i: torch.stack(x, -1) for i, x in found.items()}
 
 
-def _by_sample(call: Call, P: Directions, params: Mapping[str, Tensor], n: int) -> Tensor:
+def _by_sample(call: Call, P: Directions, params: Mapping[str, Tensor], asked: Asked) -> Tensor:
     """``[n, K]`` from one backward pass of the call per sample: slow, and right for any differentiable code."""
     names = list(params)
     dtype = P[names[0]].dtype
     rows = [
         add((P[name] * g.to(dtype)).flatten(1).sum(1) for name, g in zip(names, grads, strict=True) if g is not None)
-        for grads in call_gradients(call, names, n)
+        for grads in call_gradients(call, names, asked)
     ]
     return torch.stack(rows)
 
 
-def call_gradients(call: Call, names: Sequence[str], n: int) -> Iterator[tuple[Tensor | None, ...]]:
+def call_gradients(call: Call, names: Sequence[str], asked: Asked) -> Iterator[tuple[Tensor | None, ...]]:
     """Per sample, the gradients of the named parameters through this call: its backward pass, the other samples' share zeroed."""
     params = call.parameters()
     with torch.enable_grad():
         leaves = [params[k].detach().to(torch.promote_types(params[k].dtype, torch.float32)).requires_grad_() for k in names]
         replayed = call.replay(dict(zip(names, leaves, strict=True)))
         outs = [replayed[i] for i in call.grad_output]
-    for i in range(n):
-        shares = []
-        for (k, grad), out in zip(call.grad_output.items(), outs, strict=True):
-            tag = call.outputs[k]
-            if isinstance(tag, Rows):
-                shares.append(torch.where(tag.samples == i, grad, 0.0).to(out.dtype))
-                continue
-            axis, rows = tag
-            share = torch.zeros_like(out)
-            share.narrow(axis, i * rows, rows).copy_(grad.narrow(axis, i * rows, rows))
-            shares.append(share)
-        yield torch.autograd.grad(outs, leaves, shares, retain_graph=i < n - 1, allow_unused=True)
+    of = {k: samples_of(grad, call.outputs[k], asked) for k, grad in call.grad_output.items()}
+    for i in range(asked.samples):
+        shares = [
+            torch.where(of[k] == i, grad, 0.0).to(out.dtype) for (k, grad), out in zip(call.grad_output.items(), outs, strict=True)
+        ]
+        yield torch.autograd.grad(outs, leaves, shares, retain_graph=i < asked.samples - 1, allow_unused=True)
 
 
 register("affine", Form(scores))

@@ -20,17 +20,21 @@ class Asked(NamedTuple):
     per_token: bool = False
     half: bool = False  # whether the operands of large products may be rounded to bfloat16
 
+    @property
+    def samples(self) -> int:
+        return self.n if self.packing is None else self.packing.samples
+
 
 class Form(NamedTuple):
     """How calls of one kind are evaluated.
 
     ``scores(call, P, asked)``: the call's share of every ``< P , g_i >``, ``[n, K]``, or ``[n, T, K]`` per token, in P's dtype.
-    ``sample_gradients(call, name, n, block)``: the samples' gradients of parameter ``name`` through the call, ``[n, *block]``,
+    ``sample_gradients(call, name, asked, block)``: the samples' gradients of parameter ``name`` through the call, ``[n, *block]``,
     for a block of its first dimension; None: one backward pass per sample.
     """
 
     scores: Callable[[Call, Directions, Asked], Tensor]
-    sample_gradients: Callable[[Call, str, int, slice], Tensor] | None = None
+    sample_gradients: Callable[[Call, str, Asked, slice], Tensor] | None = None
 
 
 _FORMS: dict[str, Form] = {}

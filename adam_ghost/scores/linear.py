@@ -13,7 +13,7 @@ from adam_ghost.capture.kinds import is_transposed
 from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import add, collect_rows, lead_rows, samples_first, sum_samples, tokens
+from adam_ghost.scores.shapes import add, collect_rows, lead_rows, samples_first, samples_of, sum_samples, tokens
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
@@ -30,7 +30,7 @@ def product_scores(a: Tensor, b: Tensor, tag: Tag, weight: Tensor | None, bias: 
         return collect_rows(rows, lead_rows(b, tag), asked)
     a, b = (samples_first(x, tag, asked.n) for x in (a, b))  # [n, T, ..., d]
     packing = asked.packing
-    if packing is not None and (asked.per_token or b.ndim > 3 or packing.tokens != b[..., 0].numel()):
+    if packing is not None and (asked.per_token or b.ndim > 3 or packing.order is not None or packing.tokens != b[..., 0].numel()):
         return sum_samples(_by_token(a, b, weight, bias, asked.half), packing)
     if asked.per_token:
         return _by_token(a, b, weight, bias, asked.half)
@@ -65,12 +65,13 @@ def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor
     return torch.segment_reduce(b.to(dtype), "sum", offsets=offsets)
 
 
-def sample_gradients(call: Call, name: str, n: int, block: slice) -> Tensor:
+def sample_gradients(call: Call, name: str, asked: Asked, block: slice) -> Tensor:
     weight, bias = call.fn.weight, call.fn.bias
-    dtype, tag = torch.promote_types(weight.dtype, torch.float32), call.outputs[0]
+    dtype, tag, n = torch.promote_types(weight.dtype, torch.float32), call.outputs[0], asked.samples
     a, b = call.input.to(dtype), call.grad_output[0].to(dtype)
-    if isinstance(tag, Rows):
-        owners = lead_rows(b, tag).samples == torch.arange(n, device=b.device).unsqueeze(1)  # [n, M]
+    if isinstance(tag, Rows) or asked.packing is not None:
+        of = samples_of(b, tag, asked).expand(*b.shape[:-1], 1).reshape(-1)  # [M]
+        owners = of == torch.arange(n, device=b.device).unsqueeze(1)  # [n, M]
         a, b = (x.flatten(0, -2).expand(n, -1, -1) for x in (a, b))
         b = b * owners.unsqueeze(-1)
     else:
@@ -110,7 +111,9 @@ class _ScoredLinear(torch.autograd.Function):
             seen, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(x, seen, P_weight, P_bias, offsets, order)
         ctx.n, ctx.dtype, ctx.late = len(slot), weight.dtype, late
-        return cpu.linear(x, seen, bias)
+        out = cpu.linear(x, seen, bias)
+        # a view made here could not be changed in place, as an activation after the layer may do
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from adam_ghost.capture.batch import Tag
 from adam_ghost.capture.recording import Packing
 from adam_ghost.capture.rows import NOBODY, Rows
 from adam_ghost.scores.forms import Asked
@@ -67,9 +68,22 @@ def owners(tag: Rows, n: int, packing: Packing | None) -> tuple[Tensor, int]:
             f"samples packed in rows of {tokens} tokens: a layer's rows are told apart by {tag.per} to a row of the batch"
         )
     token = tag.of.flatten() if tag.per == tokens else tag.of.flatten().div(tag.per // tokens, rounding_mode="floor")
-    samples = torch.searchsorted(packing.offsets, token, right=True) - 1  # [M]
-    count = len(packing.offsets) - 1
-    return torch.where((token == NOBODY) | (samples >= count), NOBODY, samples), count
+    return packing.sample_of(token), packing.samples
+
+
+def samples_of(x: Tensor, tag: Tag, asked: Asked) -> Tensor:
+    """The sample of each element of ``x``, a call's output or its gradient, as it broadcasts to ``x``."""
+    if not isinstance(tag, Rows):
+        axis, per = tag
+        shape, dims = [1] * x.ndim, [axis]
+        if asked.packing is not None and per == 1:  # tokens are the first dimension but the rows'
+            dims.append(0 if axis else 1)
+            per = x.shape[dims[1]]
+        for d in dims:
+            shape[d] = x.shape[d]
+        of = torch.arange(asked.n * per, device=x.device).view([x.shape[d] for d in dims])
+        tag = Rows((of.mT if dims != sorted(dims) else of).reshape(shape), per)
+    return owners(tag, asked.n, asked.packing)[0].view(tag.of.shape)
 
 
 def sum_rows(x: Tensor, at: Tensor, count: int) -> Tensor:
@@ -91,7 +105,7 @@ def sum_samples(scores: Tensor, packing: Packing | None) -> Tensor:
     """
     if packing is None:
         return scores.sum(1)
-    in_line = scores.flatten(0, 1)  # [rows * T, K]
-    if packing.tokens != len(in_line):
-        raise ValueError(f"offsets end at {packing.tokens}, but the batch has {len(in_line)} tokens")
-    return torch.segment_reduce(in_line, "sum", offsets=packing.offsets)
+    line = scores.flatten(0, 1)  # [rows * T, K]
+    if packing.tokens != len(line):
+        raise ValueError(f"offsets end at {packing.tokens}, but the batch has {len(line)} tokens")
+    return torch.segment_reduce(line if packing.order is None else line[packing.order], "sum", offsets=packing.offsets)

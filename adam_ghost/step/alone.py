@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adam_ghost.scores.forms import Asked
+from adam_ghost.scores.shapes import samples_of
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 from adam_ghost.step.whole_pass import WholePass
@@ -19,13 +21,15 @@ from adam_ghost.step.whole_pass import WholePass
 DIFFERENT = 0.02
 
 
-def alone(step: Step, whole: WholePass, n: int, validation: Validation, seed: int) -> float | None:
-    """The largest relative difference between recorded gradients and those of samples alone, for two of the first ``n`` samples.
+def alone(step: Step, whole: WholePass, asked: Asked, validation: Validation, seed: int) -> float | None:
+    """The largest relative difference between recorded gradients and those of samples alone, for two of the first recording's.
 
-    None where it cannot be told: outputs without the batch along dimension 0, or a pass that does not repeat itself.
+    ``asked``: of that recording. None where it cannot be told: outputs without the batch along dimension 0, or tokens after it
+    where samples are packed in rows, or a pass that does not repeat itself.
     """
-    if not whole.grads or any(g.ndim == 0 or len(g) != n for g in whole.grads.values()):
+    if any(g.ndim == 0 for g in whole.grads.values()) or not whole.by_sample(asked.n, asked.packing):
         return None
+    n, of = asked.samples, {k: samples_of(g, (0, 1), asked) for k, g in whole.grads.items()}
     covered = {name for r in step.recordings for name in r.covered()}
     params = {name: p for name, p in step.params.items() if name in covered}
     picks = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:2].tolist()
@@ -34,7 +38,7 @@ def alone(step: Step, whole: WholePass, n: int, validation: Validation, seed: in
         if outputs is None:
             return None
         try:
-            found = [_gradients(outputs, whole.grads, params.values(), i) for i in picks]
+            found = [_gradients(outputs, whole.grads, params.values(), of, i) for i in picks]
         except RuntimeError:  # a pass that cannot be differentiated this way, as through reentrant checkpoints
             return None
     off, size = torch.zeros(2, len(picks), dtype=torch.float64)
@@ -52,12 +56,8 @@ def tolerance(whole: WholePass) -> float:
     return DIFFERENT + 16 * max(torch.finfo(g.dtype).eps for g in whole.grads.values())
 
 
-def _gradients(outputs: Sequence[Tensor], grads: dict[int, Tensor], params: Any, i: int) -> list[Tensor]:
-    """By each of ``params``, with sample ``i``'s share of the gradient at the outputs."""
-    params, shares = list(params), []
-    for grad in grads.values():
-        share = torch.zeros_like(grad)
-        share[i] = grad[i]
-        shares.append(share)
+def _gradients(outputs: Sequence[Tensor], grads: dict[int, Tensor], params: Any, of: dict[int, Tensor], i: int) -> list[Tensor]:
+    """By each of ``params``, with sample ``i``'s share of the gradient at the outputs, whose elements' samples are ``of``."""
+    params, shares = list(params), [torch.where(of[k] == i, grad, 0.0) for k, grad in grads.items()]
     found = torch.autograd.grad([outputs[k] for k in grads], params, shares, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]

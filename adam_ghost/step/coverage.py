@@ -1,6 +1,6 @@
 """What the scores explain: the parameters that were left out, and the check that the scores add up to the step's gradient."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +84,7 @@ class Coverage:
 
     def tell_of_passes(self, names: list[str], grads: Mapping[str, Tensor], scored: bool) -> None:
         """Says once that layer calls lost parameters, and whether a pass of the whole model scores them."""
-        share = sum(grads[name].numel() for name in names) / sum(g.numel() for g in grads.values())
+        share = share_of(names, grads)
         if not scored:
             self.forward_mode = False
             self.report(names, self.share - share)
@@ -103,6 +103,11 @@ class Coverage:
         if what not in self._told:
             self._told.add(what)
             warn(message)
+
+
+def share_of(names: Sequence[str], grads: Mapping[str, Tensor]) -> float:
+    """Which part of all elements of ``grads`` those of these names are."""
+    return sum(grads[name].numel() for name in names) / sum(g.numel() for g in grads.values())
 
 
 def refuse_mixed_samples(model: nn.Module) -> None:

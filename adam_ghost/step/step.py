@@ -11,7 +11,7 @@ from adam_ghost.capture.walk import named_parameters
 from adam_ghost.optim import OptState
 from adam_ghost.processes.world import World
 from adam_ghost.scores.contract import score_recordings
-from adam_ghost.scores.forms import Directions
+from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage, Joined
@@ -49,10 +49,10 @@ class Step:
         p = self.params[name]
         if name in self.whole:
             passes = zip(self.recordings, self.passes, strict=True)
-            shares = torch.cat([whole.sample_gradients({name: p}, r.batch_size)[name] for r, whole in passes])
+            shares = torch.cat([whole.sample_gradients({name: p}, Asked(r.batch_size, r.packing))[name] for r, whole in passes])
             shares = shares[:, block] if p.ndim else shares
             return shares * self.scale[name] if self.scale else shares
-        shares = torch.cat([sample_gradients(r.calls, name, p, r.batch_size, block) for r in self.recordings])
+        shares = torch.cat([sample_gradients(r.calls, name, p, Asked(r.batch_size, r.packing), block) for r in self.recordings])
         shares = shares * self.scale[name] if self.scale else shares
         return shares if self.world.size == 1 else shares * self.world.share
 

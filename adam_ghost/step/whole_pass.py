@@ -18,8 +18,8 @@ from adam_ghost.capture.calls import rng_state
 from adam_ghost.capture.recording import Packing
 from adam_ghost.capture.surroundings import Surroundings, custom_modules
 from adam_ghost.scores.anything import forward_mode
-from adam_ghost.scores.forms import Directions
-from adam_ghost.scores.shapes import add, sum_samples
+from adam_ghost.scores.forms import Asked, Directions
+from adam_ghost.scores.shapes import add, samples_of, sum_samples
 
 
 class WholePass:
@@ -124,15 +124,15 @@ class WholePass:
         found = torch.stack(columns, -1)  # [n, T, K], or [n, K]
         return found if packing is None else sum_samples(found, packing)
 
-    def sample_gradients(self, params: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+    def sample_gradients(self, params: Mapping[str, Tensor], asked: Asked) -> dict[str, Tensor]:
         """``[n, *shape]`` each: by a backward pass per sample, with its share of the gradients at the outputs alone."""
         grads, held = self._at_rows(), list(params.values())
         with self._as_then(), torch.enable_grad():
             outs = list(self._outputs(grads).values())
-        rows = []
-        for i in range(n):
-            shares = [torch.zeros_like(g).index_copy_(0, torch.tensor([i], device=g.device), g[i : i + 1]) for g in grads.values()]
-            rows.append(torch.autograd.grad(outs, held, shares, retain_graph=i < n - 1, allow_unused=True))
+        rows, of = [], [samples_of(g, (0, 1), asked) for g in grads.values()]
+        for i in range(asked.samples):
+            shares = [torch.where(x == i, g, 0.0) for x, g in zip(of, grads.values(), strict=True)]
+            rows.append(torch.autograd.grad(outs, held, shares, retain_graph=i < asked.samples - 1, allow_unused=True))
         found = zip(*rows, strict=True)
         return {
             name: torch.stack([torch.zeros_like(p) if g is None else g for g in column])

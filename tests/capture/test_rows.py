@@ -88,6 +88,8 @@ MOVED = {
         .new_zeros(len(h), h.shape[-1])
         .index_add(0, order(len(flat(h))) // h.shape[1], flat(h)[order(len(flat(h)))])
     ),
+    "joined-and-cut": lambda h: flat(h)[order(len(flat(h)) // 5 * 5)].view(-1, 5 * D)[:, :D],
+    "repeated-over-experts": lambda h: flat(h)[order(len(flat(h)))].repeat(3, 1, 1).view(-1, D),
     "padded": lambda h: F.pad(flat(h), (0, 0, 0, 3))[order(len(flat(h)) + 3)],
     "sorted-and-back": sorted_and_back,
     "capacity": capacity,
@@ -162,7 +164,7 @@ MIXED = {
     "permuted-and-added": lambda h: flat(h)[order(len(flat(h)))] + flat(h),
     "mean-of-permuted": lambda h: flat(h)[order(len(flat(h)))].mean(0, keepdim=True),
     "attention-of-rows": lambda h: F.scaled_dot_product_attention(*[flat(h)[order(len(flat(h)))][None]] * 3)[0],
-    "widened": lambda h: flat(h)[order(len(flat(h)))].view(-1, 5 * D)[:, :D],
+    "joined": lambda h: flat(h)[order(len(flat(h)) // 5 * 5)].view(-1, 5 * D)[:, 3 : 3 + D],
 }
 
 

@@ -10,6 +10,10 @@ import adam_ghost as ag
 MODELS = {
     "nanogpt": SEQUENCES["nanogpt"],
     "layernorm": SEQUENCES["layernorm"],
+    "changed-in-place": (
+        lambda: around(torch.nn.Sequential(torch.nn.Linear(D, D), torch.nn.ReLU(inplace=True), torch.nn.Linear(D, 3))),
+        "x",
+    ),
     "rows-never-seen": (lambda: around(Fn(lambda s, x: s.b(x) * s.w[0], b=torch.nn.Linear(D, 3), w=normal(4, 3))), "x"),
 }
 

@@ -1,5 +1,7 @@
 """Parameters that no layer call explains: scored by the model's derivative along ``P``, where its outputs keep samples apart."""
 
+import warnings
+
 import pytest
 import torch
 from models import D, Fn, N, inputs, normal
@@ -53,6 +55,31 @@ def test_scores_are_those_of_single_losses(name):
     close(found.sum(), inner(P, {k: p.grad for k, p in case.params.items()}))
     if name in ("through-numpy", "partly"):  # where no other layer's samples meet
         close(found, torch.stack([inner(P, g) for g in gradients_loss_by_loss(case)]))
+
+
+@pytest.mark.parametrize("way", ["midpoint", "lookahead", "window"])
+def test_the_books_tell_what_it_costs(way):
+    """The share of the parameters, and a pass to each of two targets and micro-batches; nothing where layer calls explain all."""
+    for forward, share in ((LOST["over-the-batch"], None), (lambda s, x: s.b(torch.tanh(s.a(x))), 0.0)):
+        model = Fn(forward, a=nn.Linear(D, D), b=nn.Linear(D, 2)).double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        val = lambda model=model: model(inputs("x", 4, 7, 2)).square().mean((0, 1))  # noqa: E731
+        loss = lambda x, model=model: model(x).square().sum() / N  # noqa: E731
+        windows = {"window": 1, "ahead": 0, "train_loss": loss, "feedback": "none"} if way == "window" else {}
+        with warnings.catch_warnings(), ag.InRun(model, optimizer, val, way, **windows) as run:
+            warnings.simplefilter("ignore")
+            for _ in range(11):
+                for seed in (1, 3):
+                    x = inputs("x", N, 7, seed)
+                    run.batch(range(N), inputs=x)
+                    loss(x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            run.flush()
+            record = run.steps[-1]
+        lost = sum(p.numel() for p in model.b.parameters()) / sum(p.numel() for p in model.parameters())
+        assert (record.by_passes, record.passes) == ((lost, 4) if share is None else (0.0, 0))
+        assert record.coverage == 1
 
 
 def test_left_out_on_demand():

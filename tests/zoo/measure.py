@@ -1,11 +1,13 @@
 """One step of a run of an architecture of the zoo: its scores, and what single samples computed alone give."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from families import FAMILIES, InFloat64, losses
+from architecture import InFloat64, losses
+from families import FAMILIES, LIBRARIES
 from oracles import Problem as Step
 from oracles import gradients_one_by_one, inner
 from torch import Tensor
@@ -14,8 +16,6 @@ import adam_ghost as ag
 from adam_ghost.capture.calls import Call
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.step.step import Step as ScoredStep
-
-WAYS = ("midpoint", "lookahead", "window")
 
 
 def taken_direction(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
@@ -65,12 +65,22 @@ def train(step: Step, way: str, seen: list[dict[str, Tensor]]) -> tuple[Tensor, 
         return torch.from_numpy(run.scores().total), torch.stack([inner(seen[-1], g) for g in alone])
 
 
+def available(name: str) -> bool:
+    """Whether the library that has the family is installed."""
+    library = next(library for library, families in LIBRARIES.items() if name in families)
+    return importlib.util.find_spec(library) is not None
+
+
 def measured(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-    family = FAMILIES[name]
-    moe = __import__("transformers.integrations.moe", fromlist=["moe"])
-    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)  # torch's takes no float64
-    seen = taken_direction(monkeypatch)
-    with InFloat64(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="transformers")
-        step = Step(family.build(), family.inputs(1), family.inputs(2), losses=losses)
-        return train(step, way, seen)
+    if name in LIBRARIES["transformers"]:
+        moe = __import__("transformers.integrations.moe", fromlist=["moe"])
+        monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)  # torch's takes no float64
+    family, seen, default = FAMILIES[name], taken_direction(monkeypatch), torch.get_default_dtype()
+    try:
+        with InFloat64(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="transformers|timm")
+            model = family.build()
+            torch.set_default_dtype(torch.float64)
+            return train(Step(model, family.inputs(1), family.inputs(2), losses=losses), way, seen)
+    finally:
+        torch.set_default_dtype(default)
