@@ -26,6 +26,7 @@ class Moments(Elementwise):
     """A state of decaying means: of gradients, and by ``beta2`` of their squares."""
 
     kinds = 2
+    slots = (0, 1, None)
 
     @staticmethod
     def bounded(s: Any, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

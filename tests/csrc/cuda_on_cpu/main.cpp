@@ -71,7 +71,7 @@ int main() {
   for (int64_t K : {int64_t(1), int64_t(2), int64_t(5)})
     for (int rule = SECANT; rule <= SGD; ++rule) {
       const bool on_device = (rule + K) % 2;
-      const Launch l{0, nullptr, on_device ? nullptr : rows, on_device ? rows : nullptr, 4};
+      const Launch<StepRow> l{0, nullptr, on_device ? nullptr : rows, on_device ? rows : nullptr, 4};
       Memory memory;
       std::vector<Param> params;
       for (int64_t i = 0; i < 120; ++i) {  // more than a launch takes; one of more than one chunk
