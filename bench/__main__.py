@@ -88,6 +88,7 @@ def _other_optimizers(names: list[str], quick: bool, json: Path | None) -> None:
         table.add_column(name, justify="right")
     found = []
     for name in names:
+        console.print(f"{name}: {len(found) + 1} of {len(names)}")
         result = fidelity_bench.other_optimizer(name, quick)
         found.append(result)
         window = "-" if result["window_r"] is None else f"{result['window_r']:.4f}"
@@ -97,10 +98,7 @@ def _other_optimizers(names: list[str], quick: bool, json: Path | None) -> None:
             table.add_row("" if i else name, str(row["step"]), *cells, f"{row['yardstick_error']:.4f}", *ends)
     console.print(table)
     _write(json, {"optimizers": found})
-    for result in found:
-        missed = [str(r["step"]) for r in result["rows"] if all(fidelity_bench.misses(r, m) for m in ("midpoint", "gauss"))]
-        if missed:
-            console.print(f"{result['optimizer']}: neither midpoint nor gauss has R >= 0.999 and error <= 0.02 at {missed}")
+    console.print(optimizers_bench.exceptions(found))
 
 
 @app.command()

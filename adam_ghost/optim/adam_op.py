@@ -292,9 +292,10 @@ def in_extension(
 
 
 def step_table(params: list[Tensor], steps: Sequence[Any]) -> tuple[Tensor, list[int]]:
-    """Each parameter's scalars, a NamedTuple, as a row of a float64 table ``[rows, fields]``, and the rows' numbers; equal ones share a row.
+    """Each parameter's scalars, a NamedTuple, as a row of a float64 table ``[rows, fields]``, and the rows' numbers.
 
-    The table is on CPU, or on the parameters' device where that holds a number: the host does not read it then.
+    Equal ones share a row. The table is on CPU, or on the parameters' device where that holds a number: the host does not
+    read it then.
     """
     if len(steps) != len(params):
         raise ValueError(f"steps: expected {len(params)} entries, one per parameter, got {len(steps)}")

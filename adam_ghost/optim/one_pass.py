@@ -1,4 +1,4 @@
-"""The steps of the elementwise optimizers beside Adam in the compiled one-pass kernels (csrc/fraction.h): one form, their coefficients.
+"""The steps of the elementwise optimizers beside Adam in the compiled one-pass kernels, csrc/fraction.h: one form for all.
 
 Of an element with weight ``w``, state ``m``, ``v`` and ``z``, and ``x``, its gradient with L2 decay, downhill, a step takes off
 
