@@ -93,7 +93,8 @@ def _other_optimizers(names: list[str], quick: bool, json: Path | None) -> None:
         found.append(result)
         window = "-" if result["window_r"] is None else f"{result['window_r']:.4f}"
         for i, row in enumerate(result["rows"]):
-            cells = [f"{row[m]['r']:.4f} / {row[m]['relative_l2']:.3f}" for m in fidelity_bench.OWN_METHODS]
+            methods = fidelity_bench.OWN_METHODS
+            cells = [f"{row[m]['r']:.4f} / {row[m]['relative_l2']:.3f}" if m in row else "refused" for m in methods]
             ends = ["", ""] if i else [window, f"{result['cost']:.1f}"]
             table.add_row("" if i else name, str(row["step"]), *cells, f"{row['yardstick_error']:.4f}", *ends)
     console.print(table)

@@ -150,7 +150,9 @@ def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
         if not quick and yardstick_error(game) > ENOUGH:
             permutations = MANY
             game = exact_shapley(cache, training.optimizers, permutations=permutations, seed=step)
-        rows.append({"optimizer": name, "step": step} | _compared(OWN_METHODS, game, cache, training.optimizers))
+        foreseen = read_optimizer(training.optimizers).not_foreseen is None
+        methods = {k: v for k, v in OWN_METHODS.items() if foreseen or not k.startswith("lookahead")}
+        rows.append({"optimizer": name, "step": step} | _compared(methods, game, cache, training.optimizers))
         # how much a sample's contribution depends on who came before it, beside its value; and the R that the values
         # themselves, sampled without end, are to be expected to have with these
         values = game.values.flatten()

@@ -148,7 +148,7 @@ def _best(row: dict[str, Any]) -> dict[str, float]:
 def table(results: list[dict[str, Any]]) -> str:
     """The table of docs/optimizers.md, from what ``bench fidelity --optimizer all`` wrote."""
     lines = [
-        "| optimizer | its rule | `midpoint`, steps 10 / 30: R | relative L2 | the yardstick's own | `window`: R | cost | of bandwidth |",
+        "| optimizer | its rule | `midpoint`, steps 10 / 30: R | relative L2 | values' own | `window`: R | cost | of bandwidth |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:

@@ -38,6 +38,7 @@ class Defined:
     linearizations: tuple[str, ...]
     kinds: ClassVar[int]  # of state tensors per parameter
     not_carried: str | None = None
+    not_foreseen: str | None = None
 
     # (scalars, weights w, gradient x, *state) -> what the step subtracts from w, and the state after it. ``x`` points downhill
     # (negated under maximize); all tensors are at least float32, and none is written to
@@ -233,7 +234,7 @@ class Elementwise(Defined):
     """
 
     linearizations: tuple[str, ...] = ("secant", "tangent", "sgd")
-    slots: ClassVar[tuple[int | None, int | None, int | None] | None] = None  # which state tensors are m, v and z of one_pass
+    slots: ClassVar[one_pass.Slots | None] = None  # which state tensors are m, v and z of one_pass
 
     @staticmethod
     def coefficients(s: Any) -> one_pass.Coefficients:

@@ -24,6 +24,7 @@ class LionState(Elementwise):
     kinds = 1
     slots = (0, None, None)
     not_carried: str | None = "Lion steps by a sign, whose derivative is zero"
+    not_foreseen: str | None = "Lion steps by a sign, and which signs a gradient turns is not known before it is there"
 
     @staticmethod
     def moved(s: Scalars, w: Tensor, x: Value, exp_avg: Tensor) -> tuple[Value, Any]:
@@ -34,10 +35,6 @@ class LionState(Elementwise):
     def coefficients(s: Scalars) -> Coefficients:
         decay = s.lr * s.weight_decay
         return Coefficients(SIZES.index("sign"), s.lr, s.maximize, 0.0, s.beta1, 1 - s.beta1, decay=decay)
-
-    def expected_gradient(self, p: Tensor) -> Tensor | None:
-        (exp_avg,) = self._rows[p].state
-        return None if exp_avg is None else exp_avg.clone()
 
 
 def _read(optimizer: Any) -> LionState:

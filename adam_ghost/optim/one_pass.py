@@ -23,6 +23,7 @@ from adam_ghost.optim.adam_definition import RULES
 from adam_ghost.optim.chord import Scalar
 
 SIZES = ("root", "largest", "sign")
+Slots = tuple[int | None, int | None, int | None]
 States = tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]  # m, v and z of each parameter; None: zeros
 
 
