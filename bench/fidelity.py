@@ -36,6 +36,8 @@ OWN_METHODS = {
     "gauss": (None, "gauss"),
 }
 OTHER_STEPS = (10, 30)
+# permutations of the yardstick, and of one whose relative standard error with few is more than enough
+FEW, MANY, ENOUGH = 4, 24, 0.005
 SETTINGS = [(batch, beta2, lr) for batch in (16, 64) for beta2, lr in ((0.999, 1e-3), (0.95, 3e-4))]
 STEPS = (2, 10, 50, 200, 500)
 CONTEXT = 64
@@ -64,8 +66,18 @@ class Training:
     def draw(self) -> Tensor:
         return self._texts(self.batch, 0, self.held_out)
 
-    def loss(self, x: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+    def loss(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Of texts ``[n, CONTEXT + 1]``, the mean; with ``weights`` ``[n]`` each sample's part of it counts as much."""
+        if weights is None:
+            return F.cross_entropy(self.model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+        each = F.cross_entropy(self.model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten(), reduction="none")
+        return (each.view(len(x), -1).mean(1) * weights).sum() / len(x)
+
+    def step(self, x: Tensor, weights: Tensor | None = None) -> None:
+        self.loss(x, weights).backward()
+        for each in self.optimizers:
+            each.step()
+            each.zero_grad()
 
     def val_loss(self) -> Tensor:
         return self.loss(self.x_val)
@@ -80,11 +92,11 @@ class Training:
                     self.loss(x).backward()
                 yield step, cache
                 cache.clear()
+                for each in self.optimizers:
+                    each.step()
+                    each.zero_grad()
             else:
-                self.loss(x).backward()
-            for each in self.optimizers:
-                each.step()
-                each.zero_grad()
+                self.step(x)
 
 
 def trained(
@@ -106,12 +118,16 @@ def audited_steps(
 
 
 def _compared(methods: Mapping[str, Any], game: ShapleyValues, cache: LayerCache, optimizers: Optimizers) -> dict[str, Any]:
-    row: dict[str, Any] = {"yardstick_error": float(game.standard_error.norm() / game.values.norm())}
+    row: dict[str, Any] = {"yardstick_error": yardstick_error(game)}
     for name, how in methods.items():
         scores = attribute(cache, optimizers, rule=how[0], at=how[1]) if how else predicted(cache, optimizers)
         r, error = game.compare(scores)
         row[name] = {"r": r, "relative_l2": error}
     return row
+
+
+def yardstick_error(game: ShapleyValues) -> float:
+    return float(game.standard_error.norm() / game.values.norm())
 
 
 def predicted(cache: LayerCache, optimizers: Optimizers) -> Tensor:
@@ -129,12 +145,24 @@ def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
     training = Training(make, 16)
     rows = []
     for step, cache in training.stops((10,) if quick else OTHER_STEPS):
-        game = exact_shapley(cache, training.optimizers, permutations=2 if quick else 4, seed=step)
-        rows.append({"optimizer": name, "step": step} | _compared(OWN_METHODS, game, cache, training.optimizers))
-    window = window_r(training.model, training.optimizers, training.val_loss, training.loss, training.draw)
+        permutations = 2 if quick else FEW
+        game = exact_shapley(cache, training.optimizers, permutations=permutations, seed=step)
+        if not quick and yardstick_error(game) > ENOUGH:
+            permutations = MANY
+            game = exact_shapley(cache, training.optimizers, permutations=permutations, seed=step)
+        foreseen = read_optimizer(training.optimizers).not_foreseen is None
+        methods = {k: v for k, v in OWN_METHODS.items() if foreseen or not k.startswith("lookahead")}
+        rows.append({"optimizer": name, "step": step} | _compared(methods, game, cache, training.optimizers))
+        # how much a sample's contribution depends on who came before it, beside its value; and the R that the values
+        # themselves, sampled without end, are to be expected to have with these
+        values = game.values.flatten()
+        noise = float(game.standard_error.square().sum() / (values - values.mean()).square().sum())
+        rows[-1] |= {"permutations": permutations, "spread": rows[-1]["yardstick_error"] * permutations**0.5}
+        rows[-1]["ceiling_r"] = max(0.0, 1 - noise) ** 0.5
+    windows = window_r(training)
     model = GPT(256, CONTEXT, layers=2, width=256, heads=4)
     rules = " and ".join(dict.fromkeys(read_optimizer(each).linearizations[0] for each in training.optimizers))
-    return {"optimizer": name, "rule": rules, "rows": rows, "window_r": window, "cost": cost(make, model)}
+    return {"optimizer": name, "rule": rules, "rows": rows, **windows, **cost(make, model)}
 
 
 def measure(

@@ -32,9 +32,10 @@ struct Step {
   float eps, l2, decay, lr;  // decay: lr*weight_decay when decoupled
   float sign;                // -1 under maximize
   bool amsgrad;
+  int rule;
 };
 
-AG_INLINE Step derive(const StepRow& r) {
+AG_INLINE Step derive(const StepRow& r, int rule = SECANT) {
   const double bc1 = 1 - pow(r.beta1, r.t), bc2 = 1 - pow(r.beta2, r.t);
   const double before = 1 - pow(r.beta2, r.t - 1);
   Step s;
@@ -55,6 +56,7 @@ AG_INLINE Step derive(const StepRow& r) {
   s.lr = float(r.lr);
   s.sign = r.maximize != 0 ? -1.f : 1.f;
   s.amsgrad = r.amsgrad != 0;
+  s.rule = rule;
   return s;
 }
 
@@ -64,7 +66,7 @@ AG_INLINE bool reads_weights(const Step& s) { return s.l2 != 0 || s.decay != 0; 
 AG_INLINE float larger(float floor, float x) { return floor > x ? floor : x; }
 
 struct Element {
-  float w, g, m, v, v_max;
+  float w, g, m, v, v_max;  // v_max: of other optimizers than Adam whatever they keep third
 };
 
 // The gradient that history lets expect, of at least `least`: a tenth of the root mean square of the parameter's.
@@ -139,6 +141,42 @@ AG_INLINE Points points(const Step& s, const Element& x) {
   const float at_e = (s.m_scale * x.m + s.g_scale * p.e) / (p.far + s.eps);
   const float empty = (s.decay != 0 ? x.w - s.decay * x.w : x.w) - s.lr * p.at_a;
   return {empty, empty - s.lr * (0.5f * (at_e - p.at_a))};
+}
+
+// The two as functions of an element, by which the loops over elements are formed. THIRD: whether v_max is read.
+template <int RULE, bool AMSGRAD>
+struct LinearizeAdam {
+  static constexpr bool THIRD = AMSGRAD;
+  const Step& s;
+  AG_INLINE Linearized operator()(const Element& x) const { return linearize<RULE, AMSGRAD>(s, x); }
+};
+
+template <bool AMSGRAD>
+struct PointsOfAdam {
+  static constexpr bool THIRD = AMSGRAD;
+  const Step& s;
+  AG_INLINE Points operator()(const Element& x) const { return points<AMSGRAD>(s, x); }
+};
+
+// Calls f with the step's form, which is one for all elements of a tensor.
+template <int RULE, class F>
+AG_INLINE void with_linearized_by(const Step& s, const F& f) {
+  if (s.amsgrad) return f(LinearizeAdam<RULE, true>{s});
+  f(LinearizeAdam<RULE, false>{s});
+}
+
+template <class F>
+AG_INLINE void with_linearized(const Step& s, const F& f) {
+  if (s.rule == SECANT) return with_linearized_by<SECANT>(s, f);
+  if (s.rule == TANGENT) return with_linearized_by<TANGENT>(s, f);
+  if (s.rule == FROZEN) return with_linearized_by<FROZEN>(s, f);
+  with_linearized_by<SGD>(s, f);
+}
+
+template <class F>
+AG_INLINE void with_points(const Step& s, const F& f) {
+  if (s.amsgrad) return f(PointsOfAdam<true>{s});
+  f(PointsOfAdam<false>{s});
 }
 
 // The step's derivatives at one element.

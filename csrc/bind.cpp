@@ -102,8 +102,9 @@ struct List {
 struct Job {
   std::vector<Param> params;
   std::vector<Model> models;
-  std::vector<StepRow> steps;        // the step table where the host holds it
-  const StepRow* on_device = nullptr;  // or where it lies on the device, and how long it is
+  int64_t fields = 0;                 // of a row of the step table, which tell what optimizer's it is
+  std::vector<double> steps;          // the table where the host holds it
+  const double* on_device = nullptr;  // or where it lies on the device, and how long it is
   int64_t rows_on_device = 0;
   int lead = 0;  // dimensions before a parameter's own in the op's lists
   int64_t K = 1;
@@ -111,21 +112,24 @@ struct Job {
   DLDevice device() const { return models.empty() ? DLDevice{kDLCPU, 0} : models[0].x.device; }
 };
 
-constexpr int FIELDS = sizeof(StepRow) / sizeof(double);
+template <class Row>
+constexpr int64_t FIELDS = sizeof(Row) / sizeof(double);
+static_assert(FIELDS<StepRow> != FIELDS<FractionRow>);
 
-// The step table [rows, FIELDS] and each parameter's row in it.
+// The step table [rows, fields] and each parameter's row in it.
 void read_table(Job& job, PyObject* table, PyObject* rows) {
   const DLTensor t = view(table);
-  require(t.ndim == 2 && t.shape[1] == FIELDS && t.dtype.code == kDLFloat && t.dtype.bits == 64, SHAPE);
+  job.fields = t.ndim == 2 ? t.shape[1] : 0;
+  require((job.fields == FIELDS<StepRow> || job.fields == FIELDS<FractionRow>) && t.dtype.code == kDLFloat && t.dtype.bits == 64, SHAPE);
   require(row_major(t.shape, t.strides, 2), LAYOUT);
   require(PyList_Check(rows) && PyList_Size(rows) == Py_ssize_t(job.params.size()), SHAPE);
   for (size_t i = 0; i < job.params.size(); ++i) {
     job.params[i].row = PyLong_AsLongLong(PyList_GetItem(rows, i));
     require(job.params[i].row >= 0 && job.params[i].row < t.shape[0], SHAPE);
   }
-  const StepRow* data = static_cast<const StepRow*>(t.data);
+  const double* data = static_cast<const double*>(t.data);
   if (t.device.device_type == kDLCPU) {
-    job.steps.assign(data, data + t.shape[0]);
+    job.steps.assign(data, data + t.shape[0] * job.fields);
   } else {
     require(t.device.device_type == job.device().device_type && t.device.device_id == job.device().device_id, DEVICE);
     job.on_device = data;
@@ -201,9 +205,11 @@ struct Workspace {
   void* data() const { return held ? held->dl_tensor.data : nullptr; }
 };
 
-Launch launch_on(const Job& job) {
+template <class Row>
+Launch<Row> launch_on(const Job& job) {
   const DLDevice device = job.device();
-  Launch l{device.device_id, nullptr, job.steps.data(), job.on_device, job.rows_on_device};
+  const auto rows = [](const double* data) { return reinterpret_cast<const Row*>(data); };
+  Launch<Row> l{device.device_id, nullptr, rows(job.steps.data()), rows(job.on_device), job.rows_on_device};
   require(exchange->current_work_stream(device.device_type, device.device_id, &l.stream) == 0, PYTHON_ERROR);
   return l;
 }
@@ -216,21 +222,27 @@ void report(const char* error) {
 #endif
 
 // Runs the kernel of the tensors' device. `cuda` is a template, so that a build without CUDA needs none of its functions.
-template <class Cpu, class Cuda>
+template <class Row, class Cpu, class Cuda>
 void run(const Job& job, int64_t sums, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
   if (job.device().device_type == kDLCPU) {
     const WithoutInterpreterLock unlocked;
-    return cpu();
+    return cpu(reinterpret_cast<const Row*>(job.steps.data()));
   }
 #ifdef ADAM_GHOST_WITH_CUDA
   require(job.device().device_type == kDLCUDA, DEVICE);
-  const Launch l = launch_on(job);
+  const auto l = launch_on<Row>(job);
   const Workspace held(job.device(), workspace_bytes_cuda(job.params, l, sums));
   report(cuda(l, held.data()));
 #else
   (void)sums;
   throw Refused{DEVICE};
 #endif
+}
+
+// The same for an op that every optimizer's steps have.
+template <class Cpu, class Cuda>
+void run_any(const Job& job, int64_t sums, const Cpu& cpu, const Cuda& cuda) {
+  job.fields == FIELDS<StepRow> ? run<StepRow>(job, sums, cpu, cuda) : run<FractionRow>(job, sums, cpu, cuda);
 }
 
 // Runs `body` and turns refusals into a status; C++ exceptions do not pass into the interpreter.
@@ -261,8 +273,9 @@ PyObject* variance_correction(PyObject*, PyObject* args) {
     require(s.ndim == 2 && s.shape[0] == int64_t(job.params.size()) && s.shape[1] == sum_count(job.K) && s.dtype.bits == 64 &&
                 row_major(s.shape, s.strides, 2) && rule >= SECANT && rule <= SGD, SHAPE);
     double* to = static_cast<double*>(s.data);
+    require(job.fields == FIELDS<StepRow> || (!foreseen && rule != FROZEN), SHAPE);
     for (Param& p : job.params) p.foreseen = foreseen && p.m.data && p.v.data;
-    run(job, job.K, [&] { variance_correction_cpu(job.params, job.steps.data(), rule, job.K, to); },
+    run_any(job, job.K, [&](const auto* rows) { variance_correction_cpu(job.params, rows, rule, job.K, to); },
         [&](const auto& l, void* workspace) { return variance_correction_cuda(l, job.params, rule, job.K, workspace, to); });
   });
 }
@@ -275,7 +288,7 @@ PyObject* weight_points(PyObject*, PyObject* args) {
     Job job = read_state(state, table, rows);
     read_planes(job, {empty, mid}, 1u << EMPTY | 1u << MID);
     require(job.lead == 0, SHAPE);
-    run(job, 0, [&] { weight_points_cpu(job.params, job.steps.data()); },
+    run_any(job, 0, [&](const auto* rows) { weight_points_cpu(job.params, rows); },
         [&](const auto& l, void* workspace) { return weight_points_cuda(l, job.params, workspace); });
   });
 }
@@ -291,7 +304,8 @@ PyObject* adjoint(PyObject*, PyObject* args) {
     for (const Param& p : job.params)
       for (int i = 0; i < PLANES; ++i)
         for (int j = 0; j < i; ++j) require(p.numel == 0 || !p.planes[i].data || p.planes[i].data != p.planes[j].data, SHAPE);
-    run(job, 0, [&] { adjoint_cpu(job.params, job.steps.data(), job.K); },
+    require(job.fields == FIELDS<StepRow>, SHAPE);
+    run<StepRow>(job, 0, [&](const StepRow* rows) { adjoint_cpu(job.params, rows, job.K); },
         [&](const auto& l, void* workspace) { return adjoint_cuda(l, job.params, job.K, workspace); });
   });
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "job.h"
 
@@ -45,13 +46,28 @@ namespace avx512 {
 
 namespace {
 
+template <class S>
+struct StepKernels {
+  decltype(&baseline::correct_range<S>) correct;
+  decltype(&baseline::move_range<S>) move;
+};
+
 struct Kernels {
-  decltype(&baseline::correct_range) correct;
+  StepKernels<Step> adam;
+  StepKernels<Fraction> fraction;
   decltype(&baseline::sum_v_range) sum_v;
-  decltype(&baseline::move_range) move;
   decltype(&baseline::adjoint_range) adjoint;
   const char* name;
+
+  const StepKernels<Step>& of(const Step*) const { return adam; }
+  const StepKernels<Fraction>& of(const Fraction*) const { return fraction; }
 };
+
+#define AG_KERNELS(of)                                                                                            \
+  {                                                                                                               \
+    {of::correct_range<Step>, of::move_range<Step>}, {of::correct_range<Fraction>, of::move_range<Fraction>},     \
+        of::sum_v_range, of::adjoint_range, #of                                                                   \
+  }
 
 Kernels choose() {
 #ifdef AG_X86
@@ -61,11 +77,11 @@ Kernels choose() {
   const auto asked = [&](const char* name) { return any || std::strcmp(cap, name) == 0; };
   if (asked("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {avx512::correct_range, avx512::sum_v_range, avx512::move_range, avx512::adjoint_range, "avx512"};
+    return AG_KERNELS(avx512);
   if ((asked("avx512") || asked("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::correct_range, avx2::sum_v_range, avx2::move_range, avx2::adjoint_range, "avx2"};
+    return AG_KERNELS(avx2);
 #endif
-  return {baseline::correct_range, baseline::sum_v_range, baseline::move_range, baseline::adjoint_range, "baseline"};
+  return AG_KERNELS(baseline);
 }
 
 const Kernels& kernels() {
@@ -112,18 +128,22 @@ void share_out(const std::vector<Chunk>& chunks, int64_t cost, const Work& work)
                      const_cast<void*>(static_cast<const void*>(&run)));
 }
 
-std::vector<Step> derive_rows(const std::vector<Param>& params, const StepRow* rows) {
+template <class Row>
+using StepOf = decltype(derive(Row{}, SECANT));
+
+template <class Row>
+std::vector<StepOf<Row>> derive_rows(const std::vector<Param>& params, const Row* rows, int rule) {
   int64_t count = 0;
   for (const Param& p : params) count = std::max(count, p.row + 1);
-  std::vector<Step> steps(count);
-  for (int64_t i = 0; i < count; ++i) steps[i] = derive(rows[i]);
+  std::vector<StepOf<Row>> steps(count);
+  for (int64_t i = 0; i < count; ++i) steps[i] = derive(rows[i], rule);
   return steps;
 }
 
 // Calls work(parameter, its step, first element, last element) for all chunks.
-template <class Work>
-void in_chunks(const std::vector<Param>& params, const StepRow* rows, const Work& work) {
-  const std::vector<Step> steps = derive_rows(params, rows);
+template <class Row, class Work>
+void in_chunks(const std::vector<Param>& params, const Row* rows, const Work& work) {
+  const auto steps = derive_rows(params, rows, SECANT);
   int64_t cost;
   const std::vector<Chunk> chunks = split(params, cost);
   share_out(chunks, cost, [&](size_t first, size_t last) {
@@ -138,9 +158,10 @@ void in_chunks(const std::vector<Param>& params, const StepRow* rows, const Work
 
 const char* cpu_capability() { return kernels().name; }
 
-void variance_correction_cpu(const std::vector<Param>& params, const StepRow* rows, int rule, int64_t K, double* sums) {
+template <class Row>
+void variance_correction_cpu(const std::vector<Param>& params, const Row* rows, int rule, int64_t K, double* sums) {
   const int64_t width = sum_count(K);
-  const std::vector<Step> steps = derive_rows(params, rows);
+  const auto steps = derive_rows(params, rows, rule);
   int64_t cost;
   const std::vector<Chunk> chunks = split(params, cost);
   std::vector<double> partial(chunks.size() * width, 0.0), of_chunk(chunks.size(), 0.0), mean_v(params.size(), 0.0);
@@ -157,8 +178,9 @@ void variance_correction_cpu(const std::vector<Param>& params, const StepRow* ro
     for (size_t i = first; i < last; ++i) {
       const Param& p = params[chunks[i].param];
       const int64_t begin = chunks[i].begin, end = std::min(begin + CHUNK, p.numel);
-      const float least = least_foreseen(steps[p.row], mean_v[chunks[i].param]);
-      kernels().correct(p, steps[p.row], rule, K, begin, end, least, &partial[i * width]);
+      float least = 0;
+      if constexpr (std::is_same_v<Row, StepRow>) least = least_foreseen(steps[p.row], mean_v[chunks[i].param]);
+      kernels().of(steps.data()).correct(p, steps[p.row], K, begin, end, least, &partial[i * width]);
     }
   });
   std::fill_n(sums, params.size() * width, 0.0);
@@ -166,9 +188,15 @@ void variance_correction_cpu(const std::vector<Param>& params, const StepRow* ro
     for (int64_t j = 0; j < width; ++j) sums[chunks[i].param * width + j] += partial[i * width + j];
 }
 
-void weight_points_cpu(const std::vector<Param>& params, const StepRow* rows) {
-  in_chunks(params, rows, [](const Param& p, const Step& s, int64_t begin, int64_t end) { kernels().move(p, s, begin, end); });
+template <class Row>
+void weight_points_cpu(const std::vector<Param>& params, const Row* rows) {
+  in_chunks(params, rows, [](const Param& p, const auto& s, int64_t begin, int64_t end) { kernels().of(&s).move(p, s, begin, end); });
 }
+
+template void variance_correction_cpu(const std::vector<Param>&, const StepRow*, int, int64_t, double*);
+template void variance_correction_cpu(const std::vector<Param>&, const FractionRow*, int, int64_t, double*);
+template void weight_points_cpu(const std::vector<Param>&, const StepRow*);
+template void weight_points_cpu(const std::vector<Param>&, const FractionRow*);
 
 void adjoint_cpu(const std::vector<Param>& params, const StepRow* rows, int64_t K) {
   in_chunks(params, rows, [K](const Param& p, const Step& s, int64_t begin, int64_t end) {

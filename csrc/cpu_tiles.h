@@ -48,36 +48,23 @@ inline State load(const Param& p, bool weights, int64_t start, int n, Scratch& t
           widen(p.v, start, n, t.v), widen(p.v_max, start, n, t.v_max)};
 }
 
-template <int RULE, bool AMSGRAD>
-void linearize_tile(const Step& s, const State& x, int n, float* __restrict scale, float* __restrict moved) {
+template <class Form>
+void linearize_tile(const Form form, const State& x, int n, float* __restrict scale, float* __restrict moved) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const Linearized y = linearize<RULE, AMSGRAD>(s, {x.w[i], x.g[i], x.m[i], x.v[i], x.v_max[i]});
+    const Linearized y = form({x.w[i], x.g[i], x.m[i], x.v[i], x.v_max[i]});
     scale[i] = y.scale;
     moved[i] = y.moved;
   }
 }
 
-template <bool AMSGRAD>
-void points_tile(const Step& s, const State& x, int n, float* __restrict empty, float* __restrict mid) {
+template <class Form>
+void points_tile(const Form form, const State& x, int n, float* __restrict empty, float* __restrict mid) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
-    const Points y = points<AMSGRAD>(s, {x.w[i], x.g[i], x.m[i], x.v[i], x.v_max[i]});
+    const Points y = form({x.w[i], x.g[i], x.m[i], x.v[i], x.v_max[i]});
     empty[i] = y.empty;
     mid[i] = y.mid;
-  }
-}
-
-inline void linearize_any(int rule, const Step& s, const State& x, int n, Scratch& t) {
-  switch (rule * 2 + s.amsgrad) {
-    case SECANT * 2: return linearize_tile<SECANT, false>(s, x, n, t.scale, t.moved);
-    case SECANT * 2 + 1: return linearize_tile<SECANT, true>(s, x, n, t.scale, t.moved);
-    case TANGENT * 2: return linearize_tile<TANGENT, false>(s, x, n, t.scale, t.moved);
-    case TANGENT * 2 + 1: return linearize_tile<TANGENT, true>(s, x, n, t.scale, t.moved);
-    case FROZEN * 2: return linearize_tile<FROZEN, false>(s, x, n, t.scale, t.moved);
-    case FROZEN * 2 + 1: return linearize_tile<FROZEN, true>(s, x, n, t.scale, t.moved);
-    case SGD * 2: return linearize_tile<SGD, false>(s, x, n, t.scale, t.moved);
-    default: return linearize_tile<SGD, true>(s, x, n, t.scale, t.moved);
   }
 }
 
@@ -128,17 +115,19 @@ inline void foresee_tile(const Step& s, const State& x, int n, float least, floa
   for (int i = 0; i < n; ++i) g[i] = foresee(s, x.m[i], x.v[i], least);
 }
 
-inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, int64_t begin, int64_t end, float least,
-                          double* sums) {
+template <class S>  // an optimizer's step: Step or Fraction
+void correct_range(const Param& p, const S& s, int64_t K, int64_t begin, int64_t end, float least, double* sums) {
   Scratch t;
   for (int64_t start = begin; start < end; start += TILE) {
     const int n = int(end - start < TILE ? end - start : TILE);
     State x = load(p, reads_weights(s), start, n, t);
-    if (p.foreseen) {
-      foresee_tile(s, x, n, least, t.g);
-      x.g = t.g;
+    if constexpr (std::is_same_v<S, Step>) {
+      if (p.foreseen) {
+        foresee_tile(s, x, n, least, t.g);
+        x.g = t.g;
+      }
     }
-    linearize_any(rule, s, x, n, t);
+    with_linearized(s, [&](const auto form) { linearize_tile(form, x, n, t.scale, t.moved); });
     for (int64_t k = 0; k < K; ++k) {
       const float* val = widen(p.planes[VAL][k], start, n, t.val);
       const Array out = p.planes[OUT][k];
@@ -150,12 +139,13 @@ inline void correct_range(const Param& p, const Step& s, int rule, int64_t K, in
   }
 }
 
-inline void move_range(const Param& p, const Step& s, int64_t begin, int64_t end) {
+template <class S>
+void move_range(const Param& p, const S& s, int64_t begin, int64_t end) {
   Scratch t;
   for (int64_t start = begin; start < end; start += TILE) {
     const int n = int(end - start < TILE ? end - start : TILE);
     const State x = load(p, true, start, n, t);
-    s.amsgrad ? points_tile<true>(s, x, n, t.scale, t.moved) : points_tile<false>(s, x, n, t.scale, t.moved);
+    with_points(s, [&](const auto form) { points_tile(form, x, n, t.scale, t.moved); });
     const float* made[] = {t.scale, t.moved};
     for (int i : {EMPTY, MID}) {
       const Array to = p.planes[i][0];

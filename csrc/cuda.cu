@@ -4,6 +4,7 @@
 #include <cuda_launch.h>  // csrc/, or a test's
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda.h"
 
@@ -19,21 +20,23 @@ constexpr int64_t CHUNK = 16384;              // elements of a block
 constexpr int SLOTS = 100;
 constexpr int TARGETS = 4;                    // targets of a block; more are spread over the grid
 
+template <class S>  // an optimizer's step: Step or Fraction
 struct Slot {
   Param p;
-  Step step;              // unused where the steps lie on the device
+  S step;                 // unused where the steps lie on the device
   int64_t first_chunk;    // of this tensor among all chunks of the call
   int64_t index;          // of this tensor in the call
   bool aligned;           // all its arrays allow 16-byte accesses
 };
 
+template <class S>
 struct Batch {
-  Slot slot[SLOTS];
+  Slot<S> slot[SLOTS];
   uint32_t first_block[SLOTS + 1];
   int count;
-  const Step* on_device;
+  const S* on_device;
 };
-static_assert(sizeof(Batch) + 64 <= 32764, "a kernel's arguments end here");
+static_assert(sizeof(Batch<Step>) + 64 <= 32764 && sizeof(Batch<Fraction>) + 64 <= 32764, "a kernel's arguments end here");
 
 struct alignas(16) Bytes16 {
   uint32_t x[4];
@@ -113,7 +116,8 @@ __device__ __forceinline__ void store(const Array& a, int64_t i, int64_t n, bool
   }
 }
 
-__device__ __forceinline__ int slot_of(const Batch& b, uint32_t block) {
+template <class S>
+__device__ __forceinline__ int slot_of(const Batch<S>& b, uint32_t block) {
   int low = 0, high = b.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -140,14 +144,16 @@ __device__ __forceinline__ void block_sum(double (&x)[COUNT]) {
 }
 
 // One chunk against targets first_k .. first_k + KB - 1.
-template <int RULE, bool AMSGRAD, int KB>
-__device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t first_k, int64_t K,
-                                              const double* mean_v, double* sums) {
+template <int KB, class S, class Form>
+__device__ __forceinline__ void correct_chunk(const Slot<S>& slot, const S& s, const Form form, int64_t begin, int64_t first_k,
+                                              int64_t K, const double* mean_v, double* sums) {
   const Param& p = slot.p;
   double total[2 * KB] = {};  // reached, history of each target
   const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
   const bool weights = reads_weights(s);
-  const float least = p.foreseen ? least_foreseen(s, mean_v[slot.index]) : 0.f;
+  float least = 0.f;
+  if constexpr (std::is_same_v<S, Step>)
+    if (p.foreseen) least = least_foreseen(s, mean_v[slot.index]);
   for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
     const bool whole = slot.aligned && i + VECTOR <= p.numel;
     float w[VECTOR] = {}, g[VECTOR], m[VECTOR], v[VECTOR], v_max[VECTOR] = {}, scale[VECTOR], moved[VECTOR], x[VECTOR];
@@ -155,15 +161,16 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
     load(p.g, i, p.numel, whole, g);
     load(p.m, i, p.numel, whole, m);
     load(p.v, i, p.numel, whole, v);
-    if (AMSGRAD) load(p.v_max, i, p.numel, whole, v_max);
-    if (p.foreseen) {
+    if (Form::THIRD) load(p.v_max, i, p.numel, whole, v_max);
+    if constexpr (std::is_same_v<S, Step>)
+      if (p.foreseen) {
 #pragma unroll
-      for (int j = 0; j < VECTOR; ++j) g[j] = foresee(s, m[j], v[j], least);
-    }
+        for (int j = 0; j < VECTOR; ++j) g[j] = foresee(s, m[j], v[j], least);
+      }
     if (KB == 1) load(p.planes[VAL][first_k], i, p.numel, whole, x);  // on its way while the others are worked on
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-      const Linearized y = linearize<RULE, AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
+      const Linearized y = form({w[j], g[j], m[j], v[j], v_max[j]});
       scale[j] = y.scale;
       moved[j] = y.moved;
     }
@@ -188,24 +195,24 @@ __device__ __forceinline__ void correct_chunk(const Slot& slot, const Step& s, i
     if (first_k + k < K) sums[first_k + k] = total[2 * k], sums[K + first_k + k] = total[2 * k + 1];
 }
 
-template <int RULE, int KB>
+template <int RULE, int KB, class S>
 __global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1)
-    correct(const __grid_constant__ Batch batch, int64_t K, const double* mean_v, double* partial) {
+    correct(const __grid_constant__ Batch<S> batch, int64_t K, const double* mean_v, double* partial) {
   const int at = slot_of(batch, blockIdx.x);
-  const Slot& slot = batch.slot[at];
-  const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
+  const Slot<S>& slot = batch.slot[at];
+  const S s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
   const int64_t chunk = blockIdx.x - batch.first_block[at];
   double* sums = partial + (slot.first_chunk + chunk) * (2 * K);
-  if (s.amsgrad)
-    correct_chunk<RULE, true, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, mean_v, sums);
-  else
-    correct_chunk<RULE, false, KB>(slot, s, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, mean_v, sums);
+  with_linearized_by<RULE>(s, [&](const auto form) {
+    correct_chunk<KB>(slot, s, form, chunk * CHUNK, int64_t(blockIdx.y) * KB, K, mean_v, sums);
+  });
 }
 
 // One block per tensor and kind of sum adds up the chunks'.
+template <class S>
 __global__ void __launch_bounds__(THREADS)
-    add_up(const __grid_constant__ Batch batch, int64_t K, const double* partial, double* sums) {
-  const Slot& slot = batch.slot[blockIdx.x];
+    add_up(const __grid_constant__ Batch<S> batch, int64_t K, const double* partial, double* sums) {
+  const Slot<S>& slot = batch.slot[blockIdx.x];
   const int64_t width = 2 * K, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
   double sum[1] = {};
   for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum[0] += partial[(slot.first_chunk + i) * width + blockIdx.y];
@@ -214,9 +221,9 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 // Each chunk's sum of second moments, and each tensor's mean from these.
-__global__ void __launch_bounds__(THREADS) sum_v(const __grid_constant__ Batch batch, double* partial) {
+__global__ void __launch_bounds__(THREADS) sum_v(const __grid_constant__ Batch<Step> batch, double* partial) {
   const int at = slot_of(batch, blockIdx.x);
-  const Slot& slot = batch.slot[at];
+  const Slot<Step>& slot = batch.slot[at];
   const int64_t chunk = blockIdx.x - batch.first_block[at], n = slot.p.numel, begin = chunk * CHUNK;
   const int64_t end = begin + CHUNK < n ? begin + CHUNK : n;
   double sum[1] = {};
@@ -231,8 +238,8 @@ __global__ void __launch_bounds__(THREADS) sum_v(const __grid_constant__ Batch b
 }
 
 __global__ void __launch_bounds__(THREADS)
-    average_v(const __grid_constant__ Batch batch, const double* partial, double* mean_v) {
-  const Slot& slot = batch.slot[blockIdx.x];
+    average_v(const __grid_constant__ Batch<Step> batch, const double* partial, double* mean_v) {
+  const Slot<Step>& slot = batch.slot[blockIdx.x];
   const int64_t chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
   double sum[1] = {};
   for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum[0] += partial[slot.first_chunk + i];
@@ -240,8 +247,8 @@ __global__ void __launch_bounds__(THREADS)
   if (threadIdx.x == 0) mean_v[slot.index] = sum[0] / double(slot.p.numel);
 }
 
-template <bool AMSGRAD>
-__device__ __forceinline__ void move_chunk(const Slot& slot, const Step& s, int64_t begin) {
+template <class S, class Form>
+__device__ __forceinline__ void move_chunk(const Slot<S>& slot, const Form form, int64_t begin) {
   const Param& p = slot.p;
   const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
   for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
@@ -251,10 +258,10 @@ __device__ __forceinline__ void move_chunk(const Slot& slot, const Step& s, int6
     load(p.g, i, p.numel, whole, g);
     load(p.m, i, p.numel, whole, m);
     load(p.v, i, p.numel, whole, v);
-    if (AMSGRAD) load(p.v_max, i, p.numel, whole, v_max);
+    if (Form::THIRD) load(p.v_max, i, p.numel, whole, v_max);
 #pragma unroll
     for (int j = 0; j < VECTOR; ++j) {
-      const Points y = points<AMSGRAD>(s, {w[j], g[j], m[j], v[j], v_max[j]});
+      const Points y = form({w[j], g[j], m[j], v[j], v_max[j]});
       empty[j] = y.empty;
       mid[j] = y.mid;
     }
@@ -263,16 +270,17 @@ __device__ __forceinline__ void move_chunk(const Slot& slot, const Step& s, int6
   }
 }
 
-__global__ void __launch_bounds__(THREADS) move_weights(const __grid_constant__ Batch batch) {
+template <class S>
+__global__ void __launch_bounds__(THREADS) move_weights(const __grid_constant__ Batch<S> batch) {
   const int at = slot_of(batch, blockIdx.x);
-  const Slot& slot = batch.slot[at];
-  const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
+  const Slot<S>& slot = batch.slot[at];
+  const S s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
   const int64_t begin = int64_t(blockIdx.x - batch.first_block[at]) * CHUNK;
-  s.amsgrad ? move_chunk<true>(slot, s, begin) : move_chunk<false>(slot, s, begin);
+  with_points(s, [&](const auto form) { move_chunk(slot, form, begin); });
 }
 
 template <bool AMSGRAD>
-__device__ __forceinline__ void pull_back_chunk(const Slot& slot, const Step& s, int64_t begin, int64_t K) {
+__device__ __forceinline__ void pull_back_chunk(const Slot<Step>& slot, const Step& s, int64_t begin, int64_t K) {
   const Param& p = slot.p;
   const int64_t end = begin + CHUNK < p.numel ? begin + CHUNK : p.numel;
   for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
@@ -308,16 +316,20 @@ __device__ __forceinline__ void pull_back_chunk(const Slot& slot, const Step& s,
   }
 }
 
-__global__ void __launch_bounds__(THREADS) pull_back_adjoint(const __grid_constant__ Batch batch, int64_t K) {
+__global__ void __launch_bounds__(THREADS) pull_back_adjoint(const __grid_constant__ Batch<Step> batch, int64_t K) {
   const int at = slot_of(batch, blockIdx.x);
-  const Slot& slot = batch.slot[at];
+  const Slot<Step>& slot = batch.slot[at];
   const Step s = batch.on_device ? batch.on_device[slot.p.row] : slot.step;
   const int64_t begin = int64_t(blockIdx.x - batch.first_block[at]) * CHUNK;
   s.amsgrad ? pull_back_chunk<true>(slot, s, begin, K) : pull_back_chunk<false>(slot, s, begin, K);
 }
 
-__global__ void __launch_bounds__(THREADS) derive_on_device(const StepRow* rows, int64_t count, Step* steps) {
-  for (int64_t i = threadIdx.x; i < count; i += THREADS) steps[i] = derive(rows[i]);
+template <class Row>
+using StepOf = decltype(derive(Row{}, SECANT));
+
+template <class Row>
+__global__ void __launch_bounds__(THREADS) derive_on_device(const Row* rows, int64_t count, int rule, StepOf<Row>* steps) {
+  for (int64_t i = threadIdx.x; i < count; i += THREADS) steps[i] = derive(rows[i], rule);
 }
 
 int64_t chunks_of(const Param& p) { return (p.numel + CHUNK - 1) / CHUNK; }
@@ -345,21 +357,22 @@ struct OnDevice {
 };
 
 // Calls run(batch, blocks) for as many tensors as fit a launch, until all are done.
-template <class Run>
-const char* in_batches(const Launch& l, const std::vector<Param>& params, void* workspace, const Run& run) {
+template <class Row, class Run>
+const char* in_batches(const Launch<Row>& l, const std::vector<Param>& params, int rule, void* workspace, const Run& run) {
+  using S = StepOf<Row>;
   const OnDevice here(l.device);
   if (here.error != cudaSuccess) return cudaGetErrorString(here.error);
-  Step* steps = l.on_device ? static_cast<Step*>(workspace) : nullptr;
-  if (steps) launch(derive_on_device, dim3(1), l.stream, l.on_device, l.rows, steps);
+  S* steps = l.on_device ? static_cast<S*>(workspace) : nullptr;
+  if (steps) launch(derive_on_device<Row>, dim3(1), l.stream, l.on_device, l.rows, rule, steps);
   int64_t chunk = 0;
-  Batch batch;
+  Batch<S> batch;
   batch.on_device = steps;
   for (size_t i = 0; i < params.size();) {
     int64_t blocks = 0;
     for (batch.count = 0; i < params.size() && batch.count < SLOTS && blocks + chunks_of(params[i]) < (int64_t(1) << 31); ++i) {
       const Param& p = params[i];
       batch.first_block[batch.count] = uint32_t(blocks);
-      batch.slot[batch.count++] = {p, steps ? Step{} : derive(l.steps[p.row]), chunk, int64_t(i), aligned(p)};
+      batch.slot[batch.count++] = {p, steps ? S{} : derive(l.steps[p.row], rule), chunk, int64_t(i), aligned(p)};
       blocks += chunks_of(p);
       chunk += chunks_of(p);
     }
@@ -370,21 +383,25 @@ const char* in_batches(const Launch& l, const std::vector<Param>& params, void* 
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-template <int RULE>
-void launch_correct(const Batch& batch, int64_t blocks, int64_t K, const double* mean_v, double* partial, void* stream) {
+template <int RULE, class S>
+void launch_correct(const Batch<S>& batch, int64_t blocks, int64_t K, const double* mean_v, double* partial, void* stream) {
   if (K == 1)
-    launch(correct<RULE, 1>, dim3(unsigned(blocks)), stream, batch, K, mean_v, partial);
+    launch(correct<RULE, 1, S>, dim3(unsigned(blocks)), stream, batch, K, mean_v, partial);
   else
-    launch(correct<RULE, TARGETS>, dim3(unsigned(blocks), unsigned((K + TARGETS - 1) / TARGETS)), stream, batch, K, mean_v, partial);
+    launch(correct<RULE, TARGETS, S>, dim3(unsigned(blocks), unsigned((K + TARGETS - 1) / TARGETS)), stream, batch, K, mean_v, partial);
 }
 
-int64_t steps_bytes(const Launch& l) { return l.on_device ? (l.rows * int64_t(sizeof(Step)) + 255) / 256 * 256 : 0; }
+template <class Row>
+int64_t steps_bytes(const Launch<Row>& l) {
+  return l.on_device ? (l.rows * int64_t(sizeof(StepOf<Row>)) + 255) / 256 * 256 : 0;
+}
 
 }  // namespace
 
 const char* cuda_targets() { return ADAM_GHOST_TARGETS; }
 
-int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch& l, int64_t K) {
+template <class Row>
+int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch<Row>& l, int64_t K) {
   int64_t chunks = 0;
   if (K)
     for (const Param& p : params) chunks += chunks_of(p);
@@ -392,41 +409,56 @@ int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch& l, 
   return steps_bytes(l) + (chunks * sum_count(K) + (K ? int64_t(params.size()) : 0)) * int64_t(sizeof(double));
 }
 
-const char* variance_correction_cuda(const Launch& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace,
+template <class Row>
+const char* variance_correction_cuda(const Launch<Row>& l, const std::vector<Param>& params, int rule, int64_t K, void* workspace,
                                      double* sums) {
   double* mean_v = reinterpret_cast<double*>(static_cast<char*>(workspace) + steps_bytes(l));
   double* partial = mean_v + params.size();
-  if (std::any_of(params.begin(), params.end(), [](const Param& p) { return p.foreseen; })) {
-    const char* error = in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
-      if (blocks) launch(sum_v, dim3(unsigned(blocks)), l.stream, batch, partial);
-      const double* made = partial;
-      launch(average_v, dim3(unsigned(batch.count)), l.stream, batch, made, mean_v);
-    });
-    if (error) return error;
+  if constexpr (std::is_same_v<Row, StepRow>) {
+    if (std::any_of(params.begin(), params.end(), [](const Param& p) { return p.foreseen; })) {
+      const char* error = in_batches(l, params, rule, workspace, [&](const Batch<Step>& batch, int64_t blocks) {
+        if (blocks) launch(sum_v, dim3(unsigned(blocks)), l.stream, batch, partial);
+        const double* made = partial;
+        launch(average_v, dim3(unsigned(batch.count)), l.stream, batch, made, mean_v);
+      });
+      if (error) return error;
+    }
   }
   const double* means = mean_v;
-  return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
+  return in_batches(l, params, rule, workspace, [&](const Batch<StepOf<Row>>& batch, int64_t blocks) {
     if (blocks) {
-      switch (rule) {
-        case SECANT: launch_correct<SECANT>(batch, blocks, K, means, partial, l.stream); break;
-        case TANGENT: launch_correct<TANGENT>(batch, blocks, K, means, partial, l.stream); break;
-        case FROZEN: launch_correct<FROZEN>(batch, blocks, K, means, partial, l.stream); break;
-        default: launch_correct<SGD>(batch, blocks, K, means, partial, l.stream);
+      if constexpr (std::is_same_v<Row, FractionRow>) {
+        launch_correct<SECANT>(batch, blocks, K, means, partial, l.stream);  // whose steps say the rule
+      } else {
+        switch (rule) {
+          case SECANT: launch_correct<SECANT>(batch, blocks, K, means, partial, l.stream); break;
+          case TANGENT: launch_correct<TANGENT>(batch, blocks, K, means, partial, l.stream); break;
+          case FROZEN: launch_correct<FROZEN>(batch, blocks, K, means, partial, l.stream); break;
+          default: launch_correct<SGD>(batch, blocks, K, means, partial, l.stream);
+        }
       }
     }
     const double* made = partial;
-    launch(add_up, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, made, sums);
+    launch(add_up<StepOf<Row>>, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, made, sums);
   });
 }
 
-const char* weight_points_cuda(const Launch& l, const std::vector<Param>& params, void* workspace) {
-  return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
-    if (blocks) launch(move_weights, dim3(unsigned(blocks)), l.stream, batch);
+template <class Row>
+const char* weight_points_cuda(const Launch<Row>& l, const std::vector<Param>& params, void* workspace) {
+  return in_batches(l, params, SECANT, workspace, [&](const Batch<StepOf<Row>>& batch, int64_t blocks) {
+    if (blocks) launch(move_weights<StepOf<Row>>, dim3(unsigned(blocks)), l.stream, batch);
   });
 }
 
-const char* adjoint_cuda(const Launch& l, const std::vector<Param>& params, int64_t K, void* workspace) {
-  return in_batches(l, params, workspace, [&](const Batch& batch, int64_t blocks) {
+template int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch<StepRow>&, int64_t);
+template int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch<FractionRow>&, int64_t);
+template const char* variance_correction_cuda(const Launch<StepRow>&, const std::vector<Param>&, int, int64_t, void*, double*);
+template const char* variance_correction_cuda(const Launch<FractionRow>&, const std::vector<Param>&, int, int64_t, void*, double*);
+template const char* weight_points_cuda(const Launch<StepRow>&, const std::vector<Param>&, void*);
+template const char* weight_points_cuda(const Launch<FractionRow>&, const std::vector<Param>&, void*);
+
+const char* adjoint_cuda(const Launch<StepRow>& l, const std::vector<Param>& params, int64_t K, void* workspace) {
+  return in_batches(l, params, SECANT, workspace, [&](const Batch<Step>& batch, int64_t blocks) {
     if (blocks) launch(pull_back_adjoint, dim3(unsigned(blocks)), l.stream, batch, K);
   });
 }

@@ -4,19 +4,23 @@
 
 namespace adam_ghost {
 
+template <class Row>  // StepRow or FractionRow
 struct Launch {
   int device;
-  void* stream;               // the caller's current stream
-  const StepRow* steps;       // the step table on the host, or null
-  const StepRow* on_device;   // the same on the device, read there
+  void* stream;           // the caller's current stream
+  const Row* steps;       // the step table on the host, or null
+  const Row* on_device;   // the same on the device, read there
   int64_t rows;
 };
 
 // Bytes of device memory that a call needs on its stream; K = 0 where there are no sums.
-int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch&, int64_t K);
-const char* variance_correction_cuda(const Launch&, const std::vector<Param>&, int rule, int64_t K, void* workspace, double* sums);
-const char* weight_points_cuda(const Launch&, const std::vector<Param>&, void* workspace);
-const char* adjoint_cuda(const Launch&, const std::vector<Param>&, int64_t K, void* workspace);
+template <class Row>
+int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch<Row>&, int64_t K);
+template <class Row>
+const char* variance_correction_cuda(const Launch<Row>&, const std::vector<Param>&, int rule, int64_t K, void* workspace, double* sums);
+template <class Row>
+const char* weight_points_cuda(const Launch<Row>&, const std::vector<Param>&, void* workspace);
+const char* adjoint_cuda(const Launch<StepRow>&, const std::vector<Param>&, int64_t K, void* workspace);
 const char* cuda_targets();
 
 }  // namespace adam_ghost

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "adam.h"
+#include "fraction.h"
 
 namespace adam_ghost {
 
@@ -38,14 +38,17 @@ struct Param {
   int64_t row = 0;          // its row in the step table
   Array w, g, m, v, v_max;  // the state before the step
   Planes planes[PLANES];
-  bool foreseen = false;    // variance_correction: g is what history lets expect of it
+  bool foreseen = false;    // Adam's variance_correction: g is what history lets expect of it
 };
 
 // Sums of one parameter: K of <P, g>, then K of <val, w - w(empty)>.
 inline int64_t sum_count(int64_t K) { return 2 * K; }
 
-void variance_correction_cpu(const std::vector<Param>&, const StepRow* rows, int rule, int64_t K, double* sums);
-void weight_points_cpu(const std::vector<Param>&, const StepRow* rows);
+// Row: StepRow or FractionRow, whichever the optimizer's steps are.
+template <class Row>
+void variance_correction_cpu(const std::vector<Param>&, const Row* rows, int rule, int64_t K, double* sums);
+template <class Row>
+void weight_points_cpu(const std::vector<Param>&, const Row* rows);
 void adjoint_cpu(const std::vector<Param>&, const StepRow* rows, int64_t K);
 const char* cpu_capability();
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adam_ghost.optim import protocol
-from bench.optimizers import OPTIMIZERS, table
+from bench.optimizers import OPTIMIZERS, exceptions, table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
@@ -16,8 +16,9 @@ RESULTS = json.loads((ROOT / "bench" / "results" / "optimizers-cpu.json").read_t
 
 def test_the_table_is_what_was_measured():
     assert [result["optimizer"] for result in RESULTS] == list(OPTIMIZERS)
-    (found,) = re.findall(r"<!-- table -->\n(.*?)\n<!-- end of table -->", PAGE, re.S)
-    assert found.strip().startswith(table(RESULTS))
+    for name, made in (("table", table), ("exceptions", exceptions)):
+        (found,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", PAGE, re.S)
+        assert found == made(RESULTS)
 
 
 @pytest.mark.parametrize("kind", [reader.kind for reader in protocol._READERS], ids=str)

@@ -18,7 +18,10 @@ from adam_ghost.integrations.ids import ID, logged, take_ids
 
 
 class AttributionCallback(Callback):
-    """Attributes the steps of a ``LightningModule`` with one optimizer.
+    """Attributes the steps of a ``LightningModule``.
+
+    Several optimizers, which Lightning takes with manual optimization, share the parameters out: each steps once in a step, when
+    the gradients of all are final.
 
     The scalars ``attribution/score_sum``, ``/total``, ``/val_loss``, ``/gap`` (how far the scores miss ``/total``) and
     ``/coverage`` go to the Trainer's loggers every ``log_every_n_steps``, the run's state into its checkpoints.
@@ -34,7 +37,7 @@ class AttributionCallback(Callback):
         options: of ``InRun``, but ``train_loss``, which is the module's.
 
     Raises:
-        TypeError, ValueError: where training begins: several optimizers, or ``schedule="window"`` with manual optimization.
+        TypeError, ValueError: where training begins: no optimizer, or ``schedule="window"`` with manual optimization.
     """
 
     def __init__(
@@ -53,11 +56,11 @@ class AttributionCallback(Callback):
         self._logged = 0  # the last step that was
         self.run: InRun | None = None
         self._loaded: dict | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if len(trainer.optimizers) != 1:
-            raise TypeError(f"one optimizer must train the module, configure_optimizers returned {len(trainer.optimizers)}")
+        if not trainer.optimizers:
+            raise TypeError("an optimizer must train the module, configure_optimizers returned none")
         if self._windows and not pl_module.automatic_optimization:
             raise ValueError(
                 "schedule='window' runs batches again by training_step, which must return the loss and leave the optimizer to"
@@ -65,10 +68,10 @@ class AttributionCallback(Callback):
             )
         # Lightning runs the forward and the backward pass inside the step, as its closure. Gradients must be final when the
         # run looks at them: a hook before the run's own calls the closure
-        self._hook = trainer.optimizers[0].register_step_pre_hook(_call_closure)
+        self._hooks = [each.register_step_pre_hook(_call_closure) for each in trainer.optimizers]
         model = pl_module.get_submodule(self.net)
         val_loss, train_loss = lambda: self.val_loss(pl_module), lambda given: _train_loss(trainer, pl_module, given)
-        self.run = InRun(model, trainer.optimizers[0], val_loss, train_loss=train_loss, **self.options)
+        self.run = InRun(model, trainer.optimizers, val_loss, train_loss=train_loss, **self.options)
         if self._loaded is not None:
             self.run.load_state_dict(self._loaded)
 
@@ -96,7 +99,8 @@ class AttributionCallback(Callback):
     def _close(self) -> None:
         if self.run is not None:
             self.run.close()
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.run is None else self.run.state_dict()

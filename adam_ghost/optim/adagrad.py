@@ -8,6 +8,7 @@ from torch import Tensor
 from adam_ghost.optim.chord import Scalar, Value, root, square
 from adam_ghost.optim.defined import Elementwise
 from adam_ghost.optim.history import raised, typical_gradient
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import number, register
 
 
@@ -24,12 +25,19 @@ class AdagradState(Elementwise):
     """The state is the sum of all squared gradients."""
 
     kinds = 1
+    slots = (None, 0, None)
 
     @staticmethod
     def moved(s: Scalars, w: Tensor, x: Value, total: Tensor) -> tuple[Value, Any]:
         x = x + w * s.weight_decay
         squares = square(x) + total
         return x / (root(squares) + s.eps) * (s.lr / (1 + (s.t - 1) * s.lr_decay)), squares
+
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        slowed = 1 / (1 + (s.t - 1) * s.lr_decay)
+        found = Coefficients(SIZES.index("root"), s.lr, s.maximize, s.weight_decay, eps=s.eps, adaptive=slowed)
+        return found._replace(square_v=1.0, square_x=1.0)
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None]]:

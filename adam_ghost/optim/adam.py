@@ -38,6 +38,7 @@ class AdamState:
 
     linearizations: tuple[str, ...] = RULES
     not_carried: str | None = None
+    not_foreseen: str | None = None
 
     def __init__(self, params: Iterable[ParamState]):
         self._params = {s.param: s for s in params}

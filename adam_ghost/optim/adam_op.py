@@ -170,9 +170,9 @@ def _run(name: str, *arguments: Any) -> Any:
 
 def _variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, foreseen, impl):
     inputs = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads
-    sums = _new_sums(params, val_grads)
+    sums = new_sums(params, val_grads)
     check = lambda: _check_variance_correction(*inputs, out)  # noqa: E731
-    if _in_extension("variance_correction", impl, check, inputs, [out], table, rows, RULES.index(rule), foreseen, sums):
+    if in_extension("variance_correction", impl, check, inputs, [out], table, rows, RULES.index(rule), foreseen, sums):
         return sums
     return definition.variance_correction(rule, table_steps(table, rows), *inputs, out, foreseen)
 
@@ -181,7 +181,7 @@ def _variance_correction_fake(
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, foreseen, impl
 ):
     _check_variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out)
-    return _new_sums(params, val_grads)
+    return new_sums(params, val_grads)
 
 
 def _check_variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out):
@@ -189,7 +189,7 @@ def _check_variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg
     check(params, *targets(params, "val_grads", val_grads), val_grads=val_grads, out=out)
 
 
-def _new_sums(params: list[Tensor], val_grads: list[Tensor]) -> Tensor:
+def new_sums(params: list[Tensor], val_grads: list[Tensor]) -> Tensor:
     _, K = targets(params, "val_grads", val_grads)
     return torch.empty(len(params), 2 * K, dtype=torch.float64, device=params[0].device)
 
@@ -197,7 +197,7 @@ def _new_sums(params: list[Tensor], val_grads: list[Tensor]) -> Tensor:
 def _weight_points(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, empty, mid, table, rows, impl):
     inputs = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs
     check = lambda: _check_weight_points(*inputs, empty, mid)  # noqa: E731
-    if not _in_extension("weight_points", impl, check, inputs, [empty, mid], table, rows):
+    if not in_extension("weight_points", impl, check, inputs, [empty, mid], table, rows):
         definition.weight_points(table_steps(table, rows), *inputs, empty, mid)
 
 
@@ -216,7 +216,7 @@ def _adjoint(
     inputs = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs
     outputs = lambda_w, lambda_m, lambda_v, lambda_v_max, out
     check = lambda: _check_adjoint(*inputs, *outputs)  # noqa: E731
-    if not _in_extension("adjoint", impl, check, inputs, outputs, table, rows):
+    if not in_extension("adjoint", impl, check, inputs, outputs, table, rows):
         definition.adjoint(table_steps(table, rows), *inputs, *outputs)
 
 
@@ -260,7 +260,7 @@ for _name in _IMPLEMENTATIONS:
     torch.library.register_fake(f"adam_ghost::{_name}", _FAKES[_name], lib=_lib)
 
 
-def _in_extension(
+def in_extension(
     name: str, impl: str | None, check: Callable[[], None], inputs: Sequence[Tensors], outputs: Sequence[Tensors], *rest: Any
 ) -> bool:
     """Whether the extension did it. Else nothing is written, and ``check`` has found nothing wrong with the tensors.
@@ -291,14 +291,15 @@ def _in_extension(
     return status == _DONE
 
 
-def step_table(params: list[Tensor], steps: list[StepScalars]) -> tuple[Tensor, list[int]]:
-    """Each parameter's scalars as a row of a float64 table ``[rows, 9]``, and the rows' numbers; equal ones share a row.
+def step_table(params: list[Tensor], steps: Sequence[Any]) -> tuple[Tensor, list[int]]:
+    """Each parameter's scalars, a NamedTuple, as a row of a float64 table ``[rows, fields]``, and the rows' numbers.
 
-    The table is on CPU, or on the parameters' device where that holds a number: the host does not read it then.
+    Equal ones share a row. The table is on CPU, or on the parameters' device where that holds a number: the host does not
+    read it then.
     """
     if len(steps) != len(params):
         raise ValueError(f"steps: expected {len(params)} entries, one per parameter, got {len(steps)}")
-    index: dict[StepScalars, int] = {}
+    index: dict[Any, int] = {}
     rows = [index.setdefault(s, len(index)) for s in steps]
     device = params[0].device if params else torch.device("cpu")
     held = device.type != "cpu" and any(isinstance(x, Tensor) and x.device == device for s in index for x in s)

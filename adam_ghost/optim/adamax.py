@@ -9,6 +9,7 @@ from adam_ghost.optim.chord import Scalar, Value, absolute, at_least
 from adam_ghost.optim.defined import Elementwise
 from adam_ghost.optim.history import typical_gradient
 from adam_ghost.optim.moments import adam_scalars
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import register
 
 
@@ -26,6 +27,7 @@ class AdamaxState(Elementwise):
     """The state: the first moment, and the largest gradient."""
 
     kinds = 2
+    slots = (0, 1, None)
 
     @staticmethod
     def moved(s: Scalars, w: Tensor, x: Value, exp_avg: Tensor, exp_inf: Tensor) -> tuple[Value, Any, Any]:
@@ -33,6 +35,11 @@ class AdamaxState(Elementwise):
         mean = x * (1 - s.beta1) + exp_avg * s.beta1
         largest = at_least(absolute(x) + s.eps, exp_inf * s.beta2)
         return mean / largest * (s.lr / (1 - s.beta1**s.t)), mean, largest
+
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        found = Coefficients(SIZES.index("largest"), s.lr, s.maximize, s.weight_decay, s.beta1, 1 - s.beta1)
+        return found._replace(square_v=s.beta2, eps=s.eps, adaptive=1 / (1 - s.beta1**s.t))
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from adam_ghost.optim import one_pass
 from adam_ghost.optim.chord import Chord
 from adam_ghost.optim.protocol import Adjoint, Kept, Linearized
 
@@ -37,6 +38,7 @@ class Defined:
     linearizations: tuple[str, ...]
     kinds: ClassVar[int]  # of state tensors per parameter
     not_carried: str | None = None
+    not_foreseen: str | None = None
 
     # (scalars, weights w, gradient x, *state) -> what the step subtracts from w, and the state after it. ``x`` points downhill
     # (negated under maximize); all tensors are at least float32, and none is written to
@@ -225,9 +227,60 @@ class Defined:
 
 
 class Elementwise(Defined):
-    """An optimizer that steps each element by that element's gradient and state alone."""
+    """An optimizer that steps each element by that element's gradient and state alone.
+
+    With ``slots`` and ``coefficients`` its directions and weights are formed in one compiled pass over memory, in float32; in
+    float64, and where the extension is not there, by its definition.
+    """
 
     linearizations: tuple[str, ...] = ("secant", "tangent", "sgd")
+    slots: ClassVar[one_pass.Slots | None] = None  # which state tensors are m, v and z of one_pass
+
+    @staticmethod
+    def coefficients(s: Any) -> one_pass.Coefficients:
+        """What ``moved`` is in one_pass's form."""
+        raise NotImplementedError
+
+    def _compiled(self, params: Sequence[Tensor]) -> tuple[list[Tensor], one_pass.States, list[one_pass.Coefficients]] | None:
+        """The parameters, states and steps as the one-pass op takes them; None: it has no such step or dtype."""
+        if self.slots is None or any(p.dtype not in (torch.float32, torch.bfloat16) for p in params):
+            return None
+        rows = [self._rows[p] for p in params]
+        m, v, z = ([None if i is None else self.held(row, i) for row in rows] for i in self.slots)
+        known: dict[Any, one_pass.Coefficients] = {}
+        for row in rows:
+            if row.scalars not in known:
+                known[row.scalars] = self.coefficients(row.scalars)
+        return [row.param.detach() for row in rows], (m, v, z), [known[row.scalars] for row in rows]
+
+    @staticmethod
+    def held(row: Row, i: int) -> Tensor | None:
+        """A row's state tensor; None: zeros."""
+        return row.state[i]
+
+    @torch.no_grad()
+    def linearize(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], val_grads: Sequence[Tensor], rule: str, out: list[Tensor]
+    ) -> Linearized:
+        if rule in self.linearizations and (given := self._compiled(params)):
+            weights, states, steps = given
+            sums = one_pass.variance_correction(weights, list(grads), states, list(val_grads), steps, rule, out)
+            if sums is not None:
+                total = sums.total()
+                return Linearized(out, total.history.to(out[0].dtype), total.reached.to(out[0].dtype))
+        return super().linearize(params, grads, val_grads, rule, out)
+
+    def weight_points(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        *,
+        empty: list[Tensor] | None = None,
+        mid: list[Tensor] | None = None,
+    ) -> None:
+        given = self._compiled(params)
+        if given is None or not one_pass.weight_points(given[0], list(grads), *given[1:], empty, mid):
+            super().weight_points(params, grads, empty=empty, mid=mid)
 
     def _slopes(self, row: Row, w: Tensor, x: Tensor, state: Sequence[Tensor], val: Tensor, rule: str) -> Tensor:
         start = torch.zeros_like(x) if rule == "secant" else x

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, sign
 from adam_ghost.optim.defined import Elementwise, Row
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import number, register
 
 
@@ -21,16 +22,19 @@ class LionState(Elementwise):
     """The state is the running mean of gradients. The secant sees the sign jump where the gradient turns it."""
 
     kinds = 1
+    slots = (0, None, None)
     not_carried: str | None = "Lion steps by a sign, whose derivative is zero"
+    not_foreseen: str | None = "Lion steps by a sign, and which signs a gradient turns is not known before it is there"
 
     @staticmethod
     def moved(s: Scalars, w: Tensor, x: Value, exp_avg: Tensor) -> tuple[Value, Any]:
         by = sign(x * (1 - s.beta1) + exp_avg * s.beta1)
         return by * s.lr + w * (s.lr * s.weight_decay), x * (1 - s.beta2) + exp_avg * s.beta2
 
-    def expected_gradient(self, p: Tensor) -> Tensor | None:
-        (exp_avg,) = self._rows[p].state
-        return None if exp_avg is None else exp_avg.clone()
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        decay = s.lr * s.weight_decay
+        return Coefficients(SIZES.index("sign"), s.lr, s.maximize, 0.0, s.beta1, 1 - s.beta1, decay=decay)
 
 
 def _read(optimizer: Any) -> LionState:

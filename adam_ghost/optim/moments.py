@@ -1,12 +1,13 @@
 """What optimizers of Adam's family share: how their groups are read, and a decaying mean of squared gradients."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from adam_ghost.optim.defined import Elementwise
 from adam_ghost.optim.history import raised, typical_gradient
+from adam_ghost.optim.one_pass import Slots
 from adam_ghost.optim.protocol import number
 
 
@@ -26,6 +27,7 @@ class Moments(Elementwise):
     """A state of decaying means: of gradients, and by ``beta2`` of their squares."""
 
     kinds = 2
+    slots: ClassVar[Slots | None] = (0, 1, None)
 
     @staticmethod
     def bounded(s: Any, g: Tensor, share: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

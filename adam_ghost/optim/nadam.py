@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
 from adam_ghost.optim.moments import Moments, adam_scalars
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import number, register
 
 
@@ -25,6 +26,12 @@ class Scalars(NamedTuple):
     def mu(self, t: Scalar) -> Scalar:
         return self.beta1 * (1 - 0.5 * 0.96 ** (t * self.momentum_decay))
 
+    def weights(self) -> tuple[Scalar, Scalar]:
+        """Of the gradient and of the first moment in the step."""
+        mu, following = self.mu(self.t), self.mu(self.t + 1)
+        product = self.mu_product * mu
+        return (1 - mu) / (1 - product), following / (1 - product * following)
+
 
 class NAdamState(Moments):
     """The state: both moments."""
@@ -34,11 +41,18 @@ class NAdamState(Moments):
         x = x if s.decoupled else x + w * s.weight_decay
         mean = x * (1 - s.beta1) + exp_avg * s.beta1
         squares = square(x) * (1 - s.beta2) + exp_avg_sq * s.beta2
-        mu, following = s.mu(s.t), s.mu(s.t + 1)
-        product = s.mu_product * mu
+        now, ahead = s.weights()
         size = root(squares / (1 - s.beta2**s.t)) + s.eps
-        by = (x * ((1 - mu) / (1 - product)) + mean * (following / (1 - product * following))) / size * s.lr
+        by = (x * now + mean * ahead) / size * s.lr
         return by + w * (s.lr * s.weight_decay) if s.decoupled else by, mean, squares
+
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        now, ahead = s.weights()
+        l2, decay = (0.0, s.lr * s.weight_decay) if s.decoupled else (s.weight_decay, 0.0)
+        found = Coefficients(SIZES.index("root"), s.lr, s.maximize, l2, ahead * s.beta1, now + ahead * (1 - s.beta1), decay=decay)
+        root = (1 - s.beta2**s.t) ** -0.5
+        return found._replace(square_v=s.beta2, square_x=1 - s.beta2, root=root, eps=s.eps, adaptive=1.0)
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:

@@ -44,6 +44,7 @@ class OptState(Protocol):
 
     linearizations: tuple[str, ...]  # the rules that ``linearize`` knows, the exact one first
     not_carried: str | None  # why no credit can be carried through the step (``schedule="window"``); None: it can
+    not_foreseen: str | None  # why its direction cannot be had before the gradient (``schedule="lookahead"``); None: it can
 
     def __contains__(self, p: Tensor) -> bool:
         """Whether the optimizer trains ``p``."""

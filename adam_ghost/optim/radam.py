@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
 from adam_ghost.optim.moments import Moments, adam_scalars
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import register
 
 
@@ -42,6 +43,14 @@ class RAdamState(Moments):
         scaled = mean / (root(squares) + s.eps) * (adaptive * (1 - s.beta2**s.t) ** 0.5)
         by = (scaled + mean * plain) * (s.lr / (1 - s.beta1**s.t))
         return by + w * (s.lr * s.weight_decay) if s.decoupled else by, mean, squares
+
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        adaptive, plain = s.rectified()
+        bc1, bc2 = 1 - s.beta1**s.t, 1 - s.beta2**s.t
+        l2, decay = (0.0, s.lr * s.weight_decay) if s.decoupled else (s.weight_decay, 0.0)
+        found = Coefficients(SIZES.index("root"), s.lr, s.maximize, l2, s.beta1, 1 - s.beta1, plain=plain / bc1, decay=decay)
+        return found._replace(square_v=s.beta2, square_x=1 - s.beta2, eps=s.eps, adaptive=adaptive * bc2**0.5 / bc1)
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from adam_ghost.optim.chord import Scalar, Value, root, square
 from adam_ghost.optim.defined import Elementwise
 from adam_ghost.optim.history import raised, typical_gradient
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import number, register
 
 
@@ -26,6 +27,7 @@ class RMSpropState(Elementwise):
     """The state: running means of the squared gradient and of the gradient (centered), the momentum's buffer."""
 
     kinds = 3
+    slots = (1, 0, 2)
 
     @staticmethod
     def moved(s: Scalars, w: Tensor, x: Value, square_avg: Tensor, grad_avg: Tensor, buffer: Tensor) -> tuple[Value, Any, Any, Any]:
@@ -35,6 +37,12 @@ class RMSpropState(Elementwise):
         by = x / (root(squares - square(mean) if s.centered else squares) + s.eps)
         by = by + buffer * s.momentum
         return by * s.lr, squares, mean if s.centered else grad_avg, by if s.momentum else buffer
+
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        found = Coefficients(SIZES.index("root"), s.lr, s.maximize, s.weight_decay, eps=s.eps, adaptive=1.0)
+        found = found._replace(square_v=s.alpha, square_x=1 - s.alpha, third=s.lr * s.momentum)
+        return found._replace(off_m=s.alpha, off_x=1 - s.alpha) if s.centered else found
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:

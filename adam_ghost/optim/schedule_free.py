@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value, root, square
+from adam_ghost.optim.defined import Row
 from adam_ghost.optim.history import typical_gradient
 from adam_ghost.optim.moments import Moments
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import number, register
 
 
@@ -28,6 +30,8 @@ class Scalars(NamedTuple):
 class ScheduleFreeState(Moments):
     """The state: the base sequence ``z``, and the second moment."""
 
+    slots = (None, 1, 0)
+
     @classmethod
     def blank(cls, w: Tensor) -> tuple[Tensor, ...]:
         return w, w.new_zeros(w.shape)
@@ -37,6 +41,17 @@ class ScheduleFreeState(Moments):
         squares = square(x) * (1 - s.beta2) + exp_avg_sq * s.beta2
         by = (x / (root(squares / (1 - s.beta2**s.t)) + s.eps) + w * s.weight_decay) * s.lr
         return by * (1 - s.beta1 * (1 - s.share)) + (w - z) * s.share, z - by, squares
+
+    @staticmethod
+    def held(row: Row, i: int) -> Tensor | None:
+        return row.param.detach() if row.state[i] is None and i == 0 else row.state[i]  # z begins at the weights
+
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        adaptive = 1 - s.beta1 * (1 - s.share)
+        found = Coefficients(SIZES.index("root"), s.lr, s.maximize, eps=s.eps, adaptive=adaptive, third=-s.share, third_w=1.0)
+        root = (1 - s.beta2**s.t) ** -0.5
+        return found._replace(square_v=s.beta2, square_x=1 - s.beta2, root=root, decay=adaptive * s.lr * s.weight_decay)
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None, ...]]:

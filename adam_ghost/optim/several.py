@@ -30,6 +30,7 @@ class Several:
 
     linearizations: tuple[str, ...]
     not_carried: str | None
+    not_foreseen: str | None
 
     def __init__(self, states: Sequence[OptState], order: Sequence[Tensor] | None = None):
         """``order``: that of ``parameters()``; otherwise one optimizer's after another's.
@@ -47,6 +48,7 @@ class Several:
         known = [rule for rule in self.states[0].linearizations if all(rule in s.linearizations for s in self.states)]
         self.linearizations = tuple(known) if len(firsts) == 1 else ("exact", *known)
         self.not_carried = next((state.not_carried for state in self.states if state.not_carried), None)
+        self.not_foreseen = next((state.not_foreseen for state in self.states if state.not_foreseen), None)
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._owner

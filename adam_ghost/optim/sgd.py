@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adam_ghost.optim.chord import Scalar, Value
 from adam_ghost.optim.defined import Elementwise
+from adam_ghost.optim.one_pass import SIZES, Coefficients
 from adam_ghost.optim.protocol import number, register
 
 
@@ -24,6 +25,7 @@ class SGDState(Elementwise):
     """The state is the momentum's buffer, where there is momentum."""
 
     kinds = 1
+    slots = (0, None, None)
 
     @staticmethod
     def moved(s: Scalars, w: Tensor, x: Value, buffer: Tensor) -> tuple[Value, Any]:
@@ -32,6 +34,13 @@ class SGDState(Elementwise):
             return x * s.lr, buffer
         new = x if s.first else x * (1 - s.dampening) + buffer * s.momentum
         return (x + new * s.momentum if s.nesterov else new) * s.lr, new
+
+    @staticmethod
+    def coefficients(s: Scalars) -> Coefficients:
+        kept, new = (0.0, 1.0) if s.first or not s.momentum else (s.momentum, 1 - s.dampening)
+        if s.nesterov:
+            kept, new = kept * s.momentum, new * s.momentum + 1
+        return Coefficients(SIZES.index("root"), s.lr, s.maximize, s.weight_decay, kept, new, plain=1.0)
 
     @staticmethod
     def read(group: Any, held: Any) -> tuple[Scalars, tuple[Tensor | None]]:

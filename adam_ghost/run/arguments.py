@@ -39,6 +39,8 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     if schedule == "window" and opt_state.not_carried is not None:
         raise ValueError(f"schedule='window' carries credit through the optimizer's steps, but {opt_state.not_carried}")
+    if schedule == "lookahead" and opt_state.not_foreseen is not None:
+        raise ValueError(f"schedule='lookahead' forms directions before gradients, but {opt_state.not_foreseen}")
     refuse_unsupported(model)
     check_held({name: p for name, p in model.named_parameters() if p.requires_grad}, opt_state)
     for group in (group for each in listed(optimizer) for group in each.param_groups):

@@ -291,6 +291,41 @@ def test_lightning(tmp_path, case, schedule):
     assert_same(callback.run.scores(), plain(net(), in_order(2), **windows, **loop))
 
 
+def test_lightning_with_several_optimizers(tmp_path):
+    """Manual optimization by two AdamWs that share the parameters out, which is what one AdamW does."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.automatic_optimization = net(), False
+
+        def forward(self, x, labels):
+            return self.net(x=x, labels=labels)
+
+        def training_step(self, batch, index):
+            optimizers = self.optimizers()
+            self.manual_backward(self(**batch)["loss"])
+            for each in optimizers:
+                each.step()
+                each.zero_grad()
+
+        def configure_optimizers(self):
+            params = list(self.parameters())
+            return [torch.optim.AdamW(half, lr=1e-2, weight_decay=0.0) for half in (params[::2], params[1::2])]
+
+    x, y = data()
+    samples = [{"x": x[i], "labels": y[i], "sample_id": i} for i in range(N)]
+    callback = AttributionCallback(val_loss)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(samples, BATCH))
+    assert_same(callback.run.scores(), plain(net(), in_order(2)))
+
+
 def test_lightning_windows_log_nothing_twice(tmp_path):
     from adam_ghost.integrations.lightning import AttributionCallback
 

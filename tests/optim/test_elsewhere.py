@@ -6,6 +6,7 @@ from oracles import close
 from toys import elsewhere
 from toys.muon_and_adam import MuonAndAdam
 
+from adam_ghost.inrun import InRun
 from adam_ghost.optim import edits_gradients, read_optimizer
 
 
@@ -130,3 +131,11 @@ def test_adam_and_lion_alone_are_known_of_bitsandbytes():
 
     with pytest.raises(TypeError, match="Adam, AdamW and Lion are known, got LAMB"):
         _of_bitsandbytes(LAMB([torch.zeros(3, requires_grad=True)], {}))
+
+
+@pytest.mark.parametrize("schedule, reason", [("window", "whose derivative is zero"), ("lookahead", "is not known before it is")])
+def test_what_a_sign_does_not_allow_is_refused(schedule, reason):
+    model = torch.nn.Linear(3, 2)
+    loss = lambda: model(torch.ones(1, 3)).sum()  # noqa: E731
+    with pytest.raises(ValueError, match=rf"schedule='{schedule}' .*Lion steps by a sign.*{reason}"):
+        InRun(model, [elsewhere.Lion(model.parameters(), lr=0.1)], loss, schedule, train_loss=lambda x: model(x).sum())

@@ -41,7 +41,7 @@ class HeavyBallState:
     """``buffer <- momentum * buffer + g + weight_decay * w;  w <- w - lr * buffer``: linear in the gradient."""
 
     linearizations = ("exact",)
-    not_carried = None
+    not_carried = not_foreseen = None
 
     def __init__(self, rows: Sequence[Row]):
         self.rows = {row.param: row for row in rows}

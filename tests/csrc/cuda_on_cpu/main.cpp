@@ -64,79 +64,109 @@ void compare(const char* what, const std::vector<Param>& a, const std::vector<Pa
   }
 }
 
+std::vector<Param> draw_params(Memory& memory, int rule) {
+  std::vector<Param> params;
+  for (int64_t i = 0; i < 120; ++i) {  // more than a launch takes; one of more than one chunk
+    Param p;
+    p.numel = i == 40 ? 16384 * 2 + 13 : i == 90 ? 16384 : i % 23;
+    p.row = i % 4;
+    const int offset = i % 3;
+    p.w = memory.draw(p.numel, Dtype(i & 1), offset);
+    if (i % 7) p.g = memory.draw(p.numel, Dtype(i & 1), offset);
+    if (i % 5) p.m = memory.draw(p.numel, Dtype(i >> 1 & 1), offset);
+    if (i % 5) p.v = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
+    p.foreseen = rule % 2 && i % 3 == 0 && p.m.data;
+    if (i % 6) p.v_max = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
+    params.push_back(p);
+  }
+  return params;
+}
+
+Dtype dtype_of(size_t i) { return Dtype(i >> 2 & 1); }
+
+template <class Fill>
+std::vector<Param> filled(const std::vector<Param>& params, const Fill& fill) {
+  std::vector<Param> made = params;
+  for (size_t i = 0; i < made.size(); ++i) fill(made[i], i);
+  return made;
+}
+
+template <class Row>
+Launch<Row> launch_with(const Row* rows, bool on_device) {
+  return {0, nullptr, on_device ? nullptr : rows, on_device ? rows : nullptr, 4};
+}
+
+// Directions and weights; returns the number of sums compared.
+template <class Row>
+int check_steps(const Row* rows, const std::vector<Param>& params, int rule, int64_t K, Memory& memory) {
+  const Launch<Row> l = launch_with(rows, (rule + K) % 2);
+  const int64_t width = sum_count(K);
+  std::vector<double> expected(params.size() * width, NAN), sums(expected);
+  std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
+  const auto cpu = filled(params, [&](Param& p, size_t i) {
+    p.planes[VAL] = memory.planes(p.numel, K, Dtype(i & 1), i % 3);
+    p.planes[OUT] = memory.planes(p.numel, K, dtype_of(i), 0);
+  });
+  const auto cuda = filled(params, [&](Param& p, size_t i) {
+    p.planes[VAL] = cpu[i].planes[VAL];
+    p.planes[OUT] = memory.planes(p.numel, K, dtype_of(i), i % 4);
+  });
+  variance_correction_cpu(cpu, rows, rule, K, expected.data());
+  if (variance_correction_cuda(l, cuda, rule, K, workspace.data(), sums.data())) std::exit(2);
+  compare("P", cpu, cuda, OUT, K);
+  for (size_t j = 0; j < sums.size(); ++j)
+    if (!(std::fabs(sums[j] - expected[j]) <= 1e-9 * std::fabs(expected[j]) + 1e-12)) {
+      std::printf("rule %d, K %d, sum %zu: %g instead of %g\n", rule, int(K), j, sums[j], expected[j]);
+      std::exit(1);
+    }
+
+  const auto points = [&](Param& p, size_t i) {
+    for (int plane : {EMPTY, MID}) p.planes[plane] = memory.planes(p.numel, 1, dtype_of(i), i % 3);
+  };
+  const auto moved_cpu = filled(params, points), moved_cuda = filled(params, points);
+  weight_points_cpu(moved_cpu, rows);
+  if (weight_points_cuda(l, moved_cuda, workspace.data())) std::exit(2);
+  compare("w(empty)", moved_cpu, moved_cuda, EMPTY, 1);
+  compare("w_mid", moved_cpu, moved_cuda, MID, 1);
+  return int(sums.size());
+}
+
+void check_adjoint(const StepRow* rows, const std::vector<Param>& params, int rule, int64_t K, Memory& memory) {
+  const Launch<StepRow> l = launch_with(rows, (rule + K) % 2);
+  std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
+  const auto cpu = filled(params, [&](Param& p, size_t i) {
+    for (int plane = 0; plane < PLANES; ++plane)
+      if (plane != LAMBDA_V_MAX || i % 4 != 2) p.planes[plane] = memory.planes(p.numel, K, dtype_of(i + plane), i % 3);
+  });
+  const auto cuda = filled(params, [&](Param& p, size_t i) {
+    for (int plane = 0; plane < PLANES; ++plane)
+      if (plane != LAMBDA_G && cpu[i].planes[plane].data) p.planes[plane] = memory.copy(cpu[i].planes[plane], p.numel, K, i % 4);
+    p.planes[LAMBDA_G] = memory.planes(p.numel, K, dtype_of(i + LAMBDA_G), i % 4);
+  });
+  adjoint_cpu(cpu, rows, K);
+  if (adjoint_cuda(l, cuda, K, workspace.data())) std::exit(2);
+  const char* names[PLANES] = {"lambda_w", "lambda_m", "lambda_v", "lambda_v_max", "lambda_g"};
+  for (int plane = 0; plane < PLANES; ++plane) compare(names[plane], cpu, cuda, plane, K);
+}
+
 int main() {
-  const StepRow rows[] = {{3, 1e-3, 0.9, 0.999, 1e-8, 0, 0, 0, 0},   {1, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0, 1, 0},
+  const StepRow adam[] = {{3, 1e-3, 0.9, 0.999, 1e-8, 0, 0, 0, 0},   {1, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0, 1, 0},
                           {500, 3e-4, 0.8, 0.99, 1e-6, 0.1, 1, 0, 1}, {7, 1e-3, 0.9, 0.99, 1e-8, 0.2, 0, 1, 1}};
+  const FractionRow others[] = {
+      {ROOT, 1e-2, 0, 0.1, 0.8, 0.2, 0.9, 0.1, 0, 0, 1.5, 1e-8, 0.3, 0.7, 0, 0, 1e-3},  // a first moment, decay
+      {ROOT, 1e-2, 1, 0, 0, 1, 0.9, 0.1, 0, 0.1, 1, 1e-3, 0, 1, 9e-3, 1, 0},            // centered, a third state
+      {LARGEST, 1e-2, 1, 0.2, 0.8, 0.2, 0.7, 0, 0, 0, 1, 1e-8, 0, 2, 0, 0, 0},
+      {SIGN, 1e-2, 0, 0, 0.5, 0.5, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1e-3}};
   int checks = 0;
   for (int64_t K : {int64_t(1), int64_t(2), int64_t(5)})
     for (int rule = SECANT; rule <= SGD; ++rule) {
-      const bool on_device = (rule + K) % 2;
-      const Launch l{0, nullptr, on_device ? nullptr : rows, on_device ? rows : nullptr, 4};
       Memory memory;
-      std::vector<Param> params;
-      for (int64_t i = 0; i < 120; ++i) {  // more than a launch takes; one of more than one chunk
-        Param p;
-        p.numel = i == 40 ? 16384 * 2 + 13 : i == 90 ? 16384 : i % 23;
-        p.row = i % 4;
-        const int offset = i % 3;
-        p.w = memory.draw(p.numel, Dtype(i & 1), offset);
-        if (i % 7) p.g = memory.draw(p.numel, Dtype(i & 1), offset);
-        if (i % 5) p.m = memory.draw(p.numel, Dtype(i >> 1 & 1), offset);
-        if (i % 5) p.v = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
-        p.foreseen = rule % 2 && i % 3 == 0 && p.m.data;
-        if (i % 6) p.v_max = memory.draw(p.numel, Dtype(i >> 1 & 1), offset, true);
-        params.push_back(p);
-      }
-      const auto dtype = [](size_t i) { return Dtype(i >> 2 & 1); };
-      const auto filled = [&](const auto& fill) {
-        std::vector<Param> made = params;
-        for (size_t i = 0; i < made.size(); ++i) fill(made[i], i);
-        return made;
-      };
-
-      const int64_t width = sum_count(K);
-      std::vector<double> expected(params.size() * width, NAN), sums(expected);
-      std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
-      const auto cpu = filled([&](Param& p, size_t i) {
-        p.planes[VAL] = memory.planes(p.numel, K, Dtype(i & 1), i % 3);
-        p.planes[OUT] = memory.planes(p.numel, K, dtype(i), 0);
-      });
-      const auto cuda = filled([&](Param& p, size_t i) {
-        p.planes[VAL] = cpu[i].planes[VAL];
-        p.planes[OUT] = memory.planes(p.numel, K, dtype(i), i % 4);
-      });
-      variance_correction_cpu(cpu, rows, rule, K, expected.data());
-      if (variance_correction_cuda(l, cuda, rule, K, workspace.data(), sums.data())) return 2;
-      compare("P", cpu, cuda, OUT, K);
-      for (size_t j = 0; j < sums.size(); ++j, ++checks)
-        if (!(std::fabs(sums[j] - expected[j]) <= 1e-9 * std::fabs(expected[j]) + 1e-12)) {
-          std::printf("rule %d, K %d, sum %zu: %g instead of %g\n", rule, int(K), j, sums[j], expected[j]);
-          return 1;
-        }
-
-      const auto points = [&](Param& p, size_t i) {
-        for (int plane : {EMPTY, MID}) p.planes[plane] = memory.planes(p.numel, 1, dtype(i), i % 3);
-      };
-      const auto moved_cpu = filled(points), moved_cuda = filled(points);
-      weight_points_cpu(moved_cpu, rows);
-      if (weight_points_cuda(l, moved_cuda, workspace.data())) return 2;
-      compare("w(empty)", moved_cpu, moved_cuda, EMPTY, 1);
-      compare("w_mid", moved_cpu, moved_cuda, MID, 1);
-
-      const auto lambdas_cpu = filled([&](Param& p, size_t i) {
-        for (int plane = 0; plane < PLANES; ++plane)
-          if (plane != LAMBDA_V_MAX || i % 4 != 2) p.planes[plane] = memory.planes(p.numel, K, dtype(i + plane), i % 3);
-      });
-      const auto lambdas_cuda = filled([&](Param& p, size_t i) {
-        for (int plane = 0; plane < PLANES; ++plane)
-          if (plane != LAMBDA_G && lambdas_cpu[i].planes[plane].data)
-            p.planes[plane] = memory.copy(lambdas_cpu[i].planes[plane], p.numel, K, i % 4);
-        p.planes[LAMBDA_G] = memory.planes(p.numel, K, dtype(i + LAMBDA_G), i % 4);
-      });
-      adjoint_cpu(lambdas_cpu, rows, K);
-      if (adjoint_cuda(l, lambdas_cuda, K, workspace.data())) return 2;
-      const char* names[PLANES] = {"lambda_w", "lambda_m", "lambda_v", "lambda_v_max", "lambda_g"};
-      for (int plane = 0; plane < PLANES; ++plane) compare(names[plane], lambdas_cpu, lambdas_cuda, plane, K);
+      std::vector<Param> params = draw_params(memory, rule);
+      checks += check_steps(adam, params, rule, K, memory);
+      check_adjoint(adam, params, rule, K, memory);
+      if (rule == FROZEN) continue;
+      for (Param& p : params) p.foreseen = false;
+      checks += check_steps(others, params, rule, K, memory);
     }
   std::printf("%d sums equal, on %s\n", checks, cpu_capability());
 }
