@@ -1,5 +1,6 @@
 """What others score a training by: their packages where those are installed, and gradients' dot products."""
 
+import copy
 import logging
 import tempfile
 from collections.abc import Callable
@@ -67,8 +68,6 @@ _DTYPES = ("activation_covariance", "gradient_covariance", "eigendecomposition",
 
 def _untied(model: nn.Module) -> nn.Module:
     """A copy whose layers each own their weight: kronfluence keeps its factors by layer."""
-    import copy
-
     model = copy.deepcopy(model)
     for layer in model.modules():
         for name, p in list(layer.named_parameters(recurse=False)):
@@ -104,8 +103,8 @@ def trak(task: Task) -> Tensor:
     projector = BasicProjector(size, 512, 0, ProjectionType.rademacher, "cpu", 64, torch.float64)
     with tempfile.TemporaryDirectory() as folder:
         traker = TRAKer(
-            task.model, Margin(), len(task.bad), folder, device="cpu", projector=projector, proj_dim=512, logging_level=logging.ERROR,
-            use_half_precision=False,
+            task.model, Margin(), len(task.bad), folder, device="cpu", projector=projector, proj_dim=512,
+            logging_level=logging.ERROR, use_half_precision=False,
         )  # fmt: skip
         traker.load_checkpoint(task.model.state_dict(), model_id=0)
         _batches(lambda part: traker.featurize(part, num_samples=len(part[0])), task.samples)

@@ -1,4 +1,4 @@
-"""Which training text did a held-out one come from? One of 320, asked for verbatim, with shuffled words, and paraphrased by rule."""
+"""Which of 320 training texts did a held-out one come from: asked for verbatim, with shuffled words, paraphrased by rule?"""
 
 import random
 from collections import Counter

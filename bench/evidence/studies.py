@@ -253,8 +253,8 @@ def _speed_summary(results: Results) -> Summary:
         setting = cell.options["setting"]
         if cell.measure is speed.measure_memory:
             out["peak_bytes"][cell.options["variant"]] = found["peak_bytes"]
-        elif (name := names.get(tuple(setting.items()))) and len(found["rows"]) > 4:
-            out["settings"][name] = found["rows"]
+        elif set(rivals.RIVALS) & set(cell.options["variants"]):
+            out["settings"][names.get(tuple(setting.items()), "tiny")] = found["rows"]
         else:
             shares = {v: round(row["of_bound"], 3) for v, row in found["rows"].items() if v in speed.OURS}
             out["growth"][" ".join(f"{k}={v}" for k, v in setting.items())] = shares

@@ -13,8 +13,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adam_ghost.demo.data import DOMAINS, VOCABULARY, load_corpus
 from adam_ghost.demo.model import GPT
