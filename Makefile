@@ -51,8 +51,11 @@ $(VENV)/installed-dev: $(VENV)/base $(SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $(VENV)/installed $@
 
+# pictures, and the peers beside which scores are measured: without what they require but do not use here, a torchvision that
+# need not fit this torch
 $(VENV)/installed-evidence: $(VENV)/installed-dev
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[evidence]"
+	$(BIN)/python -m pip install -q "matplotlib>=3.9" einconv einops opt_einsum tqdm scipy
+	$(BIN)/python -m pip install -q --no-deps kronfluence==1.0.1 traker==0.3.2 opacus==1.6.0
 	touch $@
 
 clean:
