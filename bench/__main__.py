@@ -8,13 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median, stdev
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from bench import books as books_bench
@@ -32,7 +32,9 @@ from bench import sass as sass_bench
 from bench import scaling as scaling_bench
 from bench import schedule as schedule_bench
 from bench import throughput as throughput_bench
-from bench import window as window_bench
+from bench.evidence import measure as evidence_bench
+from bench.evidence import page, pictures
+from bench.evidence.studies import STUDIES
 
 app = typer.Typer(help="Benchmarks of adam_ghost.", no_args_is_help=True, add_completion=False)
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -123,53 +125,29 @@ def books(json: Json = None) -> None:
 
 
 @app.command()
-def window(
-    json: Json = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each task.")] = 5,
-    quick: Annotated[bool, typer.Option(help="Digits alone, one seed, two windows.")] = False,
+def evidence(
+    quick: Annotated[bool, typer.Option(help="One small cell of each study that is quick, in a minute or two.")] = False,
+    study: Annotated[list[str] | None, typer.Option(help=f"Only these: {', '.join(s.name for s in STUDIES)}.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where what is measured is kept, and goes on from.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Where to write the summary.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="The folder of evidence.md and its pictures.")] = None,
 ) -> None:
-    """Credit over windows against leaving samples out and training on, and against training on random halves of the data."""
-    tasks = ["digits"] if quick else list(window_bench.TASKS)
-    whole = list(window_bench.RUNS)[: 1 if quick else None]
-    settings = window_bench.SETTINGS[: 1 if quick else None]
-    windows = list(window_bench.WINDOWS)[1:3] if quick else list(window_bench.WINDOWS)
-    seeds = 1 if quick else seeds
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool, Progress(console=console) as progress:
-        runs = [pool.submit(window_bench.measure_run, t, seed, windows) for t in whole for seed in range(seeds)]
-        horizons = [
-            pool.submit(window_bench.measure_horizons, t, seed, lr, beta2) for t in tasks for lr, beta2 in settings for seed in (0,)
-        ]
-        task = progress.add_task("trainings", total=len(runs) + len(horizons))
-        for future in [*runs, *horizons]:
-            future.add_done_callback(lambda _: progress.advance(task))
-        found, reached = ([f.result() for f in part] for part in (runs, horizons))
-    for name in whole:
-        table = Table(title=f"{name}: {seeds} trainings, mean and 95% interval")
-        for column in ("", "LDS", "AUROC of the bad samples"):
-            table.add_column(column, justify="right" if column else "left")
-        of_task = [run["rows"] for run in found if run["run"] == name]
-        for label in of_task[0]:
-            cells = (_interval([rows[label][k] for rows in of_task]) for k in ("lds", "auroc"))
-            table.add_row(label, *cells)
-        console.print(table)
-    table = Table(title="R with leaving one sample out of a step and training on for K steps: mean, worst")
-    for column in ("task", "lr, beta2", *(f"K = {K}" for K in window_bench.HORIZONS)):
-        table.add_column(column, justify="right")
-    for name in tasks:
-        for lr, beta2 in settings:
-            rows = [r for r in reached if (r["task"], r["lr"], r["beta2"]) == (name, lr, beta2)]
-            each = [[x for r in rows for x in r[f"K={K}"]] for K in window_bench.HORIZONS]
-            table.add_row(name, f"{lr}, {beta2}", *(f"{sum(x) / len(x):.3f}, {min(x):.3f}" for x in each))
-    console.print(table)
-    _write(json, {"seeds": seeds, "halves": window_bench.HALVES, "runs": found, "horizons": reached})
-
-
-def _interval(values: list[float]) -> str:
-    """Mean and half the width of its 95% interval by Student's t."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(values), 2.0)
-    return f"{sum(values) / len(values):.3f} +- {t * stdev(values) / len(values) ** 0.5:.3f}"
+    """Every claim measured again, peers and baselines beside it, and docs/evidence.md made of it; goes on where it was cut off."""
+    if unknown := set(study or []) - {s.name for s in STUDIES}:
+        raise typer.BadParameter(f"no such study: {', '.join(sorted(unknown))}", param_hint="--study")
+    folder = folder or Path("runs", "evidence-quick" if quick else "evidence")
+    whole = not (quick or study)  # only then the committed page
+    json = json or (Path("bench", "results", "evidence-cpu.json") if whole else folder / "evidence.json")
+    docs = docs or (Path("docs") if whole else folder)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("measuring", total=None)
+        tell = lambda done, of, what: progress.update(task, completed=done, total=of, description=what or "measuring")  # noqa: E731
+        found = evidence_bench.evidence(folder / "cells", quick, study or [], tell)
+    _write(json, found)
+    docs.mkdir(parents=True, exist_ok=True)
+    drawn = pictures.draw(found, docs)
+    (docs / "evidence.md").write_text(page.page(found, drawn), encoding="utf-8")
+    console.print(f"written: {docs / 'evidence.md'}" + ("" if drawn else " (no pictures: matplotlib is not installed)"))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 import adam_ghost as ag
-from bench.tasks import Task, digits
+from bench.evidence.tasks import Task, digits
 
 RUNS = [(1e-3, 250), (1e-2, 400)]  # learning rate, steps
 SCHEDULES = ("midpoint", "gauss", "lookahead")

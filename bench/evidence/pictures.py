@@ -1,0 +1,89 @@
+"""Small SVGs of the evidence, by matplotlib where it is installed."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.evidence import choosing, one_step, scoring
+
+Json = dict[str, Any]
+
+
+class Picture(NamedTuple):
+    study: str
+    caption: str
+    draw: Callable[[Any, Json], None]  # on matplotlib's axes
+
+
+def _fidelity(axes: Any, s: Json) -> None:
+    steps = [int(k) for k in s["by step"]]
+    for m in one_step.METHODS:
+        axes.plot(steps, [s["by step"][str(k)][m] for k in steps], marker="o", label=m)
+    axes.set(xscale="log", xlabel="step", ylabel="R with the true step's Shapley values", ylim=(None, 1.02))
+
+
+def _horizons(axes: Any, s: Json) -> None:
+    for way in next(iter(s.values())):
+        for k, (key, row) in enumerate(s.items()):
+            if "lr 0.001" in key:
+                horizons = [int(K.split("=")[1]) for K in row[way]]
+                style = {"linestyle": "-" if way == "window" else "--", "marker": "o", "color": f"C{k}"}
+                axes.plot(horizons, [x["r"] for x in row[way].values()], label=f"{key.split(', lr')[0]}: {way}", **style)
+    axes.set(xscale="log", xlabel="K, steps until the loss is measured", ylabel="R with leaving out and training on")
+
+
+def _runs(axes: Any, s: Json) -> None:
+    ways = list(next(iter(s.values())))
+    for k, (task, of) in enumerate(s.items()):
+        y = [i + 0.35 * k for i in range(len(ways))]
+        axes.barh(y, [of[w]["LDS"]["mean"] for w in ways], 0.35, xerr=[of[w]["LDS"]["half"] for w in ways], label=task)
+    axes.set(yticks=range(len(ways)), yticklabels=ways, xlabel="LDS")
+    axes.invert_yaxis()
+
+
+def _kept(axes: Any, s: Json) -> None:
+    ways = s["digits"]
+    for n in dict.fromkeys(key.split(" | ")[0] for key in ways):
+        if n != choosing.EVERYTHING:
+            axes.plot(choosing.KEPT, [ways[f"{n} | {share}"]["accuracy"]["mean"] for share in choosing.KEPT], marker="o", label=n)
+    axes.axhline(ways[f"{choosing.EVERYTHING} | 1.0"]["accuracy"]["mean"], color="grey", linestyle=":", label=choosing.EVERYTHING)
+    axes.set(xlabel="share of the digits that is kept", ylabel="accuracy after training again")
+    axes.invert_xaxis()
+
+
+PICTURES = {
+    "steps": Picture("one step", "How right one step's scores are, by step", _fidelity),
+    "horizons": Picture("steps later", "How right scores are K steps later", _horizons),
+    "runs": Picture("the run", f"LDS of every way to score a run; the default: {scoring.DEFAULT}", _runs),
+    "kept": Picture("kept", "Accuracy after training again on the best digits", _kept),
+}
+
+
+def draw(found: Json, folder: Path) -> list[str]:
+    """Writes ``evidence-NAME.svg`` for what was measured; returns the names, none without matplotlib."""
+    if not find_spec("matplotlib"):
+        return []
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    drawn = []
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "evidence",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with pyplot.rc_context(style):
+        for name, picture in PICTURES.items():
+            if summary := found["studies"].get(picture.study):
+                figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+                picture.draw(axes, summary)
+                axes.legend(frameon=False, fontsize=7)
+                figure.savefig(folder / f"evidence-{name}.svg", metadata={"Date": None})
+                pyplot.close(figure)
+                drawn.append(name)
+    return drawn

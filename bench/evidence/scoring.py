@@ -1,0 +1,104 @@
+"""Every way to score a training's samples, by one call each: ``[N]``, or ``[N, K]`` for ``K`` targets, high = helpful."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import adam_ghost as ag
+from bench.evidence import peers
+from bench.evidence.tasks import Task
+
+# rule, and where the validation gradient is taken
+RULES = {
+    "one step, SGD rule": ("sgd", "current"),
+    "one step, the paper's rule": ("frozen", "current"),
+    "one step, midpoint": ("secant", "midpoint"),
+}
+STANDARDISED, LATER = "one step, midpoint, standardised", "one step, midpoint, from step 11"
+ONE_STEP = (*RULES, STANDARDISED, LATER)
+DEFAULT = "windows of 32, 32 ahead"
+# window, steps ahead, feedback
+WINDOWS = {
+    "windows of 8": (8, 0, "differences"),
+    "windows of 32": (32, 0, "differences"),
+    DEFAULT: (32, 32, "differences"),
+    f"{DEFAULT}, Gauss-Newton": (32, 32, "gauss-newton"),
+    f"{DEFAULT}, no feedback": (32, 32, "none"),
+    "windows of 128": (128, 0, "differences"),
+    "the whole run": (10**6, 0, "differences"),
+}
+SUMMED_LOSS, NORMS, TRACIN = "minus the summed loss", "minus the gradient norms", "TracIn, 10 checkpoints"
+ALONG = (*ONE_STEP, SUMMED_LOSS, NORMS, TRACIN)  # what one training gives
+
+
+def copied(task: Task) -> Task:
+    return replace(task, model=copy.deepcopy(task.model))
+
+
+def training(task: Task, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
+    """Number, indices and samples of each step; the step follows what the loop does with them."""
+    for number, index in enumerate(task.batches, 1):
+        yield number, index, task.take(index)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def windows(task: Task, window: int, ahead: int = 0, feedback: str = "differences") -> Tensor:
+    """Total credit of every sample over windows."""
+    task = copied(task)
+    optimizer, window = task.optimizer(), min(window, len(task.batches))
+    options = {"window": window, "ahead": ahead, "feedback": feedback, "train_loss": task.loss}
+    with ag.InRun(task.model, optimizer, task.val_loss, "window", **options) as run:
+        for _, index, batch in training(task, optimizer):
+            run.batch(index.tolist(), inputs=batch)
+            task.loss(batch).backward()
+    found = run.scores()
+    total = torch.zeros(len(task.bad), *found.total.shape[1:], dtype=torch.float64)
+    total[torch.tensor(found.ids)] = torch.from_numpy(found.total)
+    return total
+
+
+def along(task: Task, rules: Sequence[str] = tuple(RULES)) -> dict[str, Tensor]:
+    """One training, scored step by step: every name of ``ALONG`` but other one-step rules."""
+    task = copied(task)
+    optimizer = task.optimizer()
+    cache = ag.LayerCache(task.model, task.val_loss)
+    K = task.val_loss().shape
+    names = [name for name in ALONG if name not in RULES or name in rules]
+    found = {name: torch.zeros(len(task.bad), *K, dtype=torch.float64) for name in names}
+    for number, index, batch in training(task, optimizer):
+        if number % max(1, len(task.batches) // 10) == 0:
+            found[TRACIN] += task.lr * peers.gradient_dots(task)
+        with cache:
+            losses = task.losses(task.model(batch[0]), *batch[1:])
+            losses.mean().backward()
+        for name in rules:
+            rule, at = RULES[name]
+            found[name][index] += (scores := ag.attribute(cache, optimizer, rule=rule, at=at))
+        found[STANDARDISED][index] += (scores - scores.mean(0)) / scores.std(0)  # of the last rule, midpoint
+        found[LATER][index] += scores * (number > 10)
+        norms = ag.gram(cache, optimizer, preconditioner=None).diagonal().sqrt()
+        for name, x in ((SUMMED_LOSS, losses.detach()), (NORMS, norms)):
+            found[name][index] -= x.view(-1, *[1] * len(K))
+    return found
+
+
+def ways(task: Task, windows_of: list[str], others: bool = True) -> dict[str, Tensor]:
+    """All of the above, and the peers that score a trained model (those whose packages are installed)."""
+    found = along(task) | {name: windows(task, *WINDOWS[name]) for name in windows_of}
+    return found | (after_training(task) if others else {})
+
+
+def after_training(task: Task) -> dict[str, Tensor]:
+    task = copied(task)
+    optimizer = task.optimizer()
+    for _, _, batch in training(task, optimizer):
+        task.loss(batch).backward()
+    return {name: score(task) for name, score in available().items()}
+
+
+def available() -> dict[str, Callable[[Task], Tensor]]:
+    return {name: score for name, score in peers.PEERS.items() if peers.installed(name)}
