@@ -112,6 +112,26 @@ def test_parameters_that_came_after_the_run():
         optimizer.step()
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.second(input=torch.tanh(self.first(input=x)))
+
+
+@SCHEDULES
+def test_layers_that_are_called_by_keyword(schedule):
+    model = ByKeyword()
+    optimizer, run = run_of(model, schedule=schedule, strict=True)
+    for step in range(14):
+        one_step(run, model, optimizer, step)
+    assert len(run.steps) == 14
+    for s in run.steps:
+        np.testing.assert_allclose(s.score_sum, s.total, rtol=1e-3, atol=1e-7)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
