@@ -116,7 +116,8 @@ class InRun:
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
 
     Raises:
-        TypeError, ValueError: on construction, naming the argument, before anything is changed.
+        TypeError, ValueError: on construction, naming the argument, before anything is changed. A ledger of an earlier run is
+            refused there, or with the first batch where a checkpoint of that run was made, which ``load_state_dict`` may bring.
     """
 
     def __init__(
@@ -184,6 +185,10 @@ class InRun:
         if self.ledger is not None:
             self.ledger.claim(self)
             self.ledger.share(world.first(self.ledger.run), world.size)
+            if any(world.gather(self.ledger.cannot_go_on())):
+                self._closed = True  # the model and the folder are free for another one
+                self.ledger.close()
+                self.ledger.refuse_earlier()
         before, after = weakly(self._before_step), weakly(self._after_step)
         self._handles = [*world.follow(model), *(each.register_step_pre_hook(before) for each in self._optimizers)]
         self._handles += [each.register_step_post_hook(after) for each in self._optimizers]
@@ -599,7 +604,7 @@ class InRun:
         can go on from there.
         """
         self.flush()  # a run that resumes from here finds the ledger complete up to this step
-        positions = self._world.gather(None if self.ledger is None else self.ledger.position)
+        positions = self._world.gather(None if self.ledger is None else self.ledger.checkpoint())
         state = {
             "ledger": _join_positions([p for p in positions if p is not None]),
             "step": self.step,
