@@ -118,6 +118,9 @@ class InRun:
     Raises:
         TypeError, ValueError: on construction, naming the argument, before anything is changed. A ledger of an earlier run is
             refused there, or with the first batch where a checkpoint of that run was made, which ``load_state_dict`` may bring.
+        RuntimeError, ValueError: by ``optimizer.step()``, where a step cannot be scored: before it is taken, in ``window`` after
+            the one with which a window ends. Weights, moments and random numbers are those of a training without the run, which
+            goes on when the run is closed.
     """
 
     def __init__(

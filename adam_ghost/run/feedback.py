@@ -93,6 +93,7 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
     """
     total = [torch.zeros_like(p) for p in rerun.params]
     for batch in batches:
+        batch.only_output("feedback='gauss-newton'")
         n = len(batch.ids)
         rows = torch.arange(0, n, EVERY, device=rerun.device) if batch.packing is None else None
         with torch.enable_grad():

@@ -10,6 +10,7 @@ from adam_ghost.capture import learned, walk
 from adam_ghost.demo.model import GPT
 from adam_ghost.scores.contract import score_recordings
 
+
 def by_keyword():
     return Fn(lambda s, x: s.b(input=s.a(input=x)), a=nn.Linear(D, D), b=nn.Linear(D, 2))
 

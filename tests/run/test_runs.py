@@ -264,6 +264,20 @@ def test_before_the_first_step():
         run.load_state_dict({})
 
 
+@pytest.mark.parametrize("targets", [1, 2])
+def test_scores_print_in_a_line(targets):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    val_loss = lambda: loss_of(model, 99, 8) if targets == 1 else torch.stack([loss_of(model, k, 8) for k in (98, 99)])  # noqa: E731
+    with ag.InRun(model, optimizer, val_loss) as run:
+        assert repr(run.scores()) == "SampleScores(no samples)"
+        for step in range(50):
+            one_step(run, model, optimizer, step, [f"sample {4 * step + i}" for i in range(N)])
+    text = repr(run.scores())
+    assert len(text) < 200 and text.startswith("SampleScores(200 samples" + (" and 2 targets" if targets == 2 else ";"))
+    assert all(repr(run.top(1, harmful=harmful)[0][0]) in text for harmful in (False, True))
+
+
 class Eccentric(nn.Module):
     """Keeps state that is no buffer, and draws from every random stream."""
 
