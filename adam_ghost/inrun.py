@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.capture.recording import Packing
+from adam_ghost.capture.rows import Packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.ledger.ids import normalise
 from adam_ghost.optim import Optimizers, listed, read_optimizer
@@ -244,7 +244,7 @@ class InRun:
     # the user's loop
 
     def batch(
-        self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, inputs: Any = None
+        self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None = None, *, views: int = 1, inputs: Any = None
     ) -> AbstractContextManager:
         """Names the samples of the next forward pass; before each micro-batch, if gradients are accumulated.
 
@@ -255,6 +255,8 @@ class InRun:
             ids: one integer or string per sample, in the order of the batch.
             offsets: for samples packed in rows, ``[len(ids) + 1]`` integers: sample ``i`` is the tokens
                 ``offsets[i]:offsets[i + 1]`` of all rows in a line (``cu_seqlens``).
+            views: rows of the model's batch that each sample has: all samples' first rows in their order, then their second
+                ones, as the chosen and the rejected answers of pairs, or two crops. A sample's score is that of all its rows.
             inputs: in ``window``, what ``train_loss`` computes this micro-batch's loss from; kept until its window is swept.
 
         Raises:
@@ -267,6 +269,8 @@ class InRun:
         ids = normalise(ids)
         if offsets is not None and (offsets.ndim != 1 or len(offsets) != len(ids) + 1 or offsets.is_floating_point()):
             raise ValueError(f"offsets must be [{len(ids) + 1}] integers for {len(ids)} ids, got {list(offsets.shape)}")
+        if not isinstance(views, int) or views < 1:
+            raise ValueError(f"views must be a positive integer, got {views!r}")
         self._end_step()
         if not self._schedule.due():
             return nullcontext()
@@ -275,13 +279,18 @@ class InRun:
         if offsets is not None and (audit or is_compiled(self.model)):
             what = "audit_every" if audit else "a compiled model"
             raise ValueError(f"{what} cannot be used with samples packed in rows")
+        if views > 1 and (audit or offsets is not None or is_compiled(self.model) or not self._schedule.per_step):
+            what = "audit_every" if audit else "offsets" if offsets is not None else "a compiled model"
+            what = what if self._schedule.per_step else "schedule='window'"
+            raise ValueError(f"{what} cannot be used with samples of several rows, got views={views}")
         if self.ledger is not None:
             self.ledger.begin(ids, self._settings)
         refuse_mixed_samples(self.model)
         self._settle()
         self._follow_freezing()
         with plain_precision(self.model):  # which may take a validation gradient
-            self._schedule.open(MicroBatch(ids, self._packing(offsets), audit, inputs), first=not self._schedule.pending())
+            micro = MicroBatch(ids, self._packing(offsets), audit, inputs, views=views)
+            self._schedule.open(micro, first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
         return self._schedule.followed()
 
@@ -466,6 +475,8 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
+        parts = found.scores.split([len(m.ids) if m.packing else m.rows for m in micro])
+        found = found._replace(scores=torch.cat([m.by_sample(x) for m, x in zip(micro, parts, strict=True)]))
         alone = loop.world.size == 1
         if alone and found.unexplained is not None and found.accounted is not None and found.scores.device.type == "cpu":
             self.coverage.blame(Joined.of(found.scores.detach().numpy()), found.accounted.numpy(), found.unexplained)

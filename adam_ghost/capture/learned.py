@@ -181,7 +181,9 @@ class LearningRecorder(Recorder):
                 described.append(plain)
         recording = self._into
         device = next(iter(self.names)).device.type if self.names else "cpu"
-        how = self.model.training, torch.is_autocast_enabled(device), recording.packing is None, type(recording)
+        # one sample in a row is attended to in another way than several
+        packed = None if recording.packing is None else len(recording.packing.offsets) - 1 > n
+        how = self.model.training, torch.is_autocast_enabled(device), packed, type(recording)
         return tuple(described), spec, how, getattr(recording, "keep", False), len(self.names)
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:

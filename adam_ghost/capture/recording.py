@@ -1,20 +1,13 @@
 """What one forward and backward pass leaves behind: layer calls, each with its output gradient."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from adam_ghost.capture.calls import Call
-
-
-class Packing(NamedTuple):
-    """Samples packed in rows: sample ``i`` is the tokens ``offsets[i]:offsets[i + 1]`` of all rows in a line."""
-
-    offsets: Tensor  # [n + 1], on the batch's device
-    tokens: int  # where the last sample ends, known to the host
+from adam_ghost.capture.rows import Packing
 
 
 class Recording:

@@ -17,6 +17,13 @@ from adam_ghost.capture.names import functions
 NOBODY = -1
 
 
+class Packing(NamedTuple):
+    """Samples packed in rows: sample ``i`` is the tokens ``offsets[i]:offsets[i + 1]`` of all rows in a line."""
+
+    offsets: Tensor  # [n + 1], on the batch's device
+    tokens: int  # where the last sample ends, known to the host
+
+
 class Rows:
     """The tag of a tensor whose rows are in no known order.
 

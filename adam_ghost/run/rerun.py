@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.calls import RngState, rng_state
-from adam_ghost.capture.recording import Packing
+from adam_ghost.capture.rows import Packing
 from adam_ghost.processes.world import World
 
 # of a batch's rows, those that Gauss-Newton products are taken on

@@ -6,8 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from adam_ghost.capture.recording import Packing
-from adam_ghost.capture.rows import NOBODY, Rows
+from adam_ghost.capture.rows import NOBODY, Packing, Rows
 from adam_ghost.scores.forms import Asked
 
 
