@@ -6,9 +6,11 @@ nvcc compiles them, also beside a CPU torch. ``ADAM_GHOST_CUDA=0`` leaves CUDA o
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -43,6 +45,24 @@ def toolkit(nvcc):
     """The toolkit's folder: nvcc itself knows it, also where it is called through a wrapper or a link."""
     dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "x.cu"], capture_output=True, text=True).stderr
     return next(line.split("=", 1)[1].strip() for line in dry.splitlines() if "TOP=" in line)
+
+
+def keep_torch():
+    """Stops before pip replaces a torch of another version, which other packages here were built for."""
+    low, high = re.search(r'"torch>=([\d.]+),<([\d.]+)"', Path("pyproject.toml").read_text(encoding="utf-8")).groups()
+    try:
+        there = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return
+    if not numbers(low) <= numbers(there)[:2] < numbers(high):
+        raise SystemExit(
+            f"adam-ghost: needs torch>={low},<{high}, but torch {there} is here; pip would replace it and break what needs it"
+            " (torchvision): install adam-ghost into another environment, or such a torch first"
+        )
+
+
+def numbers(version):
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def extension():
@@ -83,6 +103,7 @@ def extension():
     return {"build_ext": Build}, [ext]
 
 
+keep_torch()
 commands, extensions = extension()
 setup(
     packages=[*find_packages(include=["adam_ghost", "adam_ghost.*"]), "adam_ghost.kernels"],

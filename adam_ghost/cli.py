@@ -48,7 +48,7 @@ def main(
 def demo(
     steps: Annotated[int, typer.Option(min=4, help="Optimizer steps.")] = 192,
     samples: Annotated[int, typer.Option(min=64, help="Training samples.")] = 640,
-    audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played.")] = 3,
+    audits: Annotated[int, typer.Option(min=1, help="Steps in which the exact game is played, at least.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the corpus, the model and the order.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for scores.csv, the ledgers and reports.")] = Path("runs/demo"),
 ) -> None:
@@ -83,7 +83,7 @@ def demo(
 @app.command()
 def top(
     folder: Folder,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many.")] = 10,
+    k: Annotated[int, typer.Option("-k", "-n", min=1, help="How many.")] = 10,
     harmful: Annotated[bool, typer.Option(help="The most harmful instead of the most helpful.")] = False,
     value: Value = "standardized",
     target: Target = 0,

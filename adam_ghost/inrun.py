@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.capture.recording import find_packing
+from adam_ghost.capture.rows import find_packing
 from adam_ghost.ledger.books import Arrived, Audit, StepRecord
 from adam_ghost.ledger.ids import normalise
 from adam_ghost.optim import Optimizers, listed, read_optimizer
@@ -117,7 +117,11 @@ class InRun:
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
 
     Raises:
-        TypeError, ValueError: on construction, naming the argument, before anything is changed.
+        TypeError, ValueError: on construction, naming the argument, before anything is changed. A ledger of an earlier run is
+            refused there, or with the first batch where a checkpoint of that run was made, which ``load_state_dict`` may bring.
+        RuntimeError, ValueError: by ``optimizer.step()``, where a step cannot be scored: before it is taken, in ``window`` after
+            the one with which a window ends. Weights, moments and random numbers are those of a training without the run, which
+            goes on when the run is closed.
     """
 
     def __init__(
@@ -185,6 +189,10 @@ class InRun:
         if self.ledger is not None:
             self.ledger.claim(self)
             self.ledger.share(world.first(self.ledger.run), world.size)
+            if any(world.gather(self.ledger.cannot_go_on())):
+                self._closed = True  # the model and the folder are free for another one
+                self.ledger.close()
+                self.ledger.refuse_earlier()
         before, after = weakly(self._before_step), weakly(self._after_step)
         self._handles = [*world.follow(model), *(each.register_step_pre_hook(before) for each in self._optimizers)]
         self._handles += [each.register_step_post_hook(after) for each in self._optimizers]
@@ -242,6 +250,7 @@ class InRun:
         offsets: Tensor | None = None,
         *,
         samples: Tensor | None = None,
+        views: int = 1,
         inputs: Any = None,
     ) -> AbstractContextManager:
         """Names the samples of the next forward pass; before each micro-batch, if gradients are accumulated.
@@ -256,6 +265,8 @@ class InRun:
                 by segments of its attention) is taken for granted; an audit looks.
             samples: the same for samples in any places: of each token of all rows, the place of its sample in ``ids``, -1 where
                 it is padding.
+            views: rows of the model's batch that each sample has: all samples' first rows in their order, then their second
+                ones, as the chosen and the rejected answers of pairs, or two crops. A sample's score is that of all its rows.
             inputs: in ``window``, what ``train_loss`` computes this micro-batch's loss from; kept until its window is swept.
 
         Raises:
@@ -268,11 +279,15 @@ class InRun:
         # lookahead takes its validation gradient here
         exchanging = isinstance(self._schedule, Ahead) and self._schedule.due()
         with self._world.together() if exchanging else nullcontext():
-            return self._announce(ids, offsets, inputs)
+            return self._announce(ids, offsets, samples, views, inputs)
 
-    def _announce(self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None, inputs: Any) -> AbstractContextManager[None]:
+    def _announce(
+        self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None, samples: Tensor | None, views: int, inputs: Any
+    ) -> AbstractContextManager[None]:
         ids = normalise(ids)
         packing = find_packing(offsets, samples, next(iter(self._loop.params.values())).device, len(ids))
+        if not isinstance(views, int) or views < 1:
+            raise ValueError(f"views must be a positive integer, got {views!r}")
         self._end_step()
         if not self._schedule.due():
             return nullcontext()
@@ -280,13 +295,17 @@ class InRun:
         audit = self._audit_due()
         if packing is not None and is_compiled(self.model):
             raise ValueError("a compiled model cannot be used with samples packed in rows")
+        if views > 1 and (audit or packing is not None or is_compiled(self.model) or not self._schedule.per_step):
+            what = "audit_every" if audit else "a compiled model" if packing is None else "offsets or samples"
+            what = what if self._schedule.per_step else "schedule='window'"
+            raise ValueError(f"{what} cannot be used with samples of several rows, got views={views}")
         if self.ledger is not None:
             self.ledger.begin(ids, self._settings)
         refuse_mixed_samples(self.model)
         self._settle()
         self._follow_freezing()
         with plain_precision(self.model):  # which may take a validation gradient
-            self._schedule.open(MicroBatch(ids, packing, audit, inputs), first=not self._schedule.pending())
+            self._schedule.open(MicroBatch(ids, packing, audit, inputs, views=views), first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
         return self._schedule.followed()
 
@@ -469,6 +488,8 @@ class InRun:
         entry.record.seconds = time.perf_counter() - started
         if found is None:
             return
+        parts = found.scores.split([len(m.ids) if m.packing else m.rows for m in micro])
+        found = found._replace(scores=torch.cat([m.by_sample(x) for m, x in zip(micro, parts, strict=True)]))
         alone = loop.world.size == 1
         if alone and found.unexplained is not None and found.accounted is not None and found.scores.device.type == "cpu":
             self.coverage.blame(Joined.of(found.scores.detach().numpy()), found.accounted.numpy(), found.unexplained)
@@ -611,7 +632,7 @@ class InRun:
         can go on from there.
         """
         self.flush()  # a run that resumes from here finds the ledger complete up to this step
-        positions = self._world.gather(None if self.ledger is None else self.ledger.position)
+        positions = self._world.gather(None if self.ledger is None else self.ledger.checkpoint())
         state = {
             "ledger": _join_positions([p for p in positions if p is not None]),
             "step": self.step,

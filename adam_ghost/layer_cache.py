@@ -9,7 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.learned import recorder_of
-from adam_ghost.capture.recording import Packing, Recording, find_packing
+from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.rows import Packing, find_packing
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.optim.adam import AdamState
 from adam_ghost.processes.find import find_world, refuse_unfollowed

@@ -24,7 +24,7 @@ def run(*args, **options):
 
 
 def test_demo(tmp_path):
-    out = run("-m", "adam_ghost", "demo", "--steps", "8", "--samples", "64", "--audits", "1", "--out", str(tmp_path))
+    out = run("-m", "adam_ghost", "demo", "--steps", "8", "--samples", "64", "--audits", "2", "--out", str(tmp_path))
     for part in ("Score by domain", "Most helpful", "Most harmful", "Audit of one step", "Audit of windows", "AUROC", "Throughput"):
         assert part in out
     assert "Completeness" in out and "summed training loss" in out and "scores.csv" in out
@@ -34,6 +34,10 @@ def test_demo(tmp_path):
         assert str(tmp_path / "report.html") in out and (tmp_path / "report.html").stat().st_size > 1e6
         for name in ("ledger", "windows"):
             assert list((tmp_path / name / "scores").glob("*.parquet"))
+        with adam_ghost.open_ledger(tmp_path / "ledger") as ledger:
+            audited = ledger.sql("SELECT step FROM steps WHERE audit_r IS NOT NULL ORDER BY step")["step"].to_pylist()
+        shown = out.split("Audit of one step")[1].split("Audit of windows")[0]
+        assert audited == [int(step) for step in re.findall(r"^\W+(\d+) ", shown, re.M)] == [4, 8]
     rows = list(csv.DictReader((tmp_path / "scores.csv").open(encoding="utf-8")))
     assert len(rows) == 64 and {r["domain"] for r in rows} == {"prose", "code", "corrupted"}
     scores = [float(r["window_standardized"]) for r in rows]

@@ -18,7 +18,7 @@ from adam_ghost.capture import attention, rules
 from adam_ghost.capture.declared import DECLARED, FOLLOWED, custom_function, is_opaque
 from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.pointwise import POINTWISE, POINTWISE_IF_TWO
-from adam_ghost.capture.rows import JOINS, MOVES, NOBODY, WRITES, Rows, shrunk
+from adam_ghost.capture.rows import JOINS, MOVES, NOBODY, WRITES, Packing, Rows, shrunk
 
 Tag = tuple[int, int] | Rows  # (axis, rows): size(axis) == n * rows, sample i at rows i*rows .. (i+1)*rows
 
@@ -31,12 +31,29 @@ class Batch:
 
     look = True  # whether to look into an index, where that waits for no device
 
-    def __init__(self):
+    def __init__(self, packing: Packing | None = None):
         self.n = -1  # until then
+        self.packing = packing
         self._tags = WeakIdKeyDictionary()  # None marks a lost tensor
         self.nodes: set[Any] = set()  # of the graph, at which samples passed
         self.doubts: list[Tensor] = []  # [] bool: whether something that was taken for granted is not so
         self._constant = False  # whether the result now looked at carries no gradient
+
+    @property
+    def tokens(self) -> int:
+        """To a row of the batch, where samples are packed in rows, else 0."""
+        return 0 if self.packing is None or self.n < 1 else self.packing.tokens // self.n
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is but one sample, whose rows may meet."""
+        return self.n == 1 and self.packing is None
+
+    def owners(self, rows: Rows) -> Tensor:
+        """``rows.of`` by samples, also where these are packed and rows are told by token."""
+        if self.packing is None or rows.per != self.tokens:
+            return rows.samples
+        return self.packing.sample_of(rows.of.contiguous())
 
     def __getitem__(self, x: Tensor) -> Tag | None:
         return None if self.lost(x) else self._tags.get(x)
@@ -145,7 +162,7 @@ class Batch:
         tagged, self._constant = self.tagged(tensors), torch.is_grad_enabled() and not out.requires_grad
         try:
             tag = self._in_blocks(call, tagged)
-            return self._by_index(call, tagged) if tag is None else tag
+            return self._by_index(call, tagged) if tag is None or self._picks_tokens(call, tagged) else tag
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # called in a way that no rule foresees
             return None
 
@@ -153,6 +170,15 @@ class Batch:
         """Those whose tags count: a constant may have been taken for a batch by its size, a tensor with a graph was not."""
         tagged = [(t, tag) for t in tensors if (tag := self[t])]
         return [(t, tag) for t, tag in tagged if t.requires_grad] or tagged
+
+    def _picks_tokens(self, call: "Landing", tagged: list[tuple[Tensor, Tag]]) -> bool:
+        """Whether some tokens of packed rows are taken, after which only an index tells whose they are."""
+        out = call.out
+        return call.func in MOVES and any(self._has_tokens(x, tag) and out.shape[:2] != x.shape[:2] for x, tag in tagged)
+
+    def _has_tokens(self, x: Tensor, tag: Tag) -> bool:
+        """Whether ``x [rows, tokens, ...]`` is of samples that are packed in rows."""
+        return tag == (0, 1) and x.ndim == 3 and self.tokens > 0 and x.shape[1] == self.tokens
 
     def _in_blocks(self, call: "Landing", tagged: list[tuple[Tensor, Tag]]) -> Tag | None:
         """The result's tag where all arguments have their samples in blocks of rows, in order, and it has them so too."""
@@ -233,6 +259,8 @@ class Batch:
         if isinstance(tag, Rows):
             return tag
         axis, rows = tag
+        if self._has_tokens(x, tag):
+            return Rows(torch.arange(self.n * self.tokens, device=x.device).view(self.n, self.tokens, 1), self.tokens)
         shape = [x.shape[axis] if d == axis else 1 for d in range(x.ndim)]
         return Rows(torch.arange(x.shape[axis], device=x.device).view(shape), rows)
 
@@ -253,13 +281,13 @@ class Batch:
         if rows.of.shape[d] == 0:
             return Rows(rows.of.new_full([1 if k == d else s for k, s in enumerate(rows.of.shape)], NOBODY), rows.per)
         of = rows.of.amax(d, keepdim=True)
-        same = (rows.samples == Rows(of, rows.per).samples) | (rows.of == NOBODY)
-        return Rows(of, rows.per) if self.n == 1 or self.certain(same.all()) else None
+        same = (self.owners(rows) == self.owners(Rows(of, rows.per))) | (rows.of == NOBODY)
+        return Rows(of, rows.per) if self.alone or self.certain(same.all()) else None
 
     def _merged(self, a: Rows, b: Rows) -> Rows | None:
         """Of a tensor that has something of the rows of both; None where these are of different samples."""
         nobody = (a.of == NOBODY) | (b.of == NOBODY)
-        if self.n > 1 and not self.certain(((a.samples == b.samples) | nobody).all()):
+        if not self.alone and not self.certain(((self.owners(a) == self.owners(b)) | nobody).all()):
             return None
         if a.per == b.per:
             return Rows(torch.maximum(a.of, b.of), a.per)
@@ -271,6 +299,8 @@ class Batch:
         """The tag in its simplest form: in blocks, if they are."""
         if any(s not in (1, size) for s, size in zip(rows.of.shape, out.shape, strict=True)):
             return None
+        if self.packing is not None and rows.per == self.tokens:
+            return rows
         look, dims = self.look and out.device.type == "cpu", rows.varies()
         # rows of tokens that are split into samples and tokens again: what was padding is each sample's own
         again = reshaped and len(dims) > 1
@@ -387,7 +417,7 @@ class Landing:
         queries = self.batch.as_rows(bound[0], tag)
         if queries.of.shape[-1] != 1 or rows.of.shape[-1] != 1:
             return None
-        apart = self.batch.n == 1 or attention.sees_its_own(names, bound, queries.samples, rows.samples)
+        apart = self.batch.alone or attention.sees_its_own(names, bound, self.batch.owners(queries), self.batch.owners(rows))
         return queries.of if apart is True or self.batch.certain(apart) else None
 
     def _after_writing(self, x: Tensor, rows: Rows) -> Tensor | None:
@@ -400,8 +430,8 @@ class Landing:
             found.append(write.target(rows.of, self.out, place))
         if len(bound) >= len(write.names) and x is bound[len(write.names) - 1]:
             placed, of, there = write.source(rows.of, x, self.out, place)
-            if self.batch.n > 1:
-                same = Rows(of, rows.per).samples == Rows(there, rows.per).samples
+            if not self.batch.alone:
+                same = self.batch.owners(Rows(of, rows.per)) == self.batch.owners(Rows(there, rows.per))
                 if not self.batch.certain((same | (of == NOBODY)).all()):
                     return None  # rows of several samples came to one place
             found.append(placed)

@@ -146,7 +146,7 @@ class LearningRecorder(Recorder):
                 module.register_forward_hook(Hook(self._leave_part), prepend=True),
             ]
         for module in {stop.layer for stop in route.stops}:
-            self.handles.append(module.register_forward_hook(Hook(self._pass), prepend=True))
+            self.handles.append(module.register_forward_hook(Hook(self._pass), prepend=True, with_kwargs=True))
 
     # a step begins and ends
 
@@ -181,7 +181,9 @@ class LearningRecorder(Recorder):
                 described.append(plain)
         recording = self._into
         device = next(iter(self.names)).device.type if self.names else "cpu"
-        how = self.model.training, torch.is_autocast_enabled(device), recording.packing is None, type(recording)
+        # one sample in a row is attended to in another way than several
+        packed = None if recording.packing is None else len(recording.packing.offsets) - 1 > n
+        how = self.model.training, torch.is_autocast_enabled(device), packed, type(recording)
         return tuple(described), spec, how, getattr(recording, "keep", False), len(self.names)
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -354,15 +356,16 @@ class LearningRecorder(Recorder):
                 return False
         return super().leads(layer, x)
 
-    def _pass(self, layer: nn.Module, args: tuple, output: Any) -> None:
+    def _pass(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self._route is None or not self.in_forward:
             return
         stop = self.next_stop(layer)
-        if stop is None or len(args) != 1:
+        given = (*args, *kwargs.values())
+        if stop is None or len(given) != 1:
             self._deviate(f"{type(layer).__name__} ran out of order")
             return
         self._stop += 1
-        x, n, axis = args[0], self.batch.n, stop.axis
+        x, n, axis = given[0], self.batch.n, stop.axis
         known = x.grad_fn is not None if stop.argument is None else x is self._arguments[stop.argument]
         size = output.shape[axis] if axis < output.ndim else -1
         if not known or size % n or size <= 0 or (stop.single and size != n):
@@ -377,7 +380,7 @@ class LearningRecorder(Recorder):
             call._names = self.names
             x = x.detach()
             call._leaves, call._versions, call.outputs, call.grad_output = [x], [x._version], {}, {}
-            edge = call.watch(0, output, (axis, size // n), [args[0]], self._into.receive)
+            edge = call.watch(0, output, (axis, size // n), [given[0]], self._into.receive)
             if self._into.outputs is not None:
                 self._into.outputs.append(edge)
 

@@ -20,6 +20,7 @@ from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.rows import Packing
 from adam_ghost.capture.surroundings import Surroundings
 from adam_ghost.capture.walk import named_parameters
 
@@ -167,8 +168,8 @@ class Recorder:
             handle.remove()
         self.handles, self.root_handles = [], []
 
-    def _reset(self) -> None:
-        self.batch = Batch()
+    def _reset(self, packing: Packing | None = None) -> None:
+        self.batch = Batch(packing)
         self.sources = WeakIdKeyDictionary()  # tensors made of parameters without samples, each with its Ref
         self.inner = WeakIdKeyDictionary()  # the same, within the layer now running
         self.aside = WeakIdKeyDictionary()  # the same again, made in a way that nothing shows: no call leads to them
@@ -184,7 +185,7 @@ class Recorder:
         self.scored = False  # whether the layer now running takes care of its own scores
 
     def begin(self, recording: Recording) -> None:
-        self._reset()
+        self._reset(recording.packing)
         self.recording, recording.doubts = recording, self.batch.doubts
         self.names = {p: name for name, p in named_parameters(self.model).items() if p.requires_grad}
         for module in self._attributes:

@@ -147,16 +147,16 @@ def train(
     """
     trainer, again = Trainer(corpus, seed), Trainer(corpus, seed)
     audited: list[Audited] = []
-    due = {max(2, round((k + 1) * steps / audits)) for k in range(audits)}
+    every = max(2, steps // audits)
     with torch.no_grad():
         before = trainer.target_loss().item()
 
     def game(step: int, ids: list[int]) -> None:
-        if step in due:
+        if step % every == 0:
             audited.append(audit(trainer, ids, step))
 
-    # the ledger has an audit of its own, of the run's scores; those above compare the methods
-    options: dict[str, Any] = {"audit_every": steps if ledgers[0] else None, "ledger": ledgers[0]}
+    # the ledger has audits of the same steps, of the run's scores; those above compare the methods
+    options: dict[str, Any] = {"audit_every": every if ledgers[0] else None, "ledger": ledgers[0]}
     with InRun(trainer.model, trainer.optimizer, trainer.target_loss, **options) as run:
         _run(trainer, run, "one step", steps, report, game)
     with torch.no_grad():

@@ -17,7 +17,9 @@ from transformers import TrainerCallback, default_data_collator
 
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.inrun import InRun
-from adam_ghost.integrations.ids import ID, logged, take_ids
+from adam_ghost.integrations.collated import lay_out
+from adam_ghost.integrations.ids import ID, logged
+from adam_ghost.integrations.packed import pack_ids
 
 _STATE = "adam_ghost.pt"
 _COUNTED = ("_metrics", "_total_train_tokens")  # in which TRL's trainers count what their compute_loss sees
@@ -28,7 +30,13 @@ class AttributionCallback(TrainerCallback):
 
     The ids reach the run through the collator; the model never sees them. ``attribution/score_sum``, ``/total``, ``/val_loss``,
     ``/gap`` (how far the scores miss ``/total``) and ``/coverage`` go where the Trainer reports to, and the run's state into
-    every checkpoint. A collator that packs samples into rows, as TRL's ``packing=True`` does, drops their ids: train unpacked.
+    every checkpoint.
+
+    TRL's trainers need nothing more, ``padding_free`` and the pairs of DPO and reward models included: a pair's score is that of
+    its chosen and its rejected answer. ``packing=True`` drops the ids when the trainer is made: give ``attach`` the data set as
+    the trainer was given it. Packed by ``bfd``, samples do not see each other, and each score is its sample's; where rows are
+    ``wrapped``, a sample's tokens are what later ones of the row see before them, and what they do there counts as theirs.
+    A sample that was cut counts as often in a step as it has pieces.
 
     ``schedule="window"`` needs nothing more: batches are run again by the Trainer's own ``compute_loss``, of the same inputs and
     ``num_items_in_batch``, with its logging silenced. These inputs are kept until their window is swept.
@@ -51,13 +59,23 @@ class AttributionCallback(TrainerCallback):
         self._trainer: Any = None
         self._compute_loss: Any = None  # the Trainer's own
         self._computing: nn.Module | None = None  # the model as the Trainer calls it
+        self._named: dict[str, Any] | None = None  # whose batch compute_loss was given, from there to the forward pass
         self._inputs: tuple[dict, tuple, dict] | None = None  # what compute_loss was given, from there to the forward pass
 
-    def attach(self, trainer: Any) -> "AttributionCallback":
-        """Adds itself to ``trainer``, before what reports its logs, and lets the ids through its loader."""
+    def attach(self, trainer: Any, dataset: Any = None) -> "AttributionCallback":
+        """Adds itself to ``trainer``, before what reports its logs, and lets the ids through its loader.
+
+        Args:
+            trainer: a ``Trainer``, TRL's among them.
+            dataset: with TRL's ``packing=True``, what the trainer was given as ``train_dataset``: it is packed once more, with ids.
+
+        Raises:
+            ValueError: ``dataset`` is another one.
+        """
+        if dataset is not None:
+            trainer.train_dataset = pack_ids(trainer, dataset, self.column)
         self._trainer, self._compute_loss = trainer, trainer.compute_loss
-        if self._windows:
-            trainer.compute_loss = self._follow_loss
+        trainer.compute_loss = self._follow_loss
         trainer.data_collator = self.collator(trainer.data_collator)
         trainer.args.remove_unused_columns = False
         trainer.callback_handler.callbacks.insert(0, self)
@@ -69,9 +87,10 @@ class AttributionCallback(TrainerCallback):
 
         def with_ids(samples: list[dict]) -> dict:
             ids = [sample[self.column] for sample in samples if self.column in sample]
-            batch = dict(collate([{k: v for k, v in s.items() if k != self.column} for s in samples]))
+            bare = [{k: v for k, v in s.items() if k != self.column} for s in samples]
+            batch = dict(collate(bare))
             # a data set for evaluation needs no ids
-            return batch | ({self.column: ids} if len(ids) == len(samples) else {})
+            return batch | ({self.column: lay_out(ids, bare, batch)} if len(ids) == len(samples) else {})
 
         return with_ids
 
@@ -95,35 +114,40 @@ class AttributionCallback(TrainerCallback):
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         training = self._in_training(model)
-        if self.column not in kwargs:
-            if training:
-                raise KeyError(
-                    f"the batch has no {self.column!r}: give the data set that column, and the callback to the Trainer with"
-                    " callback.attach(trainer). If the data set has it, something on the way drops it: TRL's packing=True does"
-                    " (train with packing=False)"
-                )
-            return None
         kwargs = dict(kwargs)
-        ids = take_ids(kwargs, self.column)
-        if training and self.run is not None:
+        named = kwargs.pop(self.column, None)
+        if not training:
+            return args, kwargs
+        if named is None:  # the Trainer's compute_loss had them
+            named, self._named = self._named, None
+        if named is None:
+            raise KeyError(
+                f"the batch has no {self.column!r}: give the data set that column, and the callback to the Trainer with"
+                " callback.attach(trainer). If the data set has it, something on the way drops it: TRL's packing=True does"
+                " (callback.attach(trainer, dataset) brings it back)"
+            )
+        if self.run is not None:
             inputs, self._inputs = self._inputs, None
             if self._windows and inputs is None:
                 raise ValueError(
                     "schedule='window' runs batches again by the Trainer's compute_loss, which this Trainer did not call before the"
                     " model: use another schedule, or InRun in a loop of your own"
                 )
-            self.run.batch(ids, inputs=inputs)
+            offsets = None if named["offsets"] is None else torch.tensor(named["offsets"])
+            self.run.batch(named["ids"], offsets, views=named["views"], inputs=inputs)
         return args, kwargs
 
     def _in_training(self, model: nn.Module) -> bool:
         return model.training and torch.is_grad_enabled() and not self._inside
 
     def _follow_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's ``compute_loss``, whose arguments are kept on the way."""
+        """The Trainer's ``compute_loss``, whose arguments are kept on the way, without the ids: it may call other models."""
+        bare = {k: x for k, x in inputs.items() if k != self.column}
         if self._in_training(model):
-            self._computing = model
-            self._inputs = {k: x for k, x in inputs.items() if k != self.column}, args, kwargs
-        return self._compute_loss(model, inputs, *args, **kwargs)
+            self._named = inputs.get(self.column)
+            if self._windows:
+                self._computing, self._inputs = model, (dict(bare), args, kwargs)
+        return self._compute_loss(model, bare, *args, **kwargs)
 
     def _train_loss(self, given: tuple[dict, tuple, dict]) -> Tensor:
         """A batch's loss once more, by what the Trainer computed it from."""

@@ -1,6 +1,6 @@
 """What a ledger's folder holds.
 
-    run.json                      the run's id, settings and versions
+    run.json                      the run's id, settings and versions, and whether a checkpoint of it was made
     scores/r<rank>-<number>.parquet    one row per step, sample and target
     steps/r<rank>-<number>.parquet     one row per step and target: the books
     samples/r<rank>-<number>.parquet   what a sample is: group, text, path, image; only where somebody described them
@@ -149,6 +149,14 @@ def settings_of(part: Path) -> dict[str, Any]:
 
 def write_json(value: Any, path: Path) -> None:
     replace(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def was_checkpointed(folder: Path) -> bool:
+    """Whether a checkpoint may say where the run in ``folder`` goes on; only a readable ``run.json`` says that none was made."""
+    try:
+        return bool(json.loads((folder / "run.json").read_text(encoding="utf-8"))["checkpointed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -76,6 +76,7 @@ class LedgerWriter:
         self._describe = describe
         self._described: set[Hashable] = set()
         self._started, self._closed = False, False
+        self._checkpointed = False  # whether some state says where to go on from
         self._warned = False
         self._process = os.getpid()
         self._filled_by: weakref.ref[leaving.Holder] | None = None
@@ -83,6 +84,7 @@ class LedgerWriter:
         self._restart = restart
         if restart:
             self._cut_after([])
+        self._described_run: dict[str, Any] = {}
         self._schema_metadata: dict[bytes, bytes] = {}
         self._id_type: type | None = None
         self._steps: list[Arrived] = []
@@ -144,17 +146,27 @@ class LedgerWriter:
         self._id_type = check_ids(ids, self._id_type)
         if not self._started:
             if self._parts("scores", "steps"):
-                raise ValueError(
-                    f"{self.folder} holds the ledger of an earlier run: continue that one with load_state_dict() before the first"
-                    " batch, choose another folder, or throw it away with LedgerWriter(folder, restart=True)"
-                )
+                self.refuse_earlier()
             self._start(settings())
         if self._describe is not None and self.error is None:
             self._look_up(ids, self._describe)
 
-    @property
-    def position(self) -> dict[str, Any]:
-        """Where the ledger stands after ``flush``, for a checkpoint: the run, and the last part of each rank looked after here."""
+    def cannot_go_on(self) -> bool:
+        """Whether the folder holds an earlier run's ledger of which no checkpoint was made: ``resume`` cannot be what follows."""
+        return bool(self._parts("scores", "steps")) and not layout.was_checkpointed(self.folder)
+
+    def refuse_earlier(self) -> NoReturn:
+        """Raises the ValueError of a folder that is not free for this run."""
+        raise ValueError(
+            f"{self.folder} holds the ledger of an earlier run: continue that one with load_state_dict() before the first"
+            " batch, choose another folder, or throw it away with LedgerWriter(folder, restart=True)"
+        )
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Where the ledger stands after ``flush``: the run, and the last part of each rank looked after here."""
+        if self.rank == 0 and not self._checkpointed and self._started:
+            layout.write_json(self._described_run | {"checkpointed": True}, self.folder / "run.json")
+        self._checkpointed = True
         parts = {rank: self._last_booked(rank) for rank in self._ours()}
         return {"run": self.run, "parts": [parts.get(rank, 0) for rank in range(max(parts) + 1)]}
 
@@ -178,7 +190,7 @@ class LedgerWriter:
             there, known = self._last_booked(rank), _last_of(rank, last)
             if found and there < known:
                 raise ValueError(f"{self.folder} ends with part {there}, but the checkpoint was made after part {known}")
-        self.run = run
+        self.run, self._checkpointed = run, True
         self._cut_after(last)
         self._start(settings)
 
@@ -236,10 +248,11 @@ class LedgerWriter:
     def _start(self, settings: Mapping[str, Any]) -> None:
         described = {"format": layout.FORMAT, "run": self.run, "created": time.time(), "settings": dict(settings)}
         described["versions"] = _versions()
+        self._described_run = described
         self._schema_metadata = {layout.METADATA: json.dumps(described).encode()}
         layout.remove_leftovers(self.folder, self.rank)
         if self.rank == 0:
-            layout.write_json(described, self.folder / "run.json")
+            layout.write_json(described | {"checkpointed": self._checkpointed}, self.folder / "run.json")
         self._number = self._last_booked(self.rank)
         for part in layout.parts(self.folder, "scores", self.rank)[:1]:
             self._id_type = int if pq.read_schema(part).field("sample").type == pa.int64() else str

@@ -96,6 +96,7 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
     """
     total = rerun.zeros()
     for batch in batches:
+        batch.only_output("feedback='gauss-newton'")
         n = len(batch.ids)
         rows = torch.arange(0, n, EVERY, device=rerun.device) if batch.packing is None else None
         with torch.enable_grad():

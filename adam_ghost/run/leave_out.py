@@ -53,6 +53,7 @@ class Trajectory:
             if sample < len(batch.ids):
                 break
             sample -= len(batch.ids)
+        batch.only_output("audit_every")
         with torch.enable_grad():
             loss, out = rerun.loss_and_output(batch)
             (slope,) = torch.autograd.grad(loss, out, retain_graph=True)

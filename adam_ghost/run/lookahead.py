@@ -14,8 +14,8 @@ from adam_ghost.capture.calls import Call
 from adam_ghost.capture.hooks import StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, unseen
-from adam_ghost.capture.recording import Packing, Recording
-from adam_ghost.capture.rows import Rows
+from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.rows import Packing, Rows
 from adam_ghost.processes.carried import Carried
 from adam_ghost.scores.contract import score_call
 from adam_ghost.scores.forms import Asked, Directions

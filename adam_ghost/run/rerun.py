@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.calls import RngState, rng_state
-from adam_ghost.capture.recording import Packing
+from adam_ghost.capture.rows import Packing
 from adam_ghost.processes.world import World
 from adam_ghost.step.validation import gradients_aside
 
@@ -32,7 +32,7 @@ class KeptBatch:
     autocast: torch.dtype | None  # in that pass
     modes: list[bool]  # of the model's modules: in training or not
     buffers: dict[str, Tensor]  # the model's, as its forward pass found them; batches share what did not change
-    slopes: Tensor = field(init=False)  # [rows], norms of the gradients that came to the model's output, once they have
+    used: dict[int, Tensor] = field(default_factory=dict)  # the outputs that the loss uses: [rows], norms of their gradients
     scale: Tensor | None = None  # [], what the loop had multiplied train_loss by before its backward pass
 
     def __post_init__(self) -> None:
@@ -40,6 +40,21 @@ class KeptBatch:
 
     def _tensors(self) -> list[Tensor]:
         return [x for x in pytree.tree_leaves(self.inputs) if isinstance(x, Tensor) and not x.is_inference()]
+
+    @property
+    def output(self) -> int:
+        """Which of the model's outputs tells whether the batch runs as it did: the first that the loss uses."""
+        return min(self.used)
+
+    @property
+    def slopes(self) -> Tensor:
+        """``[rows]``, norms of that output's gradients."""
+        return self.used[self.output]
+
+    def only_output(self, what: str) -> None:
+        """Raises ValueError where the loss uses several outputs."""
+        if len(self.used) > 1:
+            raise ValueError(f"{what} needs a model of whose outputs the loss uses one, got {len(self.used)}")
 
     def changed(self) -> bool:
         """Whether the inputs were changed in place since."""
@@ -54,10 +69,10 @@ def slopes(grad: Tensor) -> Tensor:
     return grad.reshape(len(grad), -1).norm(dim=1) if grad.ndim else grad.abs().reshape(1)
 
 
-def first_output(output: Any) -> Tensor | None:
-    """The first floating-point tensor of what a module returned that has dimensions; a loss among its outputs has none."""
+def outputs_of(output: Any) -> list[Tensor]:
+    """The floating-point tensors of what a module returned that have dimensions; all of them where none has, as a loss."""
     found = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-    return next((x for x in found if x.ndim), found[0] if found else None)
+    return [x for x in found if x.ndim] or found
 
 
 class Rerun:
@@ -148,15 +163,15 @@ class Rerun:
         if rows is not None:
             ours = lambda x: isinstance(x, Tensor) and x.ndim > 0 and len(x) == len(batch.ids)  # noqa: E731
             inputs = pytree.tree_map(lambda x: x[rows.to(x.device)] if ours(x) else x, inputs)
-        seen: list[Tensor | None] = []
-        handle = self.head.register_forward_hook(lambda module, args, output: seen.append(first_output(output)))
+        seen: list[list[Tensor]] = []
+        handle = self.head.register_forward_hook(lambda module, args, output: seen.append(outputs_of(output)))
         try:
             loss = self.loss(batch, inputs)
         finally:
             handle.remove()
-        if len(seen) != 1 or seen[0] is None:
-            raise ValueError("schedule='window' needs a model that train_loss calls once, and that returns a tensor")
-        return loss, seen[0]
+        if len(seen) != 1 or len(seen[0]) <= batch.output:
+            raise ValueError("schedule='window' needs a model that train_loss calls once, and that returns the same tensors again")
+        return loss, seen[0][batch.output]
 
     def measure_scale(self, batch: KeptBatch, found: Tensor) -> Tensor:
         """Takes, from the output's slopes where the batch ran again at its own weights, what its loss was multiplied by then."""

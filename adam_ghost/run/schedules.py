@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.learned import recorder_of
-from adam_ghost.capture.recording import Packing, Recording
+from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.rows import Packing
 from adam_ghost.ledger.books import StepRecord
 from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.processes.world import World
@@ -45,6 +46,15 @@ class MicroBatch:
     losses: Tensor | None = None  # [n], as the loop told them
     arrivals: Arrivals = field(init=False)  # of its gradients, from when it is opened
     whole: WholePass | None = None  # of an audited step
+    views: int = 1  # rows of the model's batch that each sample has: all samples' first, then their second
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids) * self.views
+
+    def by_sample(self, scores: Tensor) -> Tensor:
+        """``[n, K]`` of scores ``[views * n, K]``."""
+        return scores if self.views == 1 else scores.view(self.views, len(self.ids), -1).sum(0)
 
 
 @dataclass
@@ -278,8 +288,9 @@ class After(Collecting):
         if micro is None or micro.recording is None or output is None:  # the forward pass raised
             return
         rows = micro.recording.batch_size
-        if micro.packing is None and rows != len(micro.ids):
-            raise ValueError(f"run.batch got {len(micro.ids)} ids, but the model was called with a batch of {rows}")
+        if micro.packing is None and rows != micro.rows:
+            each = "" if micro.views == 1 else f" of {micro.views} rows each"
+            raise ValueError(f"run.batch got {len(micro.ids)} ids{each}, but the model was called with a batch of {rows}")
         if micro.whole is not None:
             micro.whole.ended(output)
         self._micro.append(micro)
@@ -370,7 +381,7 @@ class Ahead(After):
         if self._direction is None:
             super().open(micro, first)
         else:
-            self._arm(micro, ContractingRecording(self._P, len(micro.ids), micro.packing, keep=micro.audit))
+            self._arm(micro, ContractingRecording(self._P, micro.rows, micro.packing, keep=micro.audit))
 
     def _foresee(self) -> Direction | None:
         """``P`` from the gradient that history lets expect; None where it is too short."""

@@ -22,7 +22,7 @@ from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS, norm, whole_norms
 from adam_ghost.run.leave_out import Trajectory, compare
 from adam_ghost.run.lookahead import ContractingRecording
-from adam_ghost.run.rerun import KeptBatch, first_output, slopes
+from adam_ghost.run.rerun import KeptBatch, outputs_of, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
 from adam_ghost.step.coverage import share_of
@@ -326,7 +326,7 @@ class Sweep:
             passes[-1].ended(output)
 
         def take_head(module: nn.Module, args: tuple, output: Any) -> None:
-            heads.extend(x for x in (first_output(output),) if x is not None)
+            heads.append(outputs_of(output)[batch.output])
 
         recorder.attach()
         handles = [

@@ -15,6 +15,15 @@ class SampleScores(NamedTuple):
     standardized: np.ndarray  # mean over steps of (score - step's mean) / step's standard deviation: for finding bad samples
     steps: np.ndarray  # how many attributed steps the sample was part of
 
+    def __repr__(self) -> str:
+        """As long for a million samples as for one."""
+        if not self.ids:
+            return "SampleScores(no samples)"
+        targets = f" and {self.total.shape[1]} targets" if self.total.ndim == 2 else ""
+        best, worst = (self.top(1, harmful, 0, "standardized")[0] for harmful in (False, True))
+        found = f"SampleScores({len(self.ids)} samples{targets}; standardized: {best[0]!r} {best[1]:+.3g}"
+        return f"{found} to {worst[0]!r} {worst[1]:+.3g}; total, standardized, steps: arrays in the order of ids)"
+
     def top(self, k: int, harmful: bool, target: int, value: str) -> list[tuple[Hashable, float]]:
         """The ``k`` ids with the largest (or smallest) ``value``, ``total`` or ``standardized``, of one target.
 

@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from adam_ghost.capture.calls import rng_state
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.ledger.books import StepRecord
-from adam_ghost.run.rerun import KeptBatch, Rerun, first_output, slopes
+from adam_ghost.run.rerun import KeptBatch, Rerun, outputs_of, slopes
 from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.run.store import Store
 from adam_ghost.run.sweep import KeptStep, Sweep
@@ -122,16 +123,18 @@ class Window(Collecting):
             self.loop.watch.forward_begins()
 
     def _output(self, module: nn.Module, args: tuple, output: Any) -> None:
-        micro, out = self._armed, first_output(output)
-        if micro is None or micro.kept is None or self._sweeping or out is None or not out.requires_grad:
+        micro = self._armed
+        if micro is None or micro.kept is None or self._sweeping:
             return
         kept: KeptBatch = micro.kept
 
-        def arrived(grad: Tensor) -> None:
+        def arrived(i: int, grad: Tensor) -> None:
             micro.arrivals()
-            kept.slopes = slopes(grad)
+            kept.used[i] = slopes(grad)
 
-        out.register_hook(arrived)
+        for i, x in enumerate(outputs_of(output)):
+            if x.requires_grad:
+                x.register_hook(partial(arrived, i))
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._armed is not None and self._armed.kept is not None and not self._sweeping:
@@ -215,6 +218,11 @@ class Window(Collecting):
         try:
             if steps and steps[0].number <= plan.last:
                 found = list(Sweep(self, steps, plan).run())[::-1]
+        except (RuntimeError, ValueError) as error:
+            raise type(error)(
+                f"adam_ghost: steps {plan.first} to {plan.last} have no scores: {error}. The training is as it would be without the"
+                f" run, its step {self.loop.step} taken"
+            ) from error
         finally:
             self._sweeping = False
             needed = min((p.first for p in self._plans), default=self._next)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.kinds import register_kind
-from adam_ghost.capture.recording import Packing
+from adam_ghost.capture.rows import Packing
 
 Directions = Mapping[str, Tensor]  # parameter's name -> P [K, *shape]
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from adam_ghost.capture.batch import Tag
-from adam_ghost.capture.recording import Packing
-from adam_ghost.capture.rows import NOBODY, Rows
+from adam_ghost.capture.rows import NOBODY, Packing, Rows
 from adam_ghost.scores.forms import Asked
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.calls import rng_state
-from adam_ghost.capture.recording import Packing
+from adam_ghost.capture.rows import Packing
 from adam_ghost.capture.surroundings import Surroundings, custom_modules
 from adam_ghost.scores.anything import forward_mode
 from adam_ghost.scores.forms import Asked, Directions

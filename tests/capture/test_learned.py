@@ -10,9 +10,15 @@ from adam_ghost.capture import learned, walk
 from adam_ghost.demo.model import GPT
 from adam_ghost.scores.contract import score_recordings
 
+
+def by_keyword():
+    return Fn(lambda s, x: s.b(input=s.a(input=x)), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+
+
 MODELS = {**ONE, **SEQUENCES, "gpt": (lambda: GPT(VOCABULARY, 9, layers=2, width=D, heads=2), "ids")}
+MODELS["by-keyword"] = by_keyword, "x"
 SIZES = [(5, 7), (5, 7), (5, 7), (3, 7), (5, 4), (5, 7), (1, 7), (7, 7), (5, 7)]  # samples, tokens
-ROUTED = {"gpt", "linear-2d", "linear-3d", "layernorm", "rmsnorm", "conv1d", "embedding", "tied-modules"}  # at least
+ROUTED = {"gpt", "linear-2d", "linear-3d", "layernorm", "rmsnorm", "conv1d", "embedding", "tied-modules", "by-keyword"}  # at least
 
 
 def scores_of(name, monkeypatch, agreeing):

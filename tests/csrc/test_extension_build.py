@@ -162,3 +162,20 @@ def test_one_range_of_torch():
     """What doctor calls supported is what an installation asks for."""
     low, high = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).groups()
     assert tuple(tuple(map(int, x.split("."))) for x in (low, high)) == doctor.TORCH
+
+
+TORCHES = {"2.10.2": True, "2.11.0": False, "2.13.1+cpu": False, "2.14.0": True, None: False}
+
+
+@pytest.mark.parametrize("version", TORCHES)
+def test_an_installation_replaces_no_torch(tmp_path, version):
+    """pip would put one in range in its place, for which torchvision and others were not built."""
+    if version:
+        there = tmp_path / f"torch-{version}.dist-info"
+        there.mkdir()
+        (there / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    (tmp_path / "setuptools.py").write_text("find_packages = lambda **_: []\nsetup = lambda **_: None\n")
+    only = "sys.path = [sys.argv.pop(1)] + [p for p in sys.path if not p.endswith('site-packages')]"
+    done = run(sys.executable, "-S", "-c", f"import sys; {only}; import setup", tmp_path)
+    assert (done.returncode == 1) == TORCHES[version], done.stderr
+    assert ("pip would replace it" in done.stderr) == TORCHES[version]

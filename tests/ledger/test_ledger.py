@@ -17,7 +17,7 @@ N, BATCH = 30, 5
 class Run:
     """A small run with its ledger, and beside it the rows that it should hold."""
 
-    def __init__(self, folder, steps=20, targets=1, name=int, losses=True, **options):
+    def __init__(self, folder, steps=20, targets=1, name=int, losses=True, checkpoint_at=None, **options):
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, targets))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
@@ -30,6 +30,8 @@ class Run:
         self.rows = []
         self.run = ag.InRun(self.model, self.optimizer, val_loss, ledger=ag.LedgerWriter(folder, **options))
         for step in range(steps):
+            if step == checkpoint_at:
+                self.run.state_dict()
             self.run.epoch = step // 6
             ids = torch.randint(0, N, (BATCH,))
             self.run.batch([name(i) for i in ids.tolist()])
@@ -190,13 +192,23 @@ def test_bad_ids(tmp_path, ids, error, says):
         run.batch(ids)
 
 
-def test_an_earlier_run_is_not_written_over(tmp_path):
-    first = Run(tmp_path, steps=3)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_earlier_run_is_not_written_over(tmp_path, checkpointed):
+    """Refused at once where nothing can be gone on with; else with the first batch, before which a checkpoint may be loaded."""
+    first = Run(tmp_path, steps=3, checkpoint_at=2 if checkpointed else None)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.Adam(model.parameters())
-    run = ag.InRun(model, optimizer, lambda: model(torch.ones(2, 3)).sum(), ledger=tmp_path)
-    with run, pytest.raises(ValueError, match="holds the ledger of an earlier run"):
-        run.batch([0, 1])
+    build = lambda: ag.InRun(model, optimizer, lambda: model(torch.ones(2, 3)).sum(), ledger=tmp_path)  # noqa: E731
+    kept = []
+    for _ in range(2):  # what was refused holds neither the folder nor the model
+        if checkpointed:
+            with build() as run, pytest.raises(ValueError, match="holds the ledger of an earlier run"):
+                run.batch([0, 1])
+        else:
+            with pytest.raises(ValueError, match="holds the ledger of an earlier run") as refused:
+                build()
+            kept.append(refused)
+        assert not optimizer._optimizer_step_pre_hooks and not model._forward_hooks
     assert first.ledger.scores().num_rows == 3 * BATCH
     again = Run(tmp_path, steps=2, restart=True)
     assert again.ledger.scores().num_rows == 2 * BATCH

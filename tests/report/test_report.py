@@ -120,6 +120,7 @@ def test_page_holds_no_hostile_markup_and_no_address_to_fetch(folder, tmp_path):
 
 COMMANDS = [
     (["top", "{}", "-k", "3"], 0, "sample"),
+    (["top", "{}", "-n", "3"], 0, "sample"),
     (["top", "{}", "--json", "--harmful", "--bootstrap", "20"], 0, '"low"'),
     (["groups", "{}", "--json"], 0, '"books"'),
     (["show", "{}", "3"], 0, "standardized"),

@@ -30,7 +30,7 @@ class Net(nn.Module):
         self.a, self.b, self.drop = nn.Linear(5, 8), nn.Linear(8, 8), nn.Dropout(0.5 if kind == "dropout" else 0.0)
         self.out = nn.Linear(8, 3)
 
-    def forward(self, x):
+    def forward(self, x, prototypes=None):
         h = torch.tanh(self.a(x))
         if self.kind == "shuffled":
             order = torch.arange(len(x)).roll(1)
@@ -39,6 +39,8 @@ class Net(nn.Module):
             h = torch.tanh(self.b(Centred.apply(h)))
         else:
             h = self.drop(torch.tanh(self.b(h)))
+        if prototypes is not None:
+            return h @ self.b(prototypes).T
         return {"loss": self.out(h).square().mean()} if self.kind == "loss inside" else self.out(h)
 
 
@@ -59,8 +61,10 @@ def audited(kind, schedule="midpoint", clip=None, tamper=False, **options):
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(40, 5, generator=g), torch.randint(0, 3, (40,), generator=g)
 
+    shared = (torch.randn(N, 8, generator=g),) if kind == "prototypes" else ()  # as many as samples
+
     def loss(ids):
-        out = model(x[ids])
+        out = model(x[ids], *shared)
         return out["loss"] if isinstance(out, dict) else F.cross_entropy(out, y[ids])
 
     options = {"audit_every": 2, "audit_permutations": 1} | options
@@ -100,6 +104,13 @@ def test_gradients_that_are_another_samples():
 def test_code_that_hides_what_it_does_with_the_batch(kind):
     with pytest.warns(UserWarning, match="computed alone differ|not attributed"):
         audited(kind)
+
+
+def test_a_second_argument_that_is_no_batch():
+    """As long as the batch, it is taken for samples, whose exact game it plays well."""
+    with pytest.warns(UserWarning, match=r"step 2: the gradients of samples computed alone differ .* a second argument"):
+        found = audited("prototypes")
+    assert all(a.alone > 0.05 for a in found)
 
 
 def test_where_it_cannot_be_told():

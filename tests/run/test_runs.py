@@ -112,6 +112,26 @@ def test_parameters_that_came_after_the_run():
         optimizer.step()
 
 
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.second(input=torch.tanh(self.first(input=x)))
+
+
+@SCHEDULES
+def test_layers_that_are_called_by_keyword(schedule):
+    model = ByKeyword()
+    optimizer, run = run_of(model, schedule=schedule, strict=True)
+    for step in range(14):
+        one_step(run, model, optimizer, step)
+    assert len(run.steps) == 14
+    for s in run.steps:
+        np.testing.assert_allclose(s.score_sum, s.total, rtol=1e-3, atol=1e-7)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -242,6 +262,20 @@ def test_before_the_first_step():
         run.top(steps=(11, 20))
     with pytest.raises(ValueError, match=r"what InRun.state_dict\(\) returned"):
         run.load_state_dict({})
+
+
+@pytest.mark.parametrize("targets", [1, 2])
+def test_scores_print_in_a_line(targets):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    val_loss = lambda: loss_of(model, 99, 8) if targets == 1 else torch.stack([loss_of(model, k, 8) for k in (98, 99)])  # noqa: E731
+    with ag.InRun(model, optimizer, val_loss) as run:
+        assert repr(run.scores()) == "SampleScores(no samples)"
+        for step in range(50):
+            one_step(run, model, optimizer, step, [f"sample {4 * step + i}" for i in range(N)])
+    text = repr(run.scores())
+    assert len(text) < 200 and text.startswith("SampleScores(200 samples" + (" and 2 targets" if targets == 2 else ";"))
+    assert all(repr(run.top(1, harmful=harmful)[0][0]) in text for harmful in (False, True))
 
 
 class Eccentric(nn.Module):

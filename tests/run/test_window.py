@@ -537,7 +537,8 @@ def test_another_loss_than_the_loops(other):
     training = Training(mlp(), adam())
     training.attach(window=2, ahead=1, train_loss=other(training.model)).train(2)
     plain = Training(mlp(), adam()).train(3)
-    with pytest.raises(ValueError, match=r"step 2: train_loss\(inputs\), run again at the step's weights, gives another gradient"):
+    message = r"adam_ghost: steps 1 to 2 have no scores: step 2: train_loss\(inputs\), run again .* gives another gradient.* step 3"
+    with pytest.raises(ValueError, match=message):
         training.step()
     same(
         {k: x for k, x in everything(training.model, training.optimizer).items() if not k.startswith(("grad.", "random"))},
@@ -590,6 +591,56 @@ def test_parameters_that_are_frozen_in_mid_run():
     training.model[0].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"frozen or unfrozen in mid-run: 0.weight; schedule='window' needs a new run"):
         training.step()
+
+
+class Several(nn.Module):
+    """The first output need not be the loss's."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return {"squares": x * self.net[0].weight.square().sum(), "logits": self.net(x), "loss": None}
+
+
+def train_several(loss, model=None, **options):
+    model = model or Several()
+    training = Training(model, adam())
+    val_loss = lambda: loss(model(points(900, 9)[0]), points(900, 9)[1])  # noqa: E731
+    train_loss = lambda inputs: loss(model(inputs[0]), inputs[1])  # noqa: E731
+    with ag.InRun(model, training.optimizer, val_loss, "window", window=2, ahead=1, train_loss=train_loss, **options) as run:
+        for seed in range(6):
+            run.batch([f"{seed}-{i}" for i in range(6)], inputs=points(seed))
+            train_loss(points(seed)).backward()
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. (windows of 2|the run ended)")
+@pytest.mark.parametrize("feedback", ["differences", "gauss-newton"])
+def test_models_of_several_outputs(feedback):
+    """The one that the loss uses is looked at, the first or not."""
+    options = {"feedback": feedback, "audit_every": 2}
+    found = train_several(lambda out, y: sample_losses(out["logits"], y).mean(), **options)
+    alone = train_several(lambda out, y: sample_losses(out, y).mean(), mlp(), **options)
+    np.testing.assert_allclose(found.scores().total, alone.scores().total, rtol=1e-6)
+    (r,), (want,) = ([s.audit.r for s in run.steps if s.audit] for run in (found, alone))
+    assert r == pytest.approx(want)
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
+@pytest.mark.parametrize(
+    "option, message",
+    [({"feedback": "gauss-newton"}, "feedback='gauss-newton' needs"), ({"audit_every": 1}, "audit_every needs")],
+)
+def test_losses_of_several_outputs(option, message):
+    loss = lambda out, y: sample_losses(out["logits"], y).mean() + out["squares"].square().mean()  # noqa: E731
+    run = train_several(loss)
+    np.testing.assert_allclose(*zip(*((s.score_sum[0], s.total[0]) for s in run.steps), strict=True), rtol=1e-6)
+    with pytest.raises(ValueError, match=f"{message} a model of whose outputs the loss uses one, got 2"):
+        train_several(loss, **option)
 
 
 @pytest.mark.parametrize(
