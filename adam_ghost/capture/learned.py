@@ -10,7 +10,6 @@ there, the whole autograd graph behind them: every node's kind, its dimensions a
 left its route it cannot be scored; ``Recording.deviation`` says so, and the kind is followed from then on.
 """
 
-import copy
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
@@ -295,9 +294,7 @@ class LearningRecorder(Recorder):
         argument = lesson.arguments.get(id(tensors[0]))
         if tensors[0].grad_fn is None and argument is None:
             return None  # made where no graph shows how
-        template = copy.copy(call)
-        template._leaves, template._versions, template.grad_output = [None], [None], {}
-        return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, template)
+        return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, call.without_tensors())
 
     def _tags(self, output: Any) -> tuple[tuple[int, tuple[int, int]], ...] | None:
         """Where samples are in the leaves of a module's output; None where no route can tell."""
@@ -373,13 +370,9 @@ class LearningRecorder(Recorder):
             self._deviate(f"{type(layer).__name__} was scored in another way")
             return
         if stop.template is not None:
-            call = copy.copy(stop.template)
-            call._names = self.names
-            x = x.detach()
-            call._leaves, call._versions, call.outputs, call.grad_output = [x], [x._version], {}, {}
-            edge = call.watch(0, output, (axis, size // n), [args[0]], self._into.receive)
-            if self._into.outputs is not None:
-                self._into.outputs.append(edge)
+            recording = self._into
+            call = stop.template.again(x, self.names)
+            recording.awaits(call.watch(0, output, (axis, size // n), args, recording.receive))
 
 
 def _regular(tag: Any) -> TypeGuard[tuple[int, int]]:

@@ -527,9 +527,7 @@ class Recorder:
             self._give_up(call)
             return
         recording = self._into
-        edge = call.watch(index, out, tag, inputs, recording.receive)
-        if recording.outputs is not None:
-            recording.outputs.append(edge)
+        recording.awaits(call.watch(index, out, tag, inputs, recording.receive))
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)

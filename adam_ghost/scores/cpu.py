@@ -40,32 +40,34 @@ def multiplies_bfloat16() -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def contract(a: Tensor, b: Tensor, P: Tensor, half: bool = False) -> Tensor:
-    """``[n, K]``: ``sum over tokens and outputs of (a @ P.T) * b``, the product never in memory as a whole.
+def contract(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None = None, half: bool = False) -> Tensor:
+    """``[n, K]``: ``sum over tokens and outputs of (a @ P.T + P_bias) * b``, the product never in memory as a whole.
 
-    a ``[n, T, d_in]``, b ``[n, T, d_out]``, P ``[K, d_out, d_in]``, of one dtype; sums in that dtype, in an order that does
-    not depend on the threads. With ``half``, the operands of a large float32 product are rounded to bfloat16.
+    a ``[n, T, d_in]``, b ``[n, T, d_out]``, P ``[K, d_out, d_in]``, P_bias ``[K, d_out]``, of one dtype; sums in that dtype, in
+    an order that does not depend on the threads. With ``half``, the operands of a large float32 product are rounded to bfloat16.
     """
     n, T, d_out = b.shape
     if b.numel() == 0 or a.numel() == 0:
         return a.new_zeros(n, len(P))
-    half = half and a.dtype == torch.float32 and a.numel() * d_out >= _LARGE
-    a, b, P = a.contiguous(), b.contiguous(), (P.bfloat16() if half else P).contiguous()
-    together = max(1, _BLOCK // (T * d_out))
-    if n <= together:
-        rows, flat = a.view(n * T, -1), b.view(n, -1)
-        products = [linear(rows if not half else rows.bfloat16(), weight).to(b.dtype) for weight in P.unbind()]  # [n * T, d_out]
-        return torch.stack([torch.linalg.vecdot(y.view(n, -1), flat) for y in products], 1)
-    scores = a.new_zeros(n, len(P))
-    for k, weight in enumerate(P):
-        for i in range(0, n, together):
-            block = b[i : i + together].flatten(1)
-            y = linear(a[i : i + together].flatten(0, 1).to(weight.dtype), weight).to(b.dtype).view(block.shape)
-            if together == 1:
-                scores[i, k] = torch.dot(y[0], block[0])
-            else:
-                scores[i : i + together, k] = torch.linalg.vecdot(y, block)
-    return scores
+    if half and a.dtype == torch.float32 and a.numel() * d_out >= _LARGE:
+        a, P, P_bias = a.bfloat16(), P.bfloat16(), None if P_bias is None else P_bias.bfloat16()
+    together = max(1, _BLOCK // (T * d_out))  # samples
+    rows, flat = a.reshape(n * T, -1), b.reshape(n, -1)
+    columns = []
+    for k in range(len(P)):
+        weight, bias = P[k], None if P_bias is None else P_bias[k]
+        if n <= together:
+            columns.append(dots(linear(rows, weight, bias), flat))
+            continue
+        blocks = zip(rows.split(together * T), flat.split(together), strict=True)
+        columns.append(torch.cat([dots(linear(x, weight, bias), y) for x, y in blocks]))
+    return torch.stack(columns, 1)
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """``[n]``: the products of the rows of ``y [n, m]`` with those of ``x``, of any shape with as many elements."""
+    x = x.to(y.dtype).view(y.shape)
+    return torch.dot(x[0], y[0]).unsqueeze(0) if len(y) == 1 else torch.linalg.vecdot(x, y)
 
 
 def wgrad_score(

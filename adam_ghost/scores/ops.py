@@ -19,7 +19,9 @@ from adam_ghost.warn import warn
 
 _lib = torch.library.Library("adam_ghost", "FRAGMENT")
 
-_lib.define("contract(Tensor a, Tensor b, Tensor P, Tensor? offsets, bool per_token, bool half, str? impl) -> Tensor")
+_lib.define(
+    "contract(Tensor a, Tensor b, Tensor P, Tensor? P_bias, Tensor? offsets, bool per_token, bool half, str? impl) -> Tensor"
+)
 _lib.define("wgrad_score(Tensor a, Tensor b, Tensor P, Tensor? offsets, str? impl) -> (Tensor, Tensor)")
 _lib.define(
     "ghost_gram(Tensor a, Tensor b, Tensor? a2, Tensor? b2, Tensor? row, Tensor? col, Tensor? offsets, Tensor? offsets2,"
@@ -165,19 +167,21 @@ def contract(
     a: Tensor,
     b: Tensor,
     P: Tensor,
+    P_bias: Tensor | None = None,
     *,
     offsets: Tensor | None = None,
     per_token: bool = False,
     half: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """``sum over tokens and outputs of (a @ P.T) * b``: a linear layer's score of every sample, or token.
+    """``sum over tokens and outputs of (a @ P.T + P_bias) * b``: a linear layer's score of every sample, or token.
 
     Args:
         a: the layer's inputs ``[n, T, d_in]``; or ``[N, d_in]``, where sample ``i`` is rows ``offsets[i]:offsets[i + 1]``.
             Float32 is rounded by the kernel to a 16-bit dtype of ``b``, as autocast did.
         b: gradients at its outputs, ``[n, T, d_out]`` or ``[N, d_out]``.
         P: directions ``[K, d_out, d_in]``; the kernel rounds them to the dtype of ``a``.
+        P_bias: those of the bias ``[K, d_out]``, if it has one.
         offsets: integers ``[n + 1]`` from 0 to ``N``, ascending, on the same device; not checked, as that would wait for it.
         per_token: return ``[n, T, K]``, or ``[N, K]``, instead of ``[n, K]``.
         half: allow a CPU to round the operands of large float32 products to bfloat16.
@@ -188,26 +192,43 @@ def contract(
     """
     _check_tokens(offsets, {"a": a, "b": b})
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    return _run("contract", _contract_impl, a, b, P, offsets, per_token, half, impl or _forced)
+    _check_shape("P_bias", P_bias, P.shape[0], b.shape[-1])
+    return _run("contract", _contract_impl, a, b, P, P_bias, offsets, per_token, half, impl or _forced)
 
 
 @torch.library.impl(_lib, "contract", "CompositeExplicitAutograd")
-def _contract_impl(a, b, P, offsets, per_token, half, impl):
+def _contract_impl(a, b, P, P_bias, offsets, per_token, half, impl):
     if _in_triton(impl, "contract", a, b, P):
         from adam_ghost.kernels.contract import contract as kernel
 
         with torch.cuda.device_of(a):
-            return kernel(*_as_multiplied(a, b), P, offsets, per_token)
-    a, b, P = _wide(a, b, P)
+            scores = kernel(*_as_multiplied(a, b), P, offsets, per_token)
+        if P_bias is None:
+            return scores
+        return with_bias(scores, b.to(P_bias.dtype) if per_token else sample_sums(b, offsets, P_bias.dtype), P_bias)
+    a, b, P, P_bias = _wide(a, b, P, P_bias)
     if a.device.type == "cpu" and offsets is None and not (impl or per_token):
-        return cpu.contract(a, b, P, half)
-    scores = definition.contract(a, b, P)
+        return cpu.contract(a, b, P, P_bias, half)
+    scores = definition.contract(a, b, P, P_bias)
     return scores if per_token else definition.sum_samples(scores, offsets)
 
 
 @torch.library.register_fake("adam_ghost::contract", lib=_lib)
-def _contract_fake(a, b, P, offsets, per_token, half, impl):
+def _contract_fake(a, b, P, P_bias, offsets, per_token, half, impl):
     return a.new_empty(_scores_shape(a, offsets, per_token, P.shape[0]), dtype=_scores_dtype(a, b, P))
+
+
+def with_bias(scores: Tensor | None, sums: Tensor, P_bias: Tensor) -> Tensor:
+    """The weight's scores ``[..., K]``, if any, and those of the bias, from summed output gradients ``[..., d_out]``."""
+    bias = sums @ P_bias.mT
+    return bias if scores is None else scores.to(bias.dtype).add_(bias)
+
+
+def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[n, d]``: every sample's rows of ``b [n, T, d]``, or ``[N, d]`` with ``offsets``, summed in ``dtype``."""
+    if offsets is None:
+        return b.sum(1, dtype=dtype)
+    return torch.segment_reduce(b.to(dtype), "sum", offsets=offsets)
 
 
 def wgrad_score(
