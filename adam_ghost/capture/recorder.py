@@ -20,7 +20,7 @@ from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_ax
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.surroundings import Surroundings
-from adam_ghost.capture.walk import named_parameters
+from adam_ghost.capture.walk import Tree
 
 
 def unseen(hook: Callable) -> Callable:
@@ -107,6 +107,7 @@ class Recorder:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._tree = Tree(model)
         self.mode = FunctionMode(self._follow)
         self.recording: Recording | None = None
         self.open = False
@@ -184,7 +185,7 @@ class Recorder:
     def begin(self, recording: Recording) -> None:
         self._reset()
         self.recording, recording.doubts = recording, self.batch.doubts
-        self.names = {p: name for name, p in named_parameters(self.model).items() if p.requires_grad}
+        self.names = {p: name for name, p in self._tree.named_parameters().items() if p.requires_grad}
         for module in self._attributes:
             self._name(module)
         self.open = True

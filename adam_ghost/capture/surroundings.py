@@ -1,6 +1,7 @@
 """What a module's code may read and write besides arguments, parameters and buffers: kept, so that running it leaves no trace."""
 
 import copy
+import functools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -36,8 +37,13 @@ def custom_modules(root: nn.Module) -> list[nn.Module]:
 
 
 def is_custom(module: nn.Module) -> bool:
+    return _is_custom(type(module))
+
+
+@functools.cache
+def _is_custom(cls: type) -> bool:
     # fully_shard puts a class of PyTorch's before the module's own
-    return any(not kind.__module__.startswith(("torch.", "builtins")) for kind in type(module).__mro__)
+    return any(not kind.__module__.startswith(("torch.", "builtins")) for kind in cls.__mro__)
 
 
 class Surroundings:

@@ -144,7 +144,7 @@ class Window(Collecting):
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> None:
         """Keeps the step; its scores come with its window's sweep."""
-        scale = torch.stack(list(step.scale.values()))
+        scale = step.factors()
         uneven = (scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max()
         if edited.device.type == "cpu" and bool(uneven):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")

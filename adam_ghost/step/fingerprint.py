@@ -23,9 +23,16 @@ EDITED = (
 class Changes(NamedTuple):
     """What was done to gradients since their fingerprint."""
 
-    scale: dict[str, Tensor]  # per gradient the factor it was multiplied by
+    names: list[str]  # of the gradients
+    scale: Tensor  # [number of gradients]: the factor that each was multiplied by
     edited: Tensor  # [number of gradients], bool: where it was not one factor
     void: Tensor  # [number of gradients], bool: where it is not finite
+
+    def factors(self) -> dict[str, Tensor]:
+        """``scale`` by name; empty where looking costs no synchronisation and shows that nothing was multiplied."""
+        if self.scale.device.type == "cpu" and bool((self.scale == 1).all()):
+            return {}
+        return dict(zip(self.names, self.scale.unbind(), strict=True))
 
 
 @dataclass
@@ -120,7 +127,7 @@ class Fingerprint(Seen):
         eps = [torch.finfo(g.dtype).eps for g in now.tensors.values()]
         resolution = torch.tensor(eps, dtype=scale.dtype).to(scale.device, non_blocking=True)
         edited = (l1_now - scale * l1).abs() > (1e-4 + resolution) * l1_now + (l2 == 0) * l1_now
-        return Changes(dict(zip(self.tensors, scale.unbind(), strict=True)), edited, ~l1_now.isfinite())
+        return Changes(list(self.tensors), scale, edited, ~l1_now.isfinite())
 
 
 class GradientWatch:
