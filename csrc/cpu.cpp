@@ -50,6 +50,7 @@ struct Kernels {
   decltype(&baseline::sum_v_range) sum_v;
   decltype(&baseline::move_range) move;
   decltype(&baseline::adjoint_range) adjoint;
+  decltype(&baseline::gradient_sums_range) gradient_sums;
   const char* name;
 };
 
@@ -61,11 +62,11 @@ Kernels choose() {
   const auto asked = [&](const char* name) { return any || std::strcmp(cap, name) == 0; };
   if (asked("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return {avx512::correct_range, avx512::sum_v_range, avx512::move_range, avx512::adjoint_range, "avx512"};
+    return {avx512::correct_range, avx512::sum_v_range, avx512::move_range, avx512::adjoint_range, avx512::gradient_sums_range, "avx512"};
   if ((asked("avx512") || asked("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::correct_range, avx2::sum_v_range, avx2::move_range, avx2::adjoint_range, "avx2"};
+    return {avx2::correct_range, avx2::sum_v_range, avx2::move_range, avx2::adjoint_range, avx2::gradient_sums_range, "avx2"};
 #endif
-  return {baseline::correct_range, baseline::sum_v_range, baseline::move_range, baseline::adjoint_range, "baseline"};
+  return {baseline::correct_range, baseline::sum_v_range, baseline::move_range, baseline::adjoint_range, baseline::gradient_sums_range, "baseline"};
 }
 
 const Kernels& kernels() {
@@ -110,6 +111,13 @@ void share_out(const std::vector<Chunk>& chunks, int64_t cost, const Work& work)
   using Run = decltype(run);
   torch_parallel_for(0, threads, 1, [](int64_t begin, int64_t end, void* f) { (*static_cast<const Run*>(f))(begin, end); },
                      const_cast<void*>(static_cast<const void*>(&run)));
+}
+
+// The chunks' sums added up for each parameter, in order.
+void add_up(const std::vector<Chunk>& chunks, const std::vector<double>& partial, size_t params, int64_t width, double* sums) {
+  std::fill_n(sums, params * width, 0.0);
+  for (size_t i = 0; i < chunks.size(); ++i)
+    for (int64_t j = 0; j < width; ++j) sums[chunks[i].param * width + j] += partial[i * width + j];
 }
 
 std::vector<Step> derive_rows(const std::vector<Param>& params, const StepRow* rows) {
@@ -161,9 +169,21 @@ void variance_correction_cpu(const std::vector<Param>& params, const StepRow* ro
       kernels().correct(p, steps[p.row], rule, K, begin, end, least, &partial[i * width]);
     }
   });
-  std::fill_n(sums, params.size() * width, 0.0);
-  for (size_t i = 0; i < chunks.size(); ++i)
-    for (int64_t j = 0; j < width; ++j) sums[chunks[i].param * width + j] += partial[i * width + j];
+  add_up(chunks, partial, params.size(), width, sums);
+}
+
+void gradient_sums_cpu(const std::vector<Param>& params, int64_t K, double* sums) {
+  const int64_t width = gradient_sum_count(K);
+  int64_t cost;
+  const std::vector<Chunk> chunks = split(params, cost);
+  std::vector<double> partial(chunks.size() * width, 0.0);
+  share_out(chunks, cost, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      const Param& p = params[chunks[i].param];
+      kernels().gradient_sums(p, K, chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel), &partial[i * width]);
+    }
+  });
+  add_up(chunks, partial, params.size(), width, sums);
 }
 
 void weight_points_cpu(const std::vector<Param>& params, const StepRow* rows) {

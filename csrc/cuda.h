@@ -12,9 +12,10 @@ struct Launch {
   int64_t rows;
 };
 
-// Bytes of device memory that a call needs on its stream; K = 0 where there are no sums.
-int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch&, int64_t K);
+// Bytes of device memory that a call needs on its stream, for `width` sums of each parameter.
+int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch&, int64_t width);
 const char* variance_correction_cuda(const Launch&, const std::vector<Param>&, int rule, int64_t K, void* workspace, double* sums);
+const char* gradient_sums_cuda(const Launch&, const std::vector<Param>&, int64_t K, void* workspace, double* sums);
 const char* weight_points_cuda(const Launch&, const std::vector<Param>&, void* workspace);
 const char* adjoint_cuda(const Launch&, const std::vector<Param>&, int64_t K, void* workspace);
 const char* cuda_targets();

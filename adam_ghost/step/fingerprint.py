@@ -6,12 +6,12 @@ Whatever else is done to them (noise, masks, clipping by value) changes the prop
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adam_ghost.optim.gradient_sums import gradient_sums
 from adam_ghost.processes.world import World
 
 EDITED = (
@@ -89,9 +89,8 @@ class Fingerprint(Seen):
     @classmethod
     def of(cls, grads: Mapping[str, Tensor]) -> "Fingerprint":
         tensors = list(grads.values())
-        dtype = reduce(torch.promote_types, {g.dtype for g in tensors}, torch.float32)
-        l1, l2 = (torch.stack(torch._foreach_norm(tensors, p, dtype=dtype)) for p in (1, 2))
-        return cls(dict(grads), [g._version for g in tensors], l1, l2)
+        sums = gradient_sums(tensors)
+        return cls(dict(grads), [g._version for g in tensors], sums.l1, sums.l2)
 
     def only(self, names: Collection[str]) -> "Fingerprint":
         """Of those of the gradients that are named."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
 from adam_ghost.optim import OptState
+from adam_ghost.optim.gradient_sums import gradient_sums
 from adam_ghost.processes.world import World
 from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Directions
@@ -152,8 +153,10 @@ def join(world: World, scores: Tensor, val_loss: Tensor) -> Tensor:
 
 def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
     """``< P , g >``, ``[K]``, over the parameters of ``grads``."""
-    found = [P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in grads.items()]
-    return torch.stack(found).sum(0) if found else next(iter(P.values())).flatten(1).sum(1) * 0
+    some = next(iter(P.values()))
+    if not grads:
+        return some.new_zeros(len(some))
+    return gradient_sums(list(grads.values()), [P[name] for name in grads]).reached.sum(0).to(some.dtype)
 
 
 def gather_step(

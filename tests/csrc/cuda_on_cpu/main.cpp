@@ -1,5 +1,6 @@
 // The CUDA kernels, run on the CPU, against the CPU kernels: directions, weights, adjoints to the bit, sums to double's rounding.
 // Buffers end exactly where their tensors do, so that an address sanitizer sees an access beyond.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -96,7 +97,7 @@ int main() {
 
       const int64_t width = sum_count(K);
       std::vector<double> expected(params.size() * width, NAN), sums(expected);
-      std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
+      std::vector<double> workspace(workspace_bytes_cuda(params, l, std::max(sum_count(K), gradient_sum_count(K))) / 8 + 1, NAN);
       const auto cpu = filled([&](Param& p, size_t i) {
         p.planes[VAL] = memory.planes(p.numel, K, Dtype(i & 1), i % 3);
         p.planes[OUT] = memory.planes(p.numel, K, dtype(i), 0);
@@ -113,6 +114,21 @@ int main() {
           std::printf("rule %d, K %d, sum %zu: %g instead of %g\n", rule, int(K), j, sums[j], expected[j]);
           return 1;
         }
+
+      for (const int64_t along : {K, int64_t(0)}) {
+        const auto gradients = filled([&](Param& p, size_t i) {
+          if (along) p.planes[ALONG] = memory.planes(p.numel, K, dtype(i), i % 4);
+          if (!p.g.data) p.g = memory.draw(p.numel, F32, 1);
+        });
+        std::vector<double> want(params.size() * gradient_sum_count(along), NAN), got(want);
+        gradient_sums_cpu(gradients, along, want.data());
+        if (gradient_sums_cuda(l, gradients, along, workspace.data(), got.data())) return 2;
+        for (size_t j = 0; j < got.size(); ++j, ++checks)
+          if (!(std::fabs(got[j] - want[j]) <= 1e-9 * std::fabs(want[j]) + 1e-12)) {
+            std::printf("K %d, sum %zu of gradients: %g instead of %g\n", int(along), j, got[j], want[j]);
+            return 1;
+          }
+      }
 
       const auto points = [&](Param& p, size_t i) {
         for (int plane : {EMPTY, MID}) p.planes[plane] = memory.planes(p.numel, 1, dtype(i), i % 3);
