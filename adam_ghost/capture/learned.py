@@ -12,7 +12,7 @@ left its route it cannot be scored; ``Recording.deviation`` says so, and the kin
 
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,17 @@ class Stop(NamedTuple):
     template: Call | None  # None: the layer takes care of its own scores
 
 
+Places: TypeAlias = tuple[tuple[int, tuple[int, int]], ...]  # which leaves of a module's output carry samples, and their tags
+
+
 class Route(NamedTuple):
     """What steps of a kind do."""
 
-    stops: tuple[Stop, ...]  # in bodies that are not followed
+    stops: tuple[Stop, ...]
     followed: frozenset[nn.Module]  # modules whose own body is followed
-    inside: frozenset[nn.Module]  # layers called by these
-    parts: tuple[
-        tuple[nn.Module, tuple[tuple[int, tuple[int, int]], ...]], ...
-    ]  # called by these, and where samples are in their outputs
+    inside: frozenset[nn.Module]  # layers called by these that are no stops
+    # all else that is called by these, and where samples are in their outputs
+    parts: tuple[tuple[nn.Module, Places], ...]
     graph: tuple[Any, ...]
 
     def same(self, other: "Route") -> bool:
@@ -65,27 +67,28 @@ class _Lesson:
         self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
         self.bodies: list[nn.Module] = []  # those running now, from the model's down
         self.calls: list[tuple[list[nn.Module], Stop | None, nn.Module | None]] = []  # bodies, the stop, the layer
-        self.exits: list[tuple[list[nn.Module], nn.Module, tuple[tuple[int, tuple[int, int]], ...]]] = []
+        self.exits: list[tuple[list[nn.Module], nn.Module, Places]] = []  # bodies, what they called, stops too
         self.route: Route | None = None
         self.void = False  # whether something happened that no route foresees
 
     def end(self, graph: tuple[Any, ...]) -> None:
         """The model's forward pass is over: finds the bodies to be followed, with all those around them."""
         followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
-        stops, inside = [], set()
-        for bodies, stop, layer in self.calls:
-            if bodies[-1] in followed:
-                inside.add(layer)
-            elif stop is not None:
-                stops.append(stop)
-        inside.discard(None)
-        layers = {stop.layer for stop in stops}
-        parts = [(part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed]
+        inside = {layer for _, stop, layer in self.calls if stop is None and layer is not None}
+        stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
+        parts = tuple((part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed)
         elsewhere = {part for bodies, part, _ in self.exits if bodies[-1] not in followed}
-        if layers.isdisjoint(inside) and elsewhere.isdisjoint({part for part, _ in parts} | followed) and stops:
-            self.route = Route(
-                tuple(stops), frozenset(followed), frozenset(x for x in inside if x is not None), tuple(parts), graph
-            )
+        apart = inside.isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint({part for part, _ in parts} | followed)
+        pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
+        if apart and pays:
+            self.route = Route(stops, frozenset(followed), frozenset(inside), parts, graph)
+
+    def add(self, layer: nn.Module | None, stop: Stop | None) -> None:
+        """A call of a layer, or of a function that met parameters; None where no stop tells what it does."""
+        bodies = list(self.bodies)
+        self.calls.append((bodies, stop, layer))
+        if stop is not None:
+            self.exits.append((bodies, stop.layer, ((0, (stop.axis, 1 if stop.single else -1)),)))
 
 
 class LearningRecorder(Recorder):
@@ -129,7 +132,7 @@ class LearningRecorder(Recorder):
             self._hang(route)
 
     def _hang(self, route: Route) -> None:
-        for name, module in _layers(self.model).items():
+        for name, module in _layers(self.model).items() if route.inside else ():
             if module in route.inside:
                 leave = partial(self._leave_layer, name or type(module).__name__)
                 self.handles += [
@@ -264,7 +267,7 @@ class LearningRecorder(Recorder):
             lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
             return
         layer = call.fn if isinstance(call.fn, nn.Module) else None
-        lesson.calls.append((list(lesson.bodies), self._as_stop(call, tensors), layer))
+        lesson.add(layer, self._as_stop(call, tensors))
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
@@ -279,7 +282,7 @@ class LearningRecorder(Recorder):
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
             stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
-            lesson.calls.append((list(lesson.bodies), stop, module))
+            lesson.add(module, stop)
         return new_output
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
@@ -296,7 +299,7 @@ class LearningRecorder(Recorder):
             return None  # made where no graph shows how
         return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, call.without_tensors())
 
-    def _tags(self, output: Any) -> tuple[tuple[int, tuple[int, int]], ...] | None:
+    def _tags(self, output: Any) -> Places | None:
         """Where samples are in the leaves of a module's output; None where no route can tell."""
         found = []
         for i, x in enumerate(pytree.tree_leaves(output)):

@@ -34,6 +34,7 @@ _lib.define(
     "norm_score(Tensor x, Tensor b, Tensor P_weight, Tensor? P_bias, float eps, str kind, Tensor? offsets, bool per_token,"
     " str? impl) -> Tensor"
 )
+_WIDE = {torch.float32, torch.float64}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -112,8 +113,8 @@ def _interpreted() -> bool:
 
 def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
     """In the dtype of the reference: the widest among them, at least float32."""
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None), torch.float32)
-    return [None if x is None else x.to(dtype) for x in tensors]
+    dtype = _scores_dtype(*tensors)
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
@@ -160,6 +161,9 @@ def _scores_shape(x: Tensor, offsets: Tensor | None, per_token: bool, K: int, fe
 
 
 def _scores_dtype(*tensors: Tensor | None) -> torch.dtype:
+    dtypes = {x.dtype for x in tensors if x is not None}
+    if len(dtypes) == 1 and dtypes <= _WIDE:
+        return dtypes.pop()
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None), torch.float32)
 
 

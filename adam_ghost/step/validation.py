@@ -116,9 +116,7 @@ class Validation:
         if rows is None:
             return self.gradient(params, advance)
         local = self.world.local
-        filled = [
-            [local(torch.zeros_like(p) if g is None else g).detach() for g, p in zip(row, params, strict=True)] for row in rows
-        ]
+        filled = [[local(torch.zeros_like(p) if g is None else g) for g, p in zip(row, params, strict=True)] for row in rows]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         loss = loss.detach().clone()
         if self.split:
