@@ -152,6 +152,7 @@ class Call:
     def without_tensors(self) -> "Call":
         """What ``again`` makes calls of: the same layer, nothing of this step."""
         self.parameters()
+        self.directions({})
         return self._copy(_leaves=[None], _versions=[None], outputs={}, grad_output={})
 
     def again(self, x: Tensor, names: Mapping[Tensor, str]) -> "Call":

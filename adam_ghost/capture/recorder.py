@@ -108,6 +108,8 @@ class Recorder:
     def __init__(self, model: nn.Module):
         self.model = model
         self._tree = Tree(model)
+        self._named: dict[str, nn.Parameter] = {}  # of the model, and which of them are trained, as ``names`` was made
+        self._trained: list[bool] = []
         self.mode = FunctionMode(self._follow)
         self.recording: Recording | None = None
         self.open = False
@@ -185,7 +187,11 @@ class Recorder:
     def begin(self, recording: Recording) -> None:
         self._reset()
         self.recording, recording.doubts = recording, self.batch.doubts
-        self.names = {p: name for name, p in self._tree.named_parameters().items() if p.requires_grad}
+        named = self._tree.named_parameters()
+        trained = [p.requires_grad for p in named.values()]
+        if named is not self._named or trained != self._trained or self._attributes:
+            self._named, self._trained = named, trained
+            self.names = {p: name for name, p in named.items() if p.requires_grad}
         for module in self._attributes:
             self._name(module)
         self.open = True

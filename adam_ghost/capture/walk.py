@@ -15,21 +15,19 @@ class Tree:
         self._named: dict[str, nn.Parameter] = {}
         self._held: list[Any] = []  # names, modules and parameters, as all modules held them
 
-    def modules(self) -> list[nn.Module]:
-        """As ``list(model.modules())``; not to be changed."""
-        self._look()
-        return self._modules
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """As ``dict(model.named_parameters())``; not to be changed."""
-        self._look()
-        return self._named
-
-    def _look(self) -> None:
+    def look(self) -> tuple[list[nn.Module], dict[str, nn.Parameter]]:
+        """``list(model.modules())`` and ``dict(model.named_parameters())``; the same objects while nothing was exchanged."""
         held = _held(self._modules)
         if len(held) != len(self._held) or not all(map(is_, held, self._held)) or not held:
             self._modules, self._named = modules(self._model), named_parameters(self._model)
             self._held = _held(self._modules)
+        return self._modules, self._named
+
+    def modules(self) -> list[nn.Module]:
+        return self.look()[0]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return self.look()[1]
 
 
 def _held(modules: list[nn.Module]) -> list[Any]:

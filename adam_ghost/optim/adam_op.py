@@ -300,7 +300,11 @@ def step_table(params: list[Tensor], steps: list[StepScalars]) -> tuple[Tensor, 
     if len(steps) != len(params):
         raise ValueError(f"steps: expected {len(params)} entries, one per parameter, got {len(steps)}")
     index: dict[StepScalars, int] = {}
-    rows = [index.setdefault(s, len(index)) for s in steps]
+    rows: list[int] = []
+    last = None
+    for s in steps:
+        rows.append(rows[-1] if s is last else index.setdefault(s, len(index)))
+        last = s
     device = params[0].device if params else torch.device("cpu")
     held = device.type != "cpu" and any(isinstance(x, Tensor) and x.device == device for s in index for x in s)
     if held or torch.compiler.is_compiling():

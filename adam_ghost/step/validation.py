@@ -54,12 +54,12 @@ class Validation:
     @contextmanager
     def undisturbed(self, advance: bool = True) -> Iterator[None]:
         """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
-        modules = self.tree.modules()
+        modules, named = self.tree.look()
         modes = [(m, m.training) for m in modules]
         held = [(m, dict(m._buffers)) for m in modules if m._buffers]  # a forward pass may replace them
         # running statistics, power iterations
         buffers = [(x.data, x.clone()) for _, own in held for x in own.values() if x is not None]
-        devices = sorted({p.device.index for p in self.tree.named_parameters().values() if p.is_cuda})
+        devices = sorted({p.device.index for p in named.values() if p.is_cuda})
         with torch.random.fork_rng(devices), Surroundings(filter(is_custom, modules)).entered(), self.world.quiet():
             if self._stream is None and self.world.size > 1 and not self.split:
                 self._stream = self.world.first(_streams(devices))
@@ -74,7 +74,8 @@ class Validation:
                     self._stream = _streams(devices)
             finally:
                 for module, mode in modes:
-                    module.training = mode
+                    if module.training is not mode:
+                        module.training = mode
                 for module, own in held:
                     module._buffers.update(own)
                 for x, before in buffers:
@@ -97,7 +98,8 @@ class Validation:
         GPU, where looking costs no synchronisation) if it is not finite.
         """
         self.world.settle()
-        leaves = list(self.tree.named_parameters().values())  # which are others while the model runs, where they are sharded
+        # others while the model runs, where they are sharded
+        leaves = list(self.model.parameters()) if self._reentrant or self.world.sharded else []
         with self.undisturbed(advance), torch.enable_grad():
             loss = self._checked(self._evaluate())
             if not loss.requires_grad:
