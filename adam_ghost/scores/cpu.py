@@ -17,6 +17,7 @@ _SMALL = 2**20  # multiplications below which calling oneDNN takes longer than i
 _LARGE = 2**26
 BLOCK_BYTES = 4 << 20  # of per-sample gradients held at once: larger blocks leave the cache and measured slower
 SHORT = 16  # tokens per sample up to which the contraction measured faster
+TINY = 2**15  # elements of all per-sample gradients up to which it did not: what it takes is calls
 
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +55,7 @@ def contract(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None = None, half
     together = max(1, _BLOCK // (T * d_out))  # samples
     rows, flat = a.reshape(n * T, -1), b.reshape(n, -1)
     columns = []
-    for k in range(len(P)):
+    for k in range(P.shape[0]):
         weight, bias = P[k], None if P_bias is None else P_bias[k]
         if n <= together:
             columns.append(dots(linear(rows, weight, bias), flat))
@@ -66,8 +67,8 @@ def contract(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None = None, half
 
 def dots(x: Tensor, y: Tensor) -> Tensor:
     """``[n]``: the products of the rows of ``y [n, m]`` with those of ``x``, of any shape with as many elements."""
-    x = x.to(y.dtype).view(y.shape)
-    return torch.dot(x[0], y[0]).unsqueeze(0) if len(y) == 1 else torch.linalg.vecdot(x, y)
+    x = (x if x.dtype == y.dtype else x.to(y.dtype)).view(y.shape)
+    return torch.dot(x[0], y[0]).unsqueeze(0) if y.shape[0] == 1 else torch.linalg.vecdot(x, y)
 
 
 def wgrad_score(
@@ -89,21 +90,19 @@ def wgrad_score(
 
     Computed in float32 (float64 for float64 inputs), which is the scores' dtype; the gradient has ``a``'s. Deterministic.
     """
-    made_in = torch.promote_types(a.dtype, torch.float32)
     full, bounds = a.dtype, None if offsets is None else torch.as_tensor(offsets).tolist()
-    a, b, P = a.to(made_in), b.to(made_in), P.to(made_in)
+    made_in = torch.promote_types(full, torch.float32)
+    a, b, P = (x if x.dtype == made_in else x.to(made_in) for x in (a, b, P))
     if bounds is not None:
         n = len(bounds) - 1
         lengths = {end - begin for begin, end in pairwise(bounds)}
         if len(lengths) == 1 and bounds[0] == 0 and bounds[-1] == len(a):  # not ragged after all
             a, b, bounds = a.unflatten(0, (n, *lengths)), b.unflatten(0, (n, *lengths)), None
     else:
-        n = len(a)
-    if a[..., 0].numel() <= SHORT * n:
-        made, scores = _contracted(a, b, P, bounds)
-    else:
-        made, scores = _in_blocks(a, b, P, bounds, block_bytes)
-    return made.to(full), scores
+        n = a.shape[0]
+    short = a.numel() <= SHORT * n * a.shape[-1] and n * P[0].numel() > TINY
+    made, scores = _contracted(a, b, P, bounds) if short else _in_blocks(a, b, P, bounds, block_bytes)
+    return made if made.dtype == full else made.to(full), scores
 
 
 def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tuple[Tensor, Tensor]:
@@ -118,7 +117,10 @@ def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tu
 
 def _in_blocks(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None, block_bytes: int) -> tuple[Tensor, Tensor]:
     d_out, d_in = P.shape[1:]
-    n = len(a) if bounds is None else len(bounds) - 1
+    n = a.shape[0] if bounds is None else len(bounds) - 1
+    if bounds is None and 0 < n * d_out * d_in <= TINY:
+        block = torch.bmm(b.mT, a)
+        return block.sum(0), block.view(n, -1) @ P.flatten(1).T
     per_block = min(n, max(1, block_bytes // (d_out * d_in * a.element_size()))) if bounds is None else 1
     block = a.new_empty(per_block, d_out, d_in)
     total, scores, ones = a.new_zeros(d_out * d_in), a.new_empty(n, len(P)), a.new_ones(per_block)

@@ -95,7 +95,7 @@ class _ScoredLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             seen, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(x, seen, P_weight, P_bias, offsets, order)
-        ctx.n, ctx.dtype = len(slot), weight.dtype
+        ctx.n, ctx.dtype = slot.shape[0], weight.dtype
         return cpu.linear(x, seen, bias)
 
     @staticmethod
@@ -112,14 +112,17 @@ class _ScoredLinear(torch.autograd.Function):
         scores = None
         if ctx.needs_input_grad[1]:
             d_weight, scores = ops.wgrad_score(a, b, P_weight, offsets=offsets)
-            d_weight = d_weight.to(ctx.dtype)
+            d_weight = d_weight if d_weight.dtype == ctx.dtype else d_weight.to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             sums = ops.sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
             scores, d_bias = ops.with_bias(scores, sums, P_bias), sums.sum(0)
-        return d_input, d_weight, d_bias, None if scores is None else scores[: ctx.n], None, None, None, None
+        if order is not None and scores is not None:
+            scores = scores[: ctx.n]
+        return d_input, d_weight, d_bias, scores, None, None, None, None
 
 
 FOLLOWED.add(_ScoredLinear)
+_apply: Any = _ScoredLinear.apply
 
 
 def scored_linear(
@@ -139,7 +142,7 @@ def scored_linear(
     if torch.is_autocast_enabled(x.device.type):
         # a cast that autograd sees: the backward pass runs without autocast, on what the product really saw
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P[1], offsets, order)
+    return _apply(x, weight, bias, slot, P_weight, P[1], offsets, order)
 
 
 def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:

@@ -37,9 +37,9 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
 
 def _run_with(module: Any, x: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[n, K]``: the layer with its parameters replaced by each direction, times the output gradients."""
-    x, b = (t.to(torch.promote_types(t.dtype, weight.dtype)) for t in (x, b))
-    found, flat = [], b.reshape(len(b), -1)
-    for k in range(len(weight)):
+    x, b = (t if t.dtype == weight.dtype else t.to(torch.promote_types(t.dtype, weight.dtype)) for t in (x, b))
+    found, flat = [], b.reshape(b.shape[0], -1)
+    for k in range(weight.shape[0]):
         if isinstance(module, nn.LayerNorm):
             y = torch.layer_norm(x, module.normalized_shape, weight[k], None if bias is None else bias[k], module.eps)
         else:

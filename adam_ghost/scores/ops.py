@@ -80,6 +80,8 @@ def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:
     if impl == "cpp":
         raise RuntimeError(f"impl='cpp': the extension has no {op}")
     device, why = tensors[0].device.type, ""
+    if impl is None and device == "cpu":
+        return False
     if any(x.dtype not in _KERNEL_DTYPES for x in tensors):
         why = f"{op} takes float32, bfloat16 and float16"
     elif device != "cuda":
@@ -96,6 +98,8 @@ def _run(op: str, impl: Callable[..., Any], *arguments: Any) -> Any:
     """Calls an op; without the dispatcher where nothing watches, as it costs the host more than a small product."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or isinstance(arguments[0], FakeTensor):
         return getattr(torch.ops.adam_ghost, op)(*arguments)
+    if not torch.is_grad_enabled():
+        return impl(*arguments)
     with torch.no_grad():
         return impl(*arguments)
 
@@ -146,6 +150,16 @@ def _check_tokens(offsets: Tensor | None, last: dict[str, Tensor | None], offset
         raise ValueError(f"{offsets_name}: expected integers [n + 1], got {offsets.dtype} {list(offsets.shape)}")
 
 
+def _check_layer(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None, offsets: Tensor | None) -> None:
+    """A linear layer's call and its directions."""
+    bias_fits = P_bias is None or P_bias.shape == P.shape[:2]
+    if offsets is None and a.ndim == P.ndim == 3 and (*a.shape[:2], P.shape[1]) == b.shape and a.shape[2] == P.shape[2] and bias_fits:
+        return  # as nearly always: what does not fit is found and named below
+    _check_tokens(offsets, {"a": a, "b": b})
+    _check_shape("P", P, None, b.shape[-1], a.shape[-1])
+    _check_shape("P_bias", P_bias, P.shape[0], b.shape[-1])
+
+
 def _check_shape(name: str, x: Tensor | None, *shape: int | None) -> None:
     if x is not None and (
         x.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True))
@@ -194,9 +208,7 @@ def contract(
     Sums are formed, and returned, in float32 (float64 for float64 inputs), in a fixed order. Raises ValueError naming the
     argument whose shape does not fit. docs/method.md, 4.1.
     """
-    _check_tokens(offsets, {"a": a, "b": b})
-    _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    _check_shape("P_bias", P_bias, P.shape[0], b.shape[-1])
+    _check_layer(a, b, P, P_bias, offsets)
     return _run("contract", _contract_impl, a, b, P, P_bias, offsets, per_token, half, impl or _forced)
 
 
@@ -248,8 +260,7 @@ def wgrad_score(
     Accumulates in, and returns, float32 (float64 for float64 inputs), in a fixed order. Raises ValueError naming the argument
     whose shape does not fit. docs/method.md, 4.2.
     """
-    _check_tokens(offsets, {"a": a, "b": b})
-    _check_shape("P", P, None, b.shape[-1], a.shape[-1])
+    _check_layer(a, b, P, None, offsets)
     return _run("wgrad_score", _wgrad_score_impl, a, b, P, offsets, impl or _forced)
 
 
