@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.kinds import layer_kind
-from adam_ghost.capture.recorder import Recorder, _in_backward, _layers, unseen
+from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
 
 AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
@@ -49,7 +49,7 @@ class Route(NamedTuple):
 
     stops: tuple[Stop, ...]
     followed: frozenset[nn.Module]  # modules whose own body is followed
-    inside: frozenset[nn.Module]  # layers called by these that are no stops
+    inside: Mapping[nn.Module, str]  # layers called by these that are no stops, and their names
     # all else that is called by these, and where samples are in their outputs
     parts: tuple[tuple[nn.Module, Places], ...]
     graph: tuple[Any, ...]
@@ -59,6 +59,13 @@ class Route(NamedTuple):
         return bare[0] == bare[1] and self[1:] == other[1:]
 
 
+class Named(NamedTuple):
+    """A layer, or a function, that was called."""
+
+    name: str
+    fn: Any
+
+
 class _Lesson:
     """What is seen of one followed step."""
 
@@ -66,7 +73,7 @@ class _Lesson:
         self.kind = kind
         self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
         self.bodies: list[nn.Module] = []  # those running now, from the model's down
-        self.calls: list[tuple[list[nn.Module], Stop | None, nn.Module | None]] = []  # bodies, the stop, the layer
+        self.calls: list[tuple[list[nn.Module], Stop | None, Named]] = []  # bodies, the stop, what was called
         self.exits: list[tuple[list[nn.Module], nn.Module, Places]] = []  # bodies, what they called, stops too
         self.route: Route | None = None
         self.void = False  # whether something happened that no route foresees
@@ -74,19 +81,19 @@ class _Lesson:
     def end(self, graph: tuple[Any, ...]) -> None:
         """The model's forward pass is over: finds the bodies to be followed, with all those around them."""
         followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
-        inside = {layer for _, stop, layer in self.calls if stop is None and layer is not None}
+        inside = {call.fn: call.name for _, stop, call in self.calls if stop is None and isinstance(call.fn, nn.Module)}
         stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
         parts = tuple((part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed)
         elsewhere = {part for bodies, part, _ in self.exits if bodies[-1] not in followed}
-        apart = inside.isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint({part for part, _ in parts} | followed)
+        apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint({part for part, _ in parts} | followed)
         pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
         if apart and pays:
-            self.route = Route(stops, frozenset(followed), frozenset(inside), parts, graph)
+            self.route = Route(stops, frozenset(followed), inside, parts, graph)
 
-    def add(self, layer: nn.Module | None, stop: Stop | None) -> None:
+    def add(self, called: "Named", stop: Stop | None) -> None:
         """A call of a layer, or of a function that met parameters; None where no stop tells what it does."""
         bodies = list(self.bodies)
-        self.calls.append((bodies, stop, layer))
+        self.calls.append((bodies, stop, called))
         if stop is not None:
             self.exits.append((bodies, stop.layer, ((0, (stop.axis, 1 if stop.single else -1)),)))
 
@@ -132,14 +139,8 @@ class LearningRecorder(Recorder):
             self._hang(route)
 
     def _hang(self, route: Route) -> None:
-        for name, module in _layers(self.model).items() if route.inside else ():
-            if module in route.inside:
-                leave = partial(self._leave_layer, name or type(module).__name__)
-                self.handles += [
-                    module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
-                    module.register_forward_hook(Hook(leave), with_kwargs=True, prepend=True),
-                    module.register_forward_hook(Hook(self._close_layer), always_call=True),
-                ]
+        for module, name in route.inside.items():
+            self._attach_layer(module, name)
         for module in route.followed - {self.model}:
             self._attach_model(module)
         for module in {part for part, _ in route.parts}:
@@ -266,8 +267,7 @@ class LearningRecorder(Recorder):
         if _in_backward() or not lesson.bodies:
             lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
             return
-        layer = call.fn if isinstance(call.fn, nn.Module) else None
-        lesson.add(layer, self._as_stop(call, tensors))
+        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors))
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
@@ -282,7 +282,7 @@ class LearningRecorder(Recorder):
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
             stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
-            lesson.add(module, stop)
+            lesson.add(Named(name, module), stop)
         return new_output
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:

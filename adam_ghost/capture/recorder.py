@@ -1,6 +1,7 @@
 """Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -15,7 +16,7 @@ from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, declare_known
 from adam_ghost.capture.heads import HEADS, declare_heads
-from adam_ghost.capture.hooks import FunctionMode, Hook
+from adam_ghost.capture.hooks import FunctionMode, Hook, taken_off
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
@@ -137,16 +138,18 @@ class Recorder:
         model = self.model
         layers = _layers(model)
         for name, module in layers.items():
-            leave = partial(self._leave_layer, name or type(module).__name__)
-            self.handles += [
-                module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
-                module.register_forward_hook(Hook(leave), with_kwargs=True, prepend=True),
-                module.register_forward_hook(Hook(self._close_layer), always_call=True),
-            ]
+            self._attach_layer(module, name or type(module).__name__)
         for name, module in model.named_modules():
             part = any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers)
             if not part and name and not isinstance(module, torch.jit.ScriptModule):
                 self._attach_model(module)
+
+    def _attach_layer(self, module: nn.Module, name: str) -> None:
+        self.handles += [
+            module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
+            module.register_forward_hook(Hook(partial(self._leave_layer, name)), with_kwargs=True, prepend=True),
+            module.register_forward_hook(Hook(self._close_layer), always_call=True),
+        ]
 
     def _attach_model(self, module: nn.Module) -> None:
         handles = self.root_handles if module is self.model else self.handles
@@ -167,6 +170,10 @@ class Recorder:
         for handle in (*self.handles, *self.root_handles):
             handle.remove()
         self.handles, self.root_handles = [], []
+
+    def off(self) -> AbstractContextManager[None]:
+        """Inside the block the model runs without the recorder's hooks."""
+        return taken_off((*self.handles, *self.root_handles))
 
     def _reset(self) -> None:
         self.batch = Batch()

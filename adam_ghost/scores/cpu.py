@@ -100,8 +100,13 @@ def wgrad_score(
             a, b, bounds = a.unflatten(0, (n, *lengths)), b.unflatten(0, (n, *lengths)), None
     else:
         n = a.shape[0]
-    short = a.numel() <= SHORT * n * a.shape[-1] and n * P[0].numel() > TINY
-    made, scores = _contracted(a, b, P, bounds) if short else _in_blocks(a, b, P, bounds, block_bytes)
+    if bounds is None and 0 < n * b.shape[-1] * a.shape[-1] <= min(TINY, block_bytes // a.element_size()):
+        block = torch.bmm(b.mT, a)
+        made, scores = block.sum(0), block.view(n, -1) @ P.flatten(1).T
+    elif a.numel() <= SHORT * n * a.shape[-1]:
+        made, scores = _contracted(a, b, P, bounds)
+    else:
+        made, scores = _in_blocks(a, b, P, bounds, block_bytes)
     return made if made.dtype == full else made.to(full), scores
 
 
@@ -118,9 +123,6 @@ def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tu
 def _in_blocks(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None, block_bytes: int) -> tuple[Tensor, Tensor]:
     d_out, d_in = P.shape[1:]
     n = a.shape[0] if bounds is None else len(bounds) - 1
-    if bounds is None and 0 < n * d_out * d_in <= TINY:
-        block = torch.bmm(b.mT, a)
-        return block.sum(0), block.view(n, -1) @ P.flatten(1).T
     per_block = min(n, max(1, block_bytes // (d_out * d_in * a.element_size()))) if bounds is None else 1
     block = a.new_empty(per_block, d_out, d_in)
     total, scores, ones = a.new_zeros(d_out * d_in), a.new_empty(n, len(P)), a.new_ones(per_block)
