@@ -199,7 +199,7 @@ class Call:
         return None if p is None else self._names.get(p)
 
     def directions(self, P: Mapping[str, Tensor], *attributes: str) -> list[Tensor | None]:
-        """The entries of ``P`` for the module's parameters under these attributes; None where there is none, or it is not trained."""
+        """The entries of ``P`` for the module's parameters of these names; None where there is none, or it is not trained."""
         if self._own_names is None:
             self._own_names = {key: name for key, p in self.own.items() if (name := self._names.get(p)) is not None}
         return [P.get(self._own_names.get(attribute, "")) for attribute in attributes]

@@ -11,7 +11,6 @@ left its route it cannot be scored; ``Recording.deviation`` says so, and the kin
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
@@ -85,7 +84,9 @@ class _Lesson:
         stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
         parts = tuple((part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed)
         elsewhere = {part for bodies, part, _ in self.exits if bodies[-1] not in followed}
-        apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint({part for part, _ in parts} | followed)
+        apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint(
+            {part for part, _ in parts} | followed
+        )
         pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
         if apart and pays:
             self.route = Route(stops, frozenset(followed), inside, parts, graph)

@@ -37,11 +37,12 @@ def custom_modules(root: nn.Module) -> list[nn.Module]:
 
 
 def is_custom(module: nn.Module) -> bool:
-    return _is_custom(type(module))
+    cls: Any = type(module)
+    return _is_custom(cls)
 
 
 @functools.cache
-def _is_custom(cls: type) -> bool:
+def _is_custom(cls: Any) -> bool:
     # fully_shard puts a class of PyTorch's before the module's own
     return any(not kind.__module__.startswith(("torch.", "builtins")) for kind in cls.__mro__)
 

@@ -278,8 +278,8 @@ def _read(
             scalars = known.get(t)
             if scalars is None:
                 scalars = known[t] = common._replace(t=t)
-            held = p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq")
-            yield p, ParamState(*(map(local_part, held) if hasattr(p, "to_local") else held), scalars)
+            row = ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
+            yield p, ParamState(*map(local_part, row)) if hasattr(p, "to_local") else row
 
 
 def _times(steps: list[float | Tensor]) -> list[float | Tensor]:

@@ -153,7 +153,13 @@ def _check_tokens(offsets: Tensor | None, last: dict[str, Tensor | None], offset
 def _check_layer(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None, offsets: Tensor | None) -> None:
     """A linear layer's call and its directions."""
     bias_fits = P_bias is None or P_bias.shape == P.shape[:2]
-    if offsets is None and a.ndim == P.ndim == 3 and (*a.shape[:2], P.shape[1]) == b.shape and a.shape[2] == P.shape[2] and bias_fits:
+    if (
+        offsets is None
+        and a.ndim == P.ndim == 3
+        and (*a.shape[:2], P.shape[1]) == b.shape
+        and a.shape[2] == P.shape[2]
+        and bias_fits
+    ):
         return  # as nearly always: what does not fit is found and named below
     _check_tokens(offsets, {"a": a, "b": b})
     _check_shape("P", P, None, b.shape[-1], a.shape[-1])

@@ -71,9 +71,7 @@ class _Moving(NamedTuple):
         return cls([p for p, _, _ in found], [g for _, g, _ in found], [x for _, _, x in found])
 
 
-def _move(
-    opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients | None, weights: Sequence[Tensor], at: str
-) -> None:
+def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients | None, weights: Sequence[Tensor], at: str) -> None:
     """Puts the weights at the ``midpoint`` of the step, or after history alone (``lookahead``), in place.
 
     ``weights``: their memory. The weights come back, so a graph that saved the parameters stays valid.
