@@ -1,14 +1,13 @@
 """What hangs on a user's model, and on torch, while layer calls are recorded; copies of the model carry none of it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils.hooks import RemovableHandle
 
 
 class Hook(partial):
@@ -17,26 +16,6 @@ class Hook(partial):
     def __reduce__(self) -> tuple:
         # of the standard library, so that a pickled model loads where this package is not: takes anything, returns None
         return getattr, (nullcontext(), "__exit__")
-
-
-@contextmanager
-def taken_off(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Inside the block these hooks are off their modules, which call their forward without a detour then; all others stay."""
-    ours: dict[int, tuple[dict, dict]] = {}  # the modules' dictionaries of hooks, and what was in them
-    for handle in handles:
-        hooks = handle.hooks_dict_ref()
-        if hooks is not None and handle.id in hooks:
-            ours.setdefault(id(hooks), (hooks, dict(hooks)))
-            del hooks[handle.id]
-    try:
-        yield
-    finally:
-        mine = {handle.id for handle in handles}
-        for hooks, before in ours.values():
-            now = dict(hooks)
-            hooks.clear()
-            hooks.update((k, hook) for k, hook in before.items() if k in now or k in mine)
-            hooks.update(now)  # those that came meanwhile
 
 
 class StandIn:

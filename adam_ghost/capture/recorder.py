@@ -1,7 +1,6 @@
 """Records the layer calls of a training step: what went in, and the gradient that came back at what went out."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
 
@@ -16,7 +15,7 @@ from adam_ghost.capture.batch import Batch, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, declare_known
 from adam_ghost.capture.heads import HEADS, declare_heads
-from adam_ghost.capture.hooks import FunctionMode, Hook, taken_off
+from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
@@ -170,10 +169,6 @@ class Recorder:
         for handle in (*self.handles, *self.root_handles):
             handle.remove()
         self.handles, self.root_handles = [], []
-
-    def off(self) -> AbstractContextManager[None]:
-        """Inside the block the model runs without the recorder's hooks."""
-        return taken_off((*self.handles, *self.root_handles))
 
     def _reset(self) -> None:
         self.batch = Batch()

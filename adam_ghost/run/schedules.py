@@ -206,7 +206,6 @@ class After(Collecting):
     def attach(self) -> None:
         model = self.loop.model
         self._watch()
-        self.loop.validation.aside = self.recorder.off
         # ours see the forward pass first and last
         self._handles = [model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)]
         self.recorder.attach()
@@ -214,7 +213,6 @@ class After(Collecting):
 
     def detach(self) -> None:
         self.recorder.detach()
-        self.loop.validation.aside = nullcontext
         for handle in self._handles:
             handle.remove()
         self._handles = []

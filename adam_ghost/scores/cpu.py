@@ -22,9 +22,9 @@ TINY = 2**15  # elements of all per-sample gradients up to which it did not: wha
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ weight.T + bias``: by oneDNN, which on CPUs that are not Intel's runs up to twice as fast as the default BLAS."""
-    if torch.compiler.is_compiling() or a.device.type != "cpu" or not a.dtype == weight.dtype == torch.float32:
+    if torch.compiler.is_compiling() or a.numel() * weight.shape[0] < _SMALL:
         return F.linear(a, weight, bias)
-    if a.numel() * len(weight) < _SMALL:
+    if a.device.type != "cpu" or not a.dtype == weight.dtype == torch.float32:
         return F.linear(a, weight, bias)
     # the direct call knows no autograd
     differentiable = torch.is_grad_enabled() and (a.requires_grad or weight.requires_grad)

@@ -1,14 +1,14 @@
 """The validation gradient at weights of choice, with everything of the user's put back afterwards, to the bit."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture import walk
-from adam_ghost.capture.surroundings import Surroundings, is_custom, random_state, set_random_state
+from adam_ghost.capture.surroundings import is_custom, kept, random_state, set_random_state
 from adam_ghost.processes.world import World
 
 
@@ -27,7 +27,6 @@ class Validation:
     def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module, world: World | None = None, split: bool = False):
         self.val_loss, self.model, self.tree = val_loss, model, walk.Tree(model)
         self.world, self.split = world or World(), split
-        self.aside: Callable[[], AbstractContextManager[None]] = nullcontext  # whoever records the model steps aside in it
         self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
         self._kinds: list[Any] = []  # shapes, types and devices of the copies
@@ -61,7 +60,7 @@ class Validation:
         # running statistics, power iterations
         buffers = [(x.data, x.clone()) for _, own in held for x in own.values() if x is not None]
         devices = sorted({p.device.index for p in named.values() if p.is_cuda})
-        with torch.random.fork_rng(devices), Surroundings(filter(is_custom, modules)).entered(), self.world.quiet(), self.aside():
+        with torch.random.fork_rng(devices), kept(filter(is_custom, modules)), self.world.quiet():
             if self._stream is None and self.world.size > 1 and not self.split:
                 self._stream = self.world.first(_streams(devices))
             if self._stream is not None:
