@@ -17,7 +17,6 @@ _SMALL = 2**20  # multiplications below which calling oneDNN takes longer than i
 _LARGE = 2**26
 BLOCK_BYTES = 4 << 20  # of per-sample gradients held at once: larger blocks leave the cache and measured slower
 SHORT = 16  # tokens per sample up to which the contraction measured faster
-TINY = 2**15  # elements of all per-sample gradients up to which it did not: what it takes is calls
 
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,10 +99,7 @@ def wgrad_score(
             a, b, bounds = a.unflatten(0, (n, *lengths)), b.unflatten(0, (n, *lengths)), None
     else:
         n = a.shape[0]
-    if bounds is None and 0 < n * b.shape[-1] * a.shape[-1] <= min(TINY, block_bytes // a.element_size()):
-        block = torch.bmm(b.mT, a)
-        made, scores = block.sum(0), block.view(n, -1) @ P.flatten(1).T
-    elif a.numel() <= SHORT * n * a.shape[-1]:
+    if a.numel() <= SHORT * n * a.shape[-1]:
         made, scores = _contracted(a, b, P, bounds)
     else:
         made, scores = _in_blocks(a, b, P, bounds, block_bytes)
@@ -111,8 +107,8 @@ def wgrad_score(
 
 
 def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tuple[Tensor, Tensor]:
-    if bounds is None:
-        return b.flatten(0, 1).T @ a.flatten(0, 1), contract(a, b, P)
+    if bounds is None:  # the gradient of plain training, to the bit
+        return b.reshape(-1, b.shape[-1]).T @ a.reshape(-1, a.shape[-1]), contract(a, b, P)
     per_row = torch.stack([((a @ p.T) * b).sum(-1) for p in P], -1)  # [rows, K]
     lengths = torch.tensor(bounds).diff()
     a, b, per_row = (x[bounds[0] : bounds[-1]] for x in (a, b, per_row))
