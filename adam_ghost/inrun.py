@@ -301,7 +301,7 @@ class InRun:
             raise ValueError(f"{what} cannot be used with samples of several rows, got views={views}")
         if self.ledger is not None:
             self.ledger.begin(ids, self._settings)
-        refuse_mixed_samples(self.model)
+        refuse_mixed_samples(self._loop.validation.tree.modules())
         self._settle()
         self._follow_freezing()
         with plain_precision(self.model):  # which may take a validation gradient
@@ -452,7 +452,8 @@ class InRun:
         if changed := self._changed():
             raise ValueError(f"frozen or unfrozen between run.batch and the step: {', '.join(changed[:6])}; do it before run.batch")
         passes = [m.whole for m in micro if loop.fallback]
-        step = gather_step(self.model, read_optimizer(self.optimizer), recordings, self.coverage, passes, loop.world)
+        named = loop.validation.tree.named_parameters()
+        step = gather_step(named, read_optimizer(self.optimizer), recordings, self.coverage, passes, loop.world)
         if new := [name for name, p in step.params.items() if loop.params.get(name) is not p]:
             raise ValueError(f"new parameters since the run was built: {', '.join(new[:6])}; close it and build another")
         before = loop.watch.fingerprint

@@ -101,7 +101,7 @@ class LayerCache:
     def __enter__(self) -> "LayerCache":
         if self._recording:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
-        refuse_mixed_samples(self.model)
+        refuse_mixed_samples(self.validation.tree.modules())
         self.clear()
         self.recorded, self._packing = Recording(self._packing), None
         self._handles = self.validation.world.follow(self.model)
@@ -140,15 +140,14 @@ class LayerCache:
 
     def mark_weights(self) -> None:
         """The weights are those that the recorded gradients belong to."""
-        self._versions = [(p, p._version) for p in self.model.parameters()]
+        self._versions = [(p, p._version) for p in self.validation.tree.named_parameters().values()]
 
     def same_weights(self) -> bool:
         return all(p._version == version for p, version in self._versions)
 
     def _grads(self) -> dict[str, Tensor]:
-        named = self.model.named_parameters()
-        given = {name: p.grad for name, p in named if p.grad is not None and p.grad.layout is torch.strided}
-        return {name: self.validation.world.local(g) for name, g in given.items()}
+        grads = ((name, p.grad) for name, p in self.validation.tree.named_parameters().items())
+        return {name: self.validation.world.local(g) for name, g in grads if g is not None and g.layout is torch.strided}
 
     def scaled_since(self) -> dict[str, Tensor]:
         """What the gradients were multiplied by since the block ended (clipped, unscaled); empty if by nothing.
@@ -158,13 +157,14 @@ class LayerCache:
         grads = self._grads()
         if self._fingerprint is None:
             return {}
-        # what is done to a sharded gradient leaves no mark on its parts
-        if not self.validation.world.sharded and self._fingerprint.untouched(grads):
-            return {}
         changes = self._fingerprint.changes(grads, self.validation.world)
-        if changes.edited.device.type == "cpu" and bool(changes.edited.any()):
+        if changes.edited.device.type != "cpu":  # looking would wait for it: scores come out as not finite
+            return changes.factors()
+        if void := [name for name, gone in zip(changes.names, changes.void.tolist(), strict=True) if gone]:
+            raise ValueError(f"the gradient of '{void[0]}' is not finite")
+        if bool(changes.edited.any()):
             raise ValueError(EDITED)
-        return changes.scale
+        return changes.factors()
 
     @property
     def recording(self) -> bool:
@@ -193,13 +193,9 @@ def open_step(cache: LayerCache, opt_state: Optimizers | OptState) -> Step:
     if world.sharded and type(opt_state) is not AdamState:
         raise ValueError("where fully_shard shards the model, one Adam or AdamW of torch.optim must train it")
     world.settle()
-    for name, p in cache.model.named_parameters():
-        # looking costs no synchronisation on the CPU; on a GPU the scores come out as not finite
-        g = None if p.grad is None else world.local(p.grad)
-        if g is not None and g.device.type == "cpu" and g.layout is torch.strided and not bool(g.isfinite().all()):
-            raise ValueError(f"the gradient of '{name}' is not finite")
+    named = cache.validation.tree.named_parameters()
     world.check_reduced()
-    step = gather_step(cache.model, opt_state, [cache.recorded], cache.coverage, cache.passes, world)
+    step = gather_step(named, opt_state, [cache.recorded], cache.coverage, cache.passes, world)
     cache.loses = bool(step.whole or step.missing)
     step.scale = cache.scaled_since()
     return step

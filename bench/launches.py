@@ -130,10 +130,11 @@ class Books(TorchDispatchMode):
         schema = getattr(torch.ops.adam_ghost, name).default._schema
         given = {p.name: p.default_value for p in schema.arguments}
         given |= dict(zip(given, args, strict=False)) | kwargs
-        if name in adam_op._FAKES:
-            launches = -(-len(given["params"]) // SLOTS) * (2 if name == "variance_correction" else 1)
-            self.enter(name, launches + (given["table"].device.type == "meta"), args)
-            return adam_op._FAKES[name](*given.values())
+        if name in adam_op.FAKES:
+            tensors = given.get("params") or given["grads"]
+            launches = -(-len(tensors) // SLOTS) * (2 if name in ("variance_correction", "gradient_sums") else 1)
+            self.enter(name, launches + ("table" in given and given["table"].device.type == "meta"), args)
+            return adam_op.FAKES[name](*given.values())
         with self:
             return getattr(ops, f"_{name}_impl")(**given)
 
@@ -190,7 +191,7 @@ def _on_meta(books: Books) -> None:
         for known in ("_get_fused_kernels_supported_devices", "_get_capturable_supported_devices"):
             if hasattr(module, known):
                 setattr(module, known, lambda *args, **options: ["meta", "cuda"])
-    adam_op._run = lambda name, *arguments: getattr(torch.ops.adam_ghost, name)(*arguments)
+    adam_op.run = lambda name, *arguments: getattr(torch.ops.adam_ghost, name)(*arguments)
     _imitate_autocast()
 
 

@@ -137,6 +137,24 @@ void read_table(Job& job, PyObject* table, PyObject* rows) {
   }
 }
 
+// Gradients alone; no step is taken.
+Job read_gradients(PyObject* gradients) {
+  require(PyList_Check(gradients), SHAPE);
+  const Py_ssize_t n = PyList_Size(gradients);
+  Job job;
+  job.params.resize(n);
+  job.models.reserve(n);
+  job.fields = FIELDS<StepRow>;
+  job.steps.resize(job.fields);
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const Model& model = job.models.emplace_back(PyList_GetItem(gradients, i));
+    job.params[i].numel = model.numel;
+    job.params[i].g = {model.x.data, dtype_of(model.x)};
+    require(model.x.device.device_type == job.device().device_type && model.x.device.device_id == job.device().device_id, DEVICE);
+  }
+  return job;
+}
+
 // What the ops share: parameters, Adam's state, steps.
 Job read_state(PyObject* const* args, PyObject* table, PyObject* rows) {
   require(PyList_Check(args[0]), SHAPE);
@@ -275,8 +293,25 @@ PyObject* variance_correction(PyObject*, PyObject* args) {
     double* to = static_cast<double*>(s.data);
     require(job.fields == FIELDS<StepRow> || (!foreseen && rule != FROZEN), SHAPE);
     for (Param& p : job.params) p.foreseen = foreseen && p.m.data && p.v.data;
-    run_any(job, job.K, [&](const auto* rows) { variance_correction_cpu(job.params, rows, rule, job.K, to); },
+    run_any(job, sum_count(job.K), [&](const auto* rows) { variance_correction_cpu(job.params, rows, rule, job.K, to); },
         [&](const auto& l, void* workspace) { return variance_correction_cuda(l, job.params, rule, job.K, workspace, to); });
+  });
+}
+
+PyObject* gradient_sums(PyObject*, PyObject* args) {
+  PyObject *gradients, *along, *sums;
+  if (!PyArg_ParseTuple(args, "OOO", &gradients, &along, &sums)) return nullptr;
+  return answer([&] {
+    Job job = read_gradients(gradients);
+    const bool any = PyList_Check(along) && PyList_Size(along) > 0;
+    if (any) read_planes(job, {along}, 0);
+    const int64_t K = any ? job.K : 0;
+    const DLTensor s = view(sums);
+    require(s.ndim == 2 && s.shape[0] == int64_t(job.params.size()) && s.shape[1] == gradient_sum_count(K) && s.dtype.bits == 64 &&
+                row_major(s.shape, s.strides, 2), SHAPE);
+    double* to = static_cast<double*>(s.data);
+    run<StepRow>(job, gradient_sum_count(K), [&](const StepRow*) { gradient_sums_cpu(job.params, K, to); },
+        [&](const auto& l, void* workspace) { return gradient_sums_cuda(l, job.params, K, workspace, to); });
   });
 }
 
@@ -320,6 +355,7 @@ PyObject* built(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {{"variance_correction", variance_correction, METH_VARARGS, nullptr},
+                         {"gradient_sums", gradient_sums, METH_VARARGS, nullptr},
                          {"weight_points", weight_points, METH_VARARGS, nullptr},
                          {"adjoint", adjoint, METH_VARARGS, nullptr},
                          {"built", built, METH_NOARGS, nullptr},

@@ -57,6 +57,7 @@ struct Kernels {
   StepKernels<Fraction> fraction;
   decltype(&baseline::sum_v_range) sum_v;
   decltype(&baseline::adjoint_range) adjoint;
+  decltype(&baseline::gradient_sums_range) gradient_sums;
   const char* name;
 
   const StepKernels<Step>& of(const Step*) const { return adam; }
@@ -66,7 +67,7 @@ struct Kernels {
 #define AG_KERNELS(of)                                                                                            \
   {                                                                                                               \
     {of::correct_range<Step>, of::move_range<Step>}, {of::correct_range<Fraction>, of::move_range<Fraction>},     \
-        of::sum_v_range, of::adjoint_range, #of                                                                   \
+        of::sum_v_range, of::adjoint_range, of::gradient_sums_range, #of                                                                   \
   }
 
 Kernels choose() {
@@ -128,6 +129,13 @@ void share_out(const std::vector<Chunk>& chunks, int64_t cost, const Work& work)
                      const_cast<void*>(static_cast<const void*>(&run)));
 }
 
+// The chunks' sums added up for each parameter, in order.
+void add_up(const std::vector<Chunk>& chunks, const std::vector<double>& partial, size_t params, int64_t width, double* sums) {
+  std::fill_n(sums, params * width, 0.0);
+  for (size_t i = 0; i < chunks.size(); ++i)
+    for (int64_t j = 0; j < width; ++j) sums[chunks[i].param * width + j] += partial[i * width + j];
+}
+
 template <class Row>
 using StepOf = decltype(derive(Row{}, SECANT));
 
@@ -183,9 +191,21 @@ void variance_correction_cpu(const std::vector<Param>& params, const Row* rows, 
       kernels().of(steps.data()).correct(p, steps[p.row], K, begin, end, least, &partial[i * width]);
     }
   });
-  std::fill_n(sums, params.size() * width, 0.0);
-  for (size_t i = 0; i < chunks.size(); ++i)
-    for (int64_t j = 0; j < width; ++j) sums[chunks[i].param * width + j] += partial[i * width + j];
+  add_up(chunks, partial, params.size(), width, sums);
+}
+
+void gradient_sums_cpu(const std::vector<Param>& params, int64_t K, double* sums) {
+  const int64_t width = gradient_sum_count(K);
+  int64_t cost;
+  const std::vector<Chunk> chunks = split(params, cost);
+  std::vector<double> partial(chunks.size() * width, 0.0);
+  share_out(chunks, cost, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      const Param& p = params[chunks[i].param];
+      kernels().gradient_sums(p, K, chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel), &partial[i * width]);
+    }
+  });
+  add_up(chunks, partial, params.size(), width, sums);
 }
 
 template <class Row>

@@ -110,6 +110,30 @@ inline double sum_v_range(const Param& p, int64_t begin, int64_t end) {
   return sum;
 }
 
+inline void gradient_sums_range(const Param& p, int64_t K, int64_t begin, int64_t end, double* sums) {
+  Scratch t;
+  for (int64_t start = begin; start < end; start += TILE) {
+    const int n = int(end - start < TILE ? end - start : TILE);
+    const float* g = widen(p.g, start, n, t.g);
+    double l1 = 0, l2 = 0;
+#pragma omp simd reduction(+ : l1, l2)
+    for (int i = 0; i < n; ++i) {
+      const double x = g[i];
+      l1 += x < 0 ? -x : x;
+      l2 += x * x;
+    }
+    sums[0] += l1;
+    sums[1] += l2;
+    for (int64_t k = 0; k < K; ++k) {
+      const float* along = widen(p.planes[ALONG][k], start, n, t.val);
+      double reached = 0;
+#pragma omp simd reduction(+ : reached)
+      for (int i = 0; i < n; ++i) reached += double(along[i]) * double(g[i]);
+      sums[2 + k] += reached;
+    }
+  }
+}
+
 inline void foresee_tile(const Step& s, const State& x, int n, float least, float* __restrict g) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) g[i] = foresee(s, x.m[i], x.v[i], least);

@@ -211,13 +211,44 @@ __global__ void __launch_bounds__(THREADS, KB == 1 ? 2 : 1)
 // One block per tensor and kind of sum adds up the chunks'.
 template <class S>
 __global__ void __launch_bounds__(THREADS)
-    add_up(const __grid_constant__ Batch<S> batch, int64_t K, const double* partial, double* sums) {
+    add_up(const __grid_constant__ Batch<S> batch, int64_t width, const double* partial, double* sums) {
   const Slot<S>& slot = batch.slot[blockIdx.x];
-  const int64_t width = 2 * K, chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
+  const int64_t chunks = (slot.p.numel + CHUNK - 1) / CHUNK;
   double sum[1] = {};
   for (int64_t i = threadIdx.x; i < chunks; i += THREADS) sum[0] += partial[(slot.first_chunk + i) * width + blockIdx.y];
   block_sum(sum);
   if (threadIdx.x == 0) sums[slot.index * width + blockIdx.y] = sum[0];
+}
+
+// One chunk's norms, and its products with directions first_k .. first_k + KB - 1.
+template <int KB>
+__global__ void __launch_bounds__(THREADS) sum_gradients(const __grid_constant__ Batch<Step> batch, int64_t K, double* partial) {
+  const int at = slot_of(batch, blockIdx.x);
+  const Slot<Step>& slot = batch.slot[at];
+  const int64_t chunk = blockIdx.x - batch.first_block[at], n = slot.p.numel, begin = chunk * CHUNK;
+  const int64_t end = begin + CHUNK < n ? begin + CHUNK : n, first_k = int64_t(blockIdx.y) * KB;
+  double total[2 + KB] = {};
+  for (int64_t i = begin + int64_t(threadIdx.x) * VECTOR; i < end; i += THREADS * VECTOR) {
+    const bool whole = slot.aligned && i + VECTOR <= n;
+    float g[VECTOR], along[VECTOR];
+    load(slot.p.g, i, n, whole, g);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) total[0] += double(fabsf(g[j])), total[1] += double(g[j]) * double(g[j]);
+#pragma unroll
+    for (int k = 0; k < KB; ++k) {
+      if (first_k + k >= K) break;
+      load(slot.p.planes[ALONG][first_k + k], i, n, whole, along);
+#pragma unroll
+      for (int j = 0; j < VECTOR; ++j) total[2 + k] += double(along[j]) * double(g[j]);
+    }
+  }
+  block_sum(total);
+  if (threadIdx.x != 0) return;
+  double* sums = partial + (slot.first_chunk + chunk) * (2 + K);
+  if (first_k == 0) sums[0] = total[0], sums[1] = total[1];
+#pragma unroll
+  for (int k = 0; k < KB; ++k)
+    if (first_k + k < K) sums[2 + first_k + k] = total[2 + k];
 }
 
 // Each chunk's sum of second moments, and each tensor's mean from these.
@@ -401,12 +432,12 @@ int64_t steps_bytes(const Launch<Row>& l) {
 const char* cuda_targets() { return ADAM_GHOST_TARGETS; }
 
 template <class Row>
-int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch<Row>& l, int64_t K) {
+int64_t workspace_bytes_cuda(const std::vector<Param>& params, const Launch<Row>& l, int64_t width) {
   int64_t chunks = 0;
-  if (K)
+  if (width)
     for (const Param& p : params) chunks += chunks_of(p);
   // sums of each chunk, and means of each tensor
-  return steps_bytes(l) + (chunks * sum_count(K) + (K ? int64_t(params.size()) : 0)) * int64_t(sizeof(double));
+  return steps_bytes(l) + (chunks * width + (width ? int64_t(params.size()) : 0)) * int64_t(sizeof(double));
 }
 
 template <class Row>
@@ -439,7 +470,20 @@ const char* variance_correction_cuda(const Launch<Row>& l, const std::vector<Par
       }
     }
     const double* made = partial;
-    launch(add_up<StepOf<Row>>, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, K, made, sums);
+    launch(add_up<StepOf<Row>>, dim3(unsigned(batch.count), unsigned(sum_count(K))), l.stream, batch, sum_count(K), made, sums);
+  });
+}
+
+const char* gradient_sums_cuda(const Launch<StepRow>& l, const std::vector<Param>& params, int64_t K, void* workspace, double* sums) {
+  double* partial = reinterpret_cast<double*>(static_cast<char*>(workspace) + steps_bytes(l));
+  const int64_t width = gradient_sum_count(K);
+  return in_batches(l, params, SECANT, workspace, [&](const Batch<Step>& batch, int64_t blocks) {
+    if (blocks && K <= 1)
+      launch(sum_gradients<1>, dim3(unsigned(blocks)), l.stream, batch, K, partial);
+    else if (blocks)
+      launch(sum_gradients<TARGETS>, dim3(unsigned(blocks), unsigned((K + TARGETS - 1) / TARGETS)), l.stream, batch, K, partial);
+    const double* made = partial;
+    launch(add_up<Step>, dim3(unsigned(batch.count), unsigned(width)), l.stream, batch, width, made, sums);
   });
 }
 

@@ -13,14 +13,15 @@ struct Launch {
   int64_t rows;
 };
 
-// Bytes of device memory that a call needs on its stream; K = 0 where there are no sums.
+// Bytes of device memory that a call needs on its stream, for `width` sums of each parameter.
 template <class Row>
-int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch<Row>&, int64_t K);
+int64_t workspace_bytes_cuda(const std::vector<Param>&, const Launch<Row>&, int64_t width);
 template <class Row>
 const char* variance_correction_cuda(const Launch<Row>&, const std::vector<Param>&, int rule, int64_t K, void* workspace, double* sums);
 template <class Row>
 const char* weight_points_cuda(const Launch<Row>&, const std::vector<Param>&, void* workspace);
 const char* adjoint_cuda(const Launch<StepRow>&, const std::vector<Param>&, int64_t K, void* workspace);
+const char* gradient_sums_cuda(const Launch<StepRow>&, const std::vector<Param>&, int64_t K, void* workspace, double* sums);
 const char* cuda_targets();
 
 }  // namespace adam_ghost

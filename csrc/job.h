@@ -28,6 +28,7 @@ struct Planes {
 
 // What an op's planes are.
 enum : int { VAL, OUT };                                         // variance_correction: out may be val
+enum : int { ALONG };                                            // gradient_sums: P
 enum : int { EMPTY, MID };                                       // weight_points: one each
 enum : int { LAMBDA_W, LAMBDA_M, LAMBDA_V, LAMBDA_V_MAX, LAMBDA_G };  // adjoint: the last is written only
 constexpr int PLANES = 5;
@@ -43,6 +44,8 @@ struct Param {
 
 // Sums of one parameter: K of <P, g>, then K of <val, w - w(empty)>.
 inline int64_t sum_count(int64_t K) { return 2 * K; }
+// Sums of one gradient: of |g| and g^2, then K of <P, g>.
+inline int64_t gradient_sum_count(int64_t K) { return 2 + K; }
 
 // Row: StepRow or FractionRow, whichever the optimizer's steps are.
 template <class Row>
@@ -50,6 +53,7 @@ void variance_correction_cpu(const std::vector<Param>&, const Row* rows, int rul
 template <class Row>
 void weight_points_cpu(const std::vector<Param>&, const Row* rows);
 void adjoint_cpu(const std::vector<Param>&, const StepRow* rows, int64_t K);
+void gradient_sums_cpu(const std::vector<Param>&, int64_t K, double* sums);
 const char* cpu_capability();
 
 }  // namespace adam_ghost

@@ -5,7 +5,7 @@ import pytest
 from adam_ghost import extension
 
 pytest.importorskip("triton")
-from bench import launches, sass, schedule
+from bench import host, launches, sass, schedule
 
 BLOCKS = 2  # of GPT-2's twelve, which are all alike
 
@@ -28,6 +28,18 @@ def test_nothing_waits_for_the_device(books, variant):
 @pytest.mark.parametrize("variant", ["lookahead", "midpoint"])
 def test_products_are_of_sixteen_bits_under_autocast(books, variant):
     assert set(books[variant]["dtypes"]) == {f"{'wgrad_score' if variant == 'lookahead' else 'contract'}: bfloat16 x bfloat16"}
+
+
+# function calls of a step, in calls of the bound's: what a later change may not exceed
+CALLS = {"lookahead": 7.5, "midpoint": 6.6, "thin layer": 6.8}
+
+
+@pytest.mark.skipif(not extension.built["cpu"], reason="the extension was not built")
+@pytest.mark.filterwarnings("ignore")
+def test_function_calls_of_a_step():
+    bound = host.calls(host.stepper("bound"))
+    for variant, times in CALLS.items():
+        assert host.calls(host.stepper(variant)) <= times * bound, variant
 
 
 @pytest.mark.skipif(not extension.built["cuda"] or not sass.tool("cuobjdump"), reason="no CUDA part, or no cuobjdump")

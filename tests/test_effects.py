@@ -212,3 +212,30 @@ def test_mixed_widths():
     assert case.attribute().isfinite().all()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert case.attribute().isfinite().all()
+
+
+class Counting(nn.Linear):
+    """Keeps books in plain attributes."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.passes, self.seen = 0, []
+
+    def forward(self, x):
+        self.passes += 1
+        self.seen.append(len(x))
+        self.last = x
+        return super().forward(x)
+
+
+def test_a_validation_pass_leaves_no_trace_in_plain_attributes():
+    model = Counting()
+    optimizer = torch.optim.AdamW(model.parameters())
+    cache = ag.LayerCache(model, lambda: model(torch.ones(2, 3)).sum())
+    with cache:
+        model(torch.randn(4, 3)).sum().backward()
+    passes, seen, last = model.passes, model.seen, model.last
+    del model.last
+    ag.attribute(cache, optimizer)
+    assert (model.passes, model.seen) == (passes, [4]) and model.seen is seen
+    assert not hasattr(model, "last") and len(last) == 4

@@ -4,15 +4,13 @@ The call's samples meet its parameters in ``outputs``; ``grad_output`` of each a
 come through other calls that no sample entered (a position embedding, a generated weight): those are replayed along.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.batch import Tag
@@ -48,6 +46,7 @@ def _place(p: Tensor) -> tuple[int, int]:
     return p._version, p.data_ptr()
 
 
+Receive: TypeAlias = "Callable[[Call, int, Tensor], None]"
 RngState = tuple[Tensor, Tensor | None, torch.device | None]
 
 
@@ -58,11 +57,20 @@ def rng_state(device: torch.device) -> RngState:
     return torch.get_rng_state(), None, None
 
 
-def _seen(grad: Tensor, like: Tensor, shape: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
-    """What a view sees of a gradient, that of a tensor which lies in memory as ``like`` does."""
-    if grad.stride() != like.stride():
-        grad = torch.empty_strided(like.shape, like.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
-    return grad.as_strided(shape, stride, grad.storage_offset() + offset)
+class _View(NamedTuple):
+    """How a tensor is seen through another one's memory."""
+
+    base: torch.Size
+    base_stride: tuple[int, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, grad: Tensor) -> Tensor:
+        """What the view sees of its base's gradient."""
+        if grad.stride() != self.base_stride:
+            grad = torch.empty_strided(self.base, self.base_stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+        return grad.as_strided(self.shape, self.stride, grad.storage_offset() + self.offset)
 
 
 class Call:
@@ -99,6 +107,7 @@ class Call:
         self.kind = layer_kind(fn)
         self._weights = [] if self.kind else [(p, _place(p)) for p in self._parameters()]
         self._found: dict[str, nn.Parameter] | None = None  # by ``parameters``
+        self._own_names: dict[str, str] | None = None  # by ``directions``
         self.rows: int | None = None  # of the outputs of a head's definition, where the head itself may give but their sum
         self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
         self.grad_output: dict[int, Tensor] = {}
@@ -107,48 +116,62 @@ class Call:
         """The parameters are elsewhere in memory whenever they are whole: that says nothing of their values."""
         self._weights = []
 
-    def watch(
-        self, index: int, out: Tensor, tag: Tag, inputs: Sequence[Tensor], receive: Callable[["Call", int, Tensor], None]
-    ) -> GradientEdge:
-        """Has ``receive(self, index, grad)`` called when the gradient of ``out`` comes; returns the place where it will."""
+    def watch(self, index: int, out: Tensor, tag: Tag, inputs: Sequence[Tensor], receive: "Receive") -> Tensor:
+        """Has ``receive(self, index, grad)`` called when the gradient of ``out`` comes; returns the tensor at which it will."""
         self.outputs[index] = tag
         base = out._base
         # products of more than two dimensions are views; an in-place function on them leaves their own node aside
         whole = base is not None and base.requires_grad and base.numel() == out.numel()
         if base is None or not whole or any(base is x or base is x._base for x in inputs):
+            out.register_hook(partial(self._arrived, receive, index, None))
+            return out
+        seen = _View(base.shape, base.stride(), out.shape, out.stride(), int(out.storage_offset() - base.storage_offset()))
+        base.register_hook(partial(self._arrived, receive, index, seen))
+        return base
 
-            def arrived(grad: Tensor | None) -> None:
-                if grad is not None:  # as of a custom function's result that nothing used
-                    receive(self, index, self._of_rows(grad.detach()))
+    def _arrived(self, receive: "Receive", index: int, seen: _View | None, grad: Tensor | None) -> None:
+        # none comes for a custom function's result that nothing used; while gradients are on they are not what .grad adds up:
+        # a pass for higher derivatives (create_graph=True)
+        if grad is None or torch.is_grad_enabled():
+            return
+        if seen is not None:
+            grad = seen.of(grad)
+        elif self.rows is not None and not grad.ndim:
+            grad = grad.expand(self.rows)  # at each row of what was summed up
+        receive(self, index, grad)
 
-            out.register_hook(arrived)
-            return get_gradient_edge(out)
-        place = out.shape, out.stride(), int(out.storage_offset() - base.storage_offset())
-        like = base.detach().to("meta")
-        base.register_hook(lambda grad: receive(self, index, _seen(grad.detach(), like, *place)))
-        return get_gradient_edge(base)
-
-    def _of_rows(self, grad: Tensor) -> Tensor:
-        """The gradient at each row of what was summed up."""
-        return grad if self.rows is None or grad.ndim else grad.expand(self.rows)
+    def _copy(self, **changed: Any) -> "Call":
+        call = object.__new__(Call)
+        call.__dict__ = self.__dict__ | changed
+        return call
 
     def with_gradient(self, index: int, grad: Tensor) -> "Call":
         """The same call, with ``grad`` at output ``index`` as its only output gradient."""
-        call = copy.copy(self)
-        call.grad_output = {index: grad}
-        return call
+        return self._copy(grad_output={index: grad})
+
+    def without_tensors(self) -> "Call":
+        """What ``again`` makes calls of: the same layer, nothing of this step."""
+        self.parameters()
+        self.directions({})
+        return self._copy(_leaves=[None], _versions=[None], outputs={}, grad_output={})
+
+    def again(self, x: Tensor, names: Mapping[Tensor, str]) -> "Call":
+        """Another call of the same layer, with ``x`` as its only argument."""
+        x = x.detach()
+        return self._copy(_leaves=[x], _versions=[x._version], _names=names, outputs={}, grad_output={})
 
     @property
     def input(self) -> Tensor:
         """The first tensor the call was given: a layer's activations, or an embedding's indices."""
-        return next(x for x in self.arguments() if isinstance(x, Tensor))
+        leaves = self.arguments()
+        return leaves[0] if isinstance(leaves[0], Tensor) else next(x for x in leaves if isinstance(x, Tensor))
 
     def arguments(self) -> list[Any]:
         """The recorded argument leaves; raises RuntimeError if one was changed in place since."""
         for x, version in zip(self._leaves, self._versions, strict=True):
-            if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) and x._version != version:
+            if version is not None and x._version != version and not isinstance(x, nn.Parameter):
                 raise RuntimeError(f"an input of '{self.name}' was modified in place after the call: its scores cannot be computed")
-        if any(_place(p) != place for p, place in self._weights):
+        if self._weights and any(_place(p) != place for p, place in self._weights):
             raise RuntimeError(
                 f"the weights of '{self.name}' changed between its forward pass and the step (SAM, another optimizer's step): its"
                 " scores cannot be computed"
@@ -175,10 +198,21 @@ class Call:
         """The model's name of one of this call's parameters; None where it is not trained."""
         return None if p is None else self._names.get(p)
 
-    def replay(self, values: Mapping[str, Tensor], others: Callable[[Tensor], Tensor] = Tensor.detach) -> list[Any]:
+    def directions(self, P: Mapping[str, Tensor], *attributes: str) -> list[Tensor | None]:
+        """The entries of ``P`` for the module's parameters of these names; None where there is none, or it is not trained."""
+        if self._own_names is None:
+            self._own_names = {key: name for key, p in self.own.items() if (name := self._names.get(p)) is not None}
+        return [P.get(self._own_names.get(attribute, "")) for attribute in attributes]
+
+    def replay(
+        self,
+        values: Mapping[str, Tensor],
+        others: Callable[[Tensor], Tensor] = Tensor.detach,
+        data: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[Any]:
         """The call's output leaves with parameters replaced by ``values``, by name, and the rest by ``others`` of them.
 
-        Without side effects, and in at least float32.
+        ``data``: what takes the place of tensors that are not made of parameters. Without side effects, and in at least float32.
         """
 
         def value(p: Tensor) -> Tensor:
@@ -191,11 +225,11 @@ class Call:
                 x = x.call.replay(values, others)[x.index]
             elif isinstance(x, nn.Parameter):
                 x = value(x)
+            elif data is not None and isinstance(x, Tensor):
+                x = data(x)
             leaves.append(_wide(x))
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         with ExitStack() as stack:
-            if self.kind is None:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the one attention with forward-mode derivatives
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -10,14 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
-class Hook:
+class Hook(partial):
     """A module's hook. Where the module is copied or pickled, the copy's does nothing, and holds nothing of ours."""
-
-    def __init__(self, call: Callable):
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
 
     def __reduce__(self) -> tuple:
         # of the standard library, so that a pickled model loads where this package is not: takes anything, returns None

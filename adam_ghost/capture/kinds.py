@@ -42,6 +42,13 @@ def _is_linear(module: nn.Module) -> bool:
     return _forward_of(module) is nn.Linear.forward or is_transposed(module)
 
 
+def is_plain_lookup(module: nn.Module) -> bool:
+    """Whether ``module`` is an embedding whose outputs, and their gradients, are rows of its weight as they are."""
+    if layer_kind(module) != "embedding" or not isinstance(module, nn.Embedding):
+        return False
+    return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
+
+
 def _is_affine(module: nn.Module) -> bool:
     forward = _forward_of(module)
     if isinstance(module, nn.EmbeddingBag):

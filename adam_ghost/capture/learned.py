@@ -10,10 +10,8 @@ there, the whole autograd graph behind them: every node's kind, its dimensions a
 left its route it cannot be scored; ``Recording.deviation`` says so, and the kind is followed from then on.
 """
 
-import copy
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from torch.utils import _pytree as pytree
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.kinds import layer_kind
-from adam_ghost.capture.recorder import Recorder, _in_backward, _layers, unseen
+from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
 
 AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
@@ -42,20 +40,29 @@ class Stop(NamedTuple):
     template: Call | None  # None: the layer takes care of its own scores
 
 
+Places: TypeAlias = tuple[tuple[int, tuple[int, int]], ...]  # which leaves of a module's output carry samples, and their tags
+
+
 class Route(NamedTuple):
     """What steps of a kind do."""
 
-    stops: tuple[Stop, ...]  # in bodies that are not followed
+    stops: tuple[Stop, ...]
     followed: frozenset[nn.Module]  # modules whose own body is followed
-    inside: frozenset[nn.Module]  # layers called by these
-    parts: tuple[
-        tuple[nn.Module, tuple[tuple[int, tuple[int, int]], ...]], ...
-    ]  # called by these, and where samples are in their outputs
+    inside: Mapping[nn.Module, str]  # layers called by these that are no stops, and their names
+    # all else that is called by these, and where samples are in their outputs
+    parts: tuple[tuple[nn.Module, Places], ...]
     graph: tuple[Any, ...]
 
     def same(self, other: "Route") -> bool:
         bare = [[stop._replace(template=None) for stop in route.stops] for route in (self, other)]
         return bare[0] == bare[1] and self[1:] == other[1:]
+
+
+class Named(NamedTuple):
+    """A layer, or a function, that was called."""
+
+    name: str
+    fn: Any
 
 
 class _Lesson:
@@ -65,28 +72,31 @@ class _Lesson:
         self.kind = kind
         self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
         self.bodies: list[nn.Module] = []  # those running now, from the model's down
-        self.calls: list[tuple[list[nn.Module], Stop | None, nn.Module | None]] = []  # bodies, the stop, the layer
-        self.exits: list[tuple[list[nn.Module], nn.Module, tuple[tuple[int, tuple[int, int]], ...]]] = []
+        self.calls: list[tuple[list[nn.Module], Stop | None, Named]] = []  # bodies, the stop, what was called
+        self.exits: list[tuple[list[nn.Module], nn.Module, Places]] = []  # bodies, what they called, stops too
         self.route: Route | None = None
         self.void = False  # whether something happened that no route foresees
 
     def end(self, graph: tuple[Any, ...]) -> None:
         """The model's forward pass is over: finds the bodies to be followed, with all those around them."""
         followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
-        stops, inside = [], set()
-        for bodies, stop, layer in self.calls:
-            if bodies[-1] in followed:
-                inside.add(layer)
-            elif stop is not None:
-                stops.append(stop)
-        inside.discard(None)
-        layers = {stop.layer for stop in stops}
-        parts = [(part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed]
+        inside = {call.fn: call.name for _, stop, call in self.calls if stop is None and isinstance(call.fn, nn.Module)}
+        stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
+        parts = tuple((part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed)
         elsewhere = {part for bodies, part, _ in self.exits if bodies[-1] not in followed}
-        if layers.isdisjoint(inside) and elsewhere.isdisjoint({part for part, _ in parts} | followed) and stops:
-            self.route = Route(
-                tuple(stops), frozenset(followed), frozenset(x for x in inside if x is not None), tuple(parts), graph
-            )
+        apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint(
+            {part for part, _ in parts} | followed
+        )
+        pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
+        if apart and pays:
+            self.route = Route(stops, frozenset(followed), inside, parts, graph)
+
+    def add(self, called: "Named", stop: Stop | None) -> None:
+        """A call of a layer, or of a function that met parameters; None where no stop tells what it does."""
+        bodies = list(self.bodies)
+        self.calls.append((bodies, stop, called))
+        if stop is not None:
+            self.exits.append((bodies, stop.layer, ((0, (stop.axis, 1 if stop.single else -1)),)))
 
 
 class LearningRecorder(Recorder):
@@ -130,14 +140,8 @@ class LearningRecorder(Recorder):
             self._hang(route)
 
     def _hang(self, route: Route) -> None:
-        for name, module in _layers(self.model).items():
-            if module in route.inside:
-                leave = partial(self._leave_layer, name or type(module).__name__)
-                self.handles += [
-                    module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
-                    module.register_forward_hook(Hook(leave), with_kwargs=True, prepend=True),
-                    module.register_forward_hook(Hook(self._close_layer), always_call=True),
-                ]
+        for module, name in route.inside.items():
+            self._attach_layer(module, name)
         for module in route.followed - {self.model}:
             self._attach_model(module)
         for module in {part for part, _ in route.parts}:
@@ -266,8 +270,7 @@ class LearningRecorder(Recorder):
         if _in_backward() or not lesson.bodies:
             lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
             return
-        layer = call.fn if isinstance(call.fn, nn.Module) else None
-        lesson.calls.append((list(lesson.bodies), self._as_stop(call, tensors), layer))
+        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors))
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
@@ -282,7 +285,7 @@ class LearningRecorder(Recorder):
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
             stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
-            lesson.calls.append((list(lesson.bodies), stop, module))
+            lesson.add(Named(name, module), stop)
         return new_output
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
@@ -297,11 +300,9 @@ class LearningRecorder(Recorder):
         argument = lesson.arguments.get(id(tensors[0]))
         if tensors[0].grad_fn is None and argument is None:
             return None  # made where no graph shows how
-        template = copy.copy(call)
-        template._leaves, template._versions, template.grad_output = [None], [None], {}
-        return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, template)
+        return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, call.without_tensors())
 
-    def _tags(self, output: Any) -> tuple[tuple[int, tuple[int, int]], ...] | None:
+    def _tags(self, output: Any) -> Places | None:
         """Where samples are in the leaves of a module's output; None where no route can tell."""
         found = []
         for i, x in enumerate(pytree.tree_leaves(output)):
@@ -376,13 +377,9 @@ class LearningRecorder(Recorder):
             self._deviate(f"{type(layer).__name__} was scored in another way")
             return
         if stop.template is not None:
-            call = copy.copy(stop.template)
-            call._names = self.names
-            x = x.detach()
-            call._leaves, call._versions, call.outputs, call.grad_output = [x], [x._version], {}, {}
-            edge = call.watch(0, output, (axis, size // n), [given[0]], self._into.receive)
-            if self._into.outputs is not None:
-                self._into.outputs.append(edge)
+            recording = self._into
+            call = stop.template.again(x, self.names)
+            recording.awaits(call.watch(0, output, (axis, size // n), [given[0]], recording.receive))
 
 
 def _regular(tag: Any) -> TypeGuard[tuple[int, int]]:

@@ -22,7 +22,7 @@ from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing
 from adam_ghost.capture.surroundings import Surroundings
-from adam_ghost.capture.walk import named_parameters
+from adam_ghost.capture.walk import Tree
 
 
 def unseen(hook: Callable) -> Callable:
@@ -109,6 +109,9 @@ class Recorder:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._tree = Tree(model)
+        self._named: dict[str, nn.Parameter] = {}  # of the model, and which of them are trained, as ``names`` was made
+        self._trained: list[bool] = []
         self.mode = FunctionMode(self._follow)
         self.recording: Recording | None = None
         self.open = False
@@ -137,16 +140,18 @@ class Recorder:
         model = self.model
         layers = _layers(model)
         for name, module in layers.items():
-            leave = partial(self._leave_layer, name or type(module).__name__)
-            self.handles += [
-                module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
-                module.register_forward_hook(Hook(leave), with_kwargs=True, prepend=True),
-                module.register_forward_hook(Hook(self._close_layer), always_call=True),
-            ]
+            self._attach_layer(module, name or type(module).__name__)
         for name, module in model.named_modules():
             part = any(name == layer or name.startswith(f"{layer}.") or layer == "" for layer in layers)
             if not part and name and not isinstance(module, torch.jit.ScriptModule):
                 self._attach_model(module)
+
+    def _attach_layer(self, module: nn.Module, name: str) -> None:
+        self.handles += [
+            module.register_forward_pre_hook(Hook(self._enter_layer), with_kwargs=True),
+            module.register_forward_hook(Hook(partial(self._leave_layer, name)), with_kwargs=True, prepend=True),
+            module.register_forward_hook(Hook(self._close_layer), always_call=True),
+        ]
 
     def _attach_model(self, module: nn.Module) -> None:
         handles = self.root_handles if module is self.model else self.handles
@@ -187,7 +192,11 @@ class Recorder:
     def begin(self, recording: Recording) -> None:
         self._reset(recording.packing)
         self.recording, recording.doubts = recording, self.batch.doubts
-        self.names = {p: name for name, p in named_parameters(self.model).items() if p.requires_grad}
+        named = self._tree.named_parameters()
+        trained = [p.requires_grad for p in named.values()]
+        if named is not self._named or trained != self._trained or self._attributes:
+            self._named, self._trained = named, trained
+            self.names = {p: name for name, p in named.items() if p.requires_grad}
         for module in self._attributes:
             self._name(module)
         self.open = True
@@ -530,9 +539,7 @@ class Recorder:
             self._give_up(call)
             return
         recording = self._into
-        edge = call.watch(index, out, tag, inputs, recording.receive)
-        if recording.outputs is not None:
-            recording.outputs.append(edge)
+        recording.awaits(call.watch(index, out, tag, inputs, recording.receive))
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)

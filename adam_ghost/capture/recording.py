@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.rows import Packing
@@ -23,10 +23,13 @@ class Recording:
         self.deviation = ""  # what was unlike in earlier steps, where that leaves this one without scores
         self.on_arrival: Callable[[], None] | None = None  # told of every gradient, in the midst of the backward pass
 
+    def awaits(self, x: Tensor) -> None:
+        """The gradient of ``x`` is awaited."""
+        if self.outputs is not None:
+            self.outputs.append(get_gradient_edge(x))
+
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
         """The gradient at output ``index`` of ``call`` has come; several backward passes add up, as they do in ``.grad``."""
-        if torch.is_grad_enabled():
-            return  # a pass for higher derivatives (create_graph=True): its gradients are not what .grad adds up
         if self.on_arrival is not None:
             self.on_arrival()
         if not call.grad_output:

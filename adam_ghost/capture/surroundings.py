@@ -1,6 +1,7 @@
 """What a module's code may read and write besides arguments, parameters and buffers: kept, so that running it leaves no trace."""
 
 import copy
+import functools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -36,8 +37,14 @@ def custom_modules(root: nn.Module) -> list[nn.Module]:
 
 
 def is_custom(module: nn.Module) -> bool:
+    cls: Any = type(module)
+    return _is_custom(cls)
+
+
+@functools.cache
+def _is_custom(cls: Any) -> bool:
     # fully_shard puts a class of PyTorch's before the module's own
-    return any(not kind.__module__.startswith(("torch.", "builtins")) for kind in type(module).__mro__)
+    return any(not kind.__module__.startswith(("torch.", "builtins")) for kind in cls.__mro__)
 
 
 class Surroundings:
@@ -53,23 +60,32 @@ class Surroundings:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Inside the block everything is as it was then; afterwards, as it is now.
-
-        Inside, attributes are copies: what changes them in place does not reach the module's own.
-        """
-        now = [_plain(m) for m in self._modules]
-        streams = random.getstate(), np.random.get_state()
-        try:
+        """Inside the block everything is as it was then; afterwards, as it is now."""
+        with kept(self._modules):
             for module, held in zip(self._modules, self._attributes, strict=True):
                 vars(module).update({k: _copy(x) for k, x in held.items()})
             _set_streams(*self._random)
             yield
-        finally:
-            for module, held in zip(self._modules, now, strict=True):
-                for name in _plain(module).keys() - held.keys():
-                    del vars(module)[name]
-                vars(module).update(held)
-            _set_streams(*streams)
+
+
+@contextmanager
+def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """After the block the modules' attributes and the random streams are as before it.
+
+    Inside, attributes are copies: what changes them in place does not reach the module's own.
+    """
+    now = [(module, _plain(module)) for module in modules]
+    streams = random.getstate(), np.random.get_state()
+    try:
+        for module, held in now:
+            vars(module).update({k: _copy(x) for k, x in held.items()})
+        yield
+    finally:
+        for module, held in now:
+            for name in _plain(module).keys() - held.keys():
+                del vars(module)[name]
+            vars(module).update(held)
+        _set_streams(*streams)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -1,10 +1,47 @@
 """A model's modules and parameters in ``torch.nn``'s order, in a fifth of the time that its own generators take."""
 
+from operator import is_
+from typing import Any
+
 from torch import nn
 
 
+class Tree:
+    """A model's modules and parameters, walked again only after one was put in, taken out or exchanged."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._modules: list[nn.Module] = []
+        self._named: dict[str, nn.Parameter] = {}
+        self._held: list[Any] = []  # names, modules and parameters, as all modules held them
+
+    def look(self) -> tuple[list[nn.Module], dict[str, nn.Parameter]]:
+        """``list(model.modules())`` and ``dict(model.named_parameters())``; the same objects while nothing was exchanged."""
+        held = _held(self._modules)
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)) or not held:
+            self._modules, self._named = modules(self._model), named_parameters(self._model)
+            self._held = _held(self._modules)
+        return self._modules, self._named
+
+    def modules(self) -> list[nn.Module]:
+        return self.look()[0]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return self.look()[1]
+
+
+def _held(modules: list[nn.Module]) -> list[Any]:
+    found: list[Any] = []
+    for module in modules:
+        for held in (module._parameters, module._modules):
+            if held:
+                found += held.keys()
+                found += held.values()
+    return found
+
+
 def modules(model: nn.Module) -> list[nn.Module]:
-    """As ``model.modules()``."""
+    """As ``list(model.modules())``."""
     found: dict[nn.Module, None] = {}
     waiting: list[nn.Module | None] = [model]
     while waiting:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adam_ghost.demo.data import Corpus
-from adam_ghost.demo.train import METHODS, Progress, Result, auroc, summarize
+from adam_ghost.demo.train import METHODS, Progress, Result, Throughput, auroc, summarize
 from adam_ghost.ledger.formulas import neutral
 
 _VALUES = ("window_standardized", "by_window", "standardized", "by_step", "summed_loss")  # of a Result: columns of scores.csv
@@ -122,7 +122,7 @@ def _completeness(result: Result) -> Table:
     return table
 
 
-def show(console: Console, result: Result, corpus: Corpus, share: float, batch: int) -> None:
+def show(console: Console, result: Result, corpus: Corpus, share: Throughput, batch: int) -> None:
     """The tables at the end."""
     order = _by_credit(result)
     before, after = result.target_loss
@@ -153,7 +153,8 @@ def show(console: Console, result: Result, corpus: Corpus, share: float, batch: 
     r = f"{len(corpus.target)}:{batch}"
     console.print(
         "Windows look up to the end of the training, so the last ones see less far.\n"
-        f"Throughput with one-step scores of every step: {share:.0%} of the same loop without (validation : training = {r})"
+        f"Throughput with one-step scores of every step: {share.of_plain:.0%} of the same loop without, {share.of_bound:.0%} of"
+        f" that with a bare validation pass (validation : training = {r})"
     )
 
 

@@ -80,7 +80,7 @@ class AdamState:
 
     def lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list]:
         """``exp_avgs``, ``exp_avg_sqs``, ``max_exp_avg_sqs`` and scalars of ``params``, as the ops take them."""
-        rows = [self[p] for p in params]
+        rows = [self._params[p] for p in params]
         moments = [r.exp_avg for r in rows], [r.exp_avg_sq for r in rows], [r.max_exp_avg_sq for r in rows]
         return *moments, [r.scalars for r in rows]
 
@@ -92,7 +92,7 @@ class AdamState:
         empty: list[Tensor] | None = None,
         mid: list[Tensor] | None = None,
     ) -> None:
-        adam_op.weight_points([self[p].param.data for p in params], list(grads), *self.lists(params), empty=empty, mid=mid)
+        adam_op.weight_points([self._params[p].param for p in params], list(grads), *self.lists(params), empty=empty, mid=mid)
 
     def linearize(
         self,
@@ -114,7 +114,7 @@ class AdamState:
         foreseen: bool,
     ) -> Linearized:
         m, v, v_max, steps = self.lists(params)
-        state = [self[p].param.data for p in params], list(grads), m, v, v_max
+        state = [self._params[p].param for p in params], list(grads), m, v, v_max
         P, sums = adam_op.variance_correction(*state, list(val_grads), steps, rule=rule, foreseen=foreseen, out=out)
         sums = sums.total()
         return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))
@@ -279,8 +279,8 @@ def _read(
             scalars = known.get(t)
             if scalars is None:
                 scalars = known[t] = common._replace(t=t)
-            m, v, v_max = (local_part(state.get(name)) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
-            yield p, ParamState(local_part(p), m, v, v_max, scalars)
+            row = ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
+            yield p, ParamState(*map(local_part, row)) if hasattr(p, "to_local") else row
 
 
 def _times(steps: list[float | Tensor]) -> list[float | Tensor]:

@@ -18,15 +18,15 @@ from adam_ghost.optim.adam_definition import RULES, StepScalars
 
 Tensors = list[Tensor | None]
 
-_lib = torch.library.Library("adam_ghost", "FRAGMENT")
+lib = torch.library.Library("adam_ghost", "FRAGMENT")
 _STATE = "Tensor[] params, Tensor?[] grads, Tensor?[] exp_avgs, Tensor?[] exp_avg_sqs, Tensor?[] max_exp_avg_sqs"
 _STEPS = "Tensor table, int[] rows"  # of step_table
 # what is written may be an input too, as in every out= op of torch; in weight_points, [] where a point is not asked for
-_lib.define(
+lib.define(
     f"variance_correction({_STATE}, Tensor[] val_grads, Tensor(a!)[] out, {_STEPS}, str rule, bool foreseen, str? impl) -> Tensor"
 )
-_lib.define(f"weight_points({_STATE}, Tensor(a!)[] empty, Tensor(b!)[] mid, {_STEPS}, str? impl) -> ()")
-_lib.define(
+lib.define(f"weight_points({_STATE}, Tensor(a!)[] empty, Tensor(b!)[] mid, {_STEPS}, str? impl) -> ()")
+lib.define(
     f"adjoint({_STATE}, Tensor(a!)[] lambda_w, Tensor(b!)[] lambda_m, Tensor(c!)[] lambda_v, Tensor(d!)[] lambda_v_max,"
     f" Tensor(e!)[] out, {_STEPS}, str? impl) -> ()"
 )
@@ -98,7 +98,7 @@ def variance_correction(
     if not params:
         return Corrected(out, Sums(torch.empty(0, 2, dtype=torch.float64)))
     state = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
-    return Corrected(out, Sums(_run("variance_correction", *state, val_grads, out, *table, rule, foreseen, impl)))
+    return Corrected(out, Sums(run("variance_correction", *state, val_grads, out, *table, rule, foreseen, impl)))
 
 
 def weight_points(
@@ -121,7 +121,7 @@ def weight_points(
     table = step_table(params, steps)
     if params:
         state = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
-        _run("weight_points", *state, empty or [], mid or [], *table, impl)
+        run("weight_points", *state, empty or [], mid or [], *table, impl)
 
 
 def adjoint(
@@ -157,15 +157,15 @@ def adjoint(
         raise ValueError(f"lambda_v_max: expected {len(params)} entries, one per parameter, for amsgrad's steps, got 0")
     if params:
         state = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
-        _run("adjoint", *state, lambda_w, lambda_m, lambda_v, lambda_v_max, out, *table, impl)
+        run("adjoint", *state, lambda_w, lambda_m, lambda_v, lambda_v_max, out, *table, impl)
 
 
-def _run(name: str, *arguments: Any) -> Any:
+def run(name: str, *arguments: Any) -> Any:
     """Calls an op; without the dispatcher where nothing watches, since over lists of hundreds of parameters it takes long."""
     with torch.no_grad():
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return getattr(torch.ops.adam_ghost, name)(*arguments)
-        return _IMPLEMENTATIONS[name](*arguments)
+        return IMPLEMENTATIONS[name](*arguments)
 
 
 def _variance_correction(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, val_grads, out, table, rows, rule, foreseen, impl):
@@ -245,19 +245,20 @@ def _check_state(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs):
     check(params, params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, max_exp_avg_sqs=max_exp_avg_sqs)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "variance_correction": _variance_correction,
-    "weight_points": _weight_points,
-    "adjoint": _adjoint,
-}
-_FAKES: dict[str, Callable[..., Any]] = {
-    "variance_correction": _variance_correction_fake,
-    "weight_points": _weight_points_fake,
-    "adjoint": _adjoint_fake,
-}
-for _name in _IMPLEMENTATIONS:
-    _lib.impl(_name, _IMPLEMENTATIONS[_name], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adam_ghost::{_name}", _FAKES[_name], lib=_lib)
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+FAKES: dict[str, Callable[..., Any]] = {}
+
+
+def define(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Makes an op over lists of tensors known, whose schema is."""
+    IMPLEMENTATIONS[name], FAKES[name] = implementation, fake
+    lib.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adam_ghost::{name}", fake, lib=lib)
+
+
+define("variance_correction", _variance_correction, _variance_correction_fake)
+define("weight_points", _weight_points, _weight_points_fake)
+define("adjoint", _adjoint, _adjoint_fake)
 
 
 def in_extension(
@@ -300,7 +301,11 @@ def step_table(params: list[Tensor], steps: Sequence[Any]) -> tuple[Tensor, list
     if len(steps) != len(params):
         raise ValueError(f"steps: expected {len(params)} entries, one per parameter, got {len(steps)}")
     index: dict[Any, int] = {}
-    rows = [index.setdefault(s, len(index)) for s in steps]
+    rows: list[int] = []
+    last = None
+    for s in steps:
+        rows.append(rows[-1] if s is last else index.setdefault(s, len(index)))
+        last = s
     device = params[0].device if params else torch.device("cpu")
     held = device.type != "cpu" and any(isinstance(x, Tensor) and x.device == device for s in index for x in s)
     if held or torch.compiler.is_compiling():

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from adam_ghost.capture.hooks import Hook, StandIn
-from adam_ghost.capture.kinds import layer_kind
+from adam_ghost.capture.kinds import is_plain_lookup, layer_kind
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.plan import Plan, kind_of_step
 from adam_ghost.scores.linear import own_parameters, scored_linear
@@ -129,7 +129,7 @@ def _has_form(module: nn.Module) -> bool:
     if kind is None:
         return False
     if kind == "embedding":
-        return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
+        return is_plain_lookup(module)
     if isinstance(module, _ConvNd):
         return not module.transposed
     return kind in ("linear", "norm") or isinstance(module, nn.GroupNorm)

@@ -91,7 +91,7 @@ class ScoredLinears:
             stand_in.detach()
 
     def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        scored = self._scored(layer, x)
+        scored = None if self.recorder.recording is None else self._scored(layer, x)
         return type(layer).forward(layer, x) if scored is None else scored
 
     @unseen
@@ -103,19 +103,19 @@ class ScoredLinears:
             return None
         if not recorder.active or not torch.is_grad_enabled() or not x.numel():
             return None
-        own = own_parameters(layer)
-        names = {p: recorder.names.get(p, "") for p in own if p is not None}
-        tag = recorder.batch[x] if names else None
-        by_index = isinstance(tag, Rows) and tag.of.shape[-1] == 1
-        if not names or x.ndim < 2 or any(name not in recording.P for name in names.values()):
+        names = [None if p is None else recorder.names.get(p, "") for p in own_parameters(layer)]  # of weight and bias
+        trained = [name for name in names if name is not None]
+        if not trained or x.ndim < 2 or any(name not in recording.P for name in trained):
             return None
-        if not by_index and not recorder.leads(layer, x):
+        leads = recorder.leads(layer, x)
+        tag = None if leads else recorder.batch[x]
+        if not leads and not (isinstance(tag, Rows) and tag.of.shape[-1] == 1):
             return None
         recorder.scored = True
-        recording.scored.update(names.values())
+        recording.scored.update(trained)
 
         def directions() -> tuple[Tensor | None, ...]:
-            return tuple(None if p is None else recording.P[names[p]] for p in own)
+            return tuple(None if name is None else recording.P[name] for name in names)
 
         P = directions if isinstance(recording.P, Carried) else directions()
         packing = recording.packing

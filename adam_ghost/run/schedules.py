@@ -400,7 +400,7 @@ class Ahead(After):
         self.loop.world.carry(None)
         if direction is None:
             return super().score(step, micro, edited, entry, void)
-        scale = torch.stack(list(step.scale.values()))
+        scale = step.factors()
         # the layers' scores are added up already: one factor has to serve all
         edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())
         if edited.device.type == "cpu" and bool(edited.any()):

@@ -94,7 +94,7 @@ class Sweep:
         if not self.steps:
             return
         validation = self.loop.validation
-        with validation.weights_kept(self.params) as now, validation.undisturbed(advance=False), torch.no_grad():
+        with validation.weights_kept(self.params) as (_, now), validation.undisturbed(advance=False), torch.no_grad():
             self.now = now
             self.unclipped, self.max_norm, self.clipped = self._clipping()
             self.samples = self._samples()

@@ -149,7 +149,7 @@ class Window(Collecting):
         """Keeps the step; its scores come with its window's sweep."""
         if step.world.share != 1 / step.world.size:
             raise ValueError("schedule='window' takes gradients that are means over the processes: no set_gradient_divide_factor()")
-        scale = torch.stack(list(step.scale.values()))
+        scale = step.factors()
         uneven = (scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max()
         if edited.device.type == "cpu" and bool(uneven):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")

@@ -14,7 +14,7 @@ from adam_ghost.capture.calls import Call
 from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.rows import Rows
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.products import GROUPED, grouped_product, is_linear
+from adam_ghost.scores.products import GROUPED, grouped_product, is_linear, is_sum
 from adam_ghost.scores.shapes import add, by_row, by_token, collect_rows, samples_of, sum_samples
 
 
@@ -67,16 +67,18 @@ def _derivative(call: Call, P: Directions, params: Mapping[str, Tensor], n: int,
 
     ``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for and the product need not be kept to be summed; ``[M, K]`` by row.
 
-    A call linear in its parameters is its own derivative: it is run with P in their place.
+    A call linear in its parameters is its own derivative: it is run with P in their place, and of a sum with them zeros in that
+    of the rest.
     """
     names = list(params)
     tags, grads = call.outputs, call.grad_output
-    affine = is_linear(call)
+    adds = is_sum(call)
+    affine = adds or is_linear(call)
     found: dict[int, list[Tensor]] = {i: [] for i in grads}
     for k in range(len(P[names[0]])):
         tangents = {name: P[name][k] for name in names}
         if affine:
-            outs = dict(enumerate(call.replay(tangents, others=torch.zeros_like)))
+            outs = dict(enumerate(call.replay(tangents, torch.zeros_like, torch.zeros_like if adds else None)))
         else:
 
             def outputs(*values: Tensor) -> dict[int, Tensor]:
@@ -85,7 +87,7 @@ def _derivative(call: Call, P: Directions, params: Mapping[str, Tensor], n: int,
 
             primals = tuple(params[name].detach().to(t.dtype) for name, t in tangents.items())
             try:
-                with _TrueForwardMode():
+                with forward_mode():
                     outs = torch.func.jvp(outputs, primals, tuple(tangents.values()))[1]
             except (NotImplementedError, RuntimeError):  # no forward-mode formula on this path, or a custom autograd.Function
                 return None
@@ -114,7 +116,7 @@ def _by_sample(call: Call, P: Directions, params: Mapping[str, Tensor], asked: A
 def call_gradients(call: Call, names: Sequence[str], asked: Asked) -> Iterator[tuple[Tensor | None, ...]]:
     """Per sample, the gradients of the named parameters through this call: its backward pass, the other samples' share zeroed."""
     params = call.parameters()
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         leaves = [params[k].detach().to(torch.promote_types(params[k].dtype, torch.float32)).requires_grad_() for k in names]
         replayed = call.replay(dict(zip(names, leaves, strict=True)))
         outs = [replayed[i] for i in call.grad_output]

@@ -36,16 +36,15 @@ def score_recordings(recordings: Iterable[Recording], P: Directions, per_token: 
 def _score_recording(recording: Recording, P: Directions, per_token: bool, half: bool) -> Tensor:
     asked = Asked(recording.batch_size, recording.packing, per_token, half)
     some = next(iter(P.values()))
-    scores: Tensor | None = some.new_zeros(0, len(some)) if recording.batch_size == 0 else None
+    parts = [some.new_zeros(0, len(some))] if recording.batch_size == 0 else []
     for call in recording.calls:
         if recording.batch_size == 0 or P.keys().isdisjoint(call.parameters()):
             continue
         part = score_call(call, P, asked)
-        if scores is not None and scores.shape != part.shape:
-            raise ValueError(
-                f"per_token=True needs the same tokens in every layer; '{call.name}' has {part.shape[1]}, others {scores.shape[1]}"
-            )
-        scores = part if scores is None else scores + part
-    if scores is None:
+        if parts and parts[0].shape != part.shape:
+            tokens = f"'{call.name}' has {part.shape[1]}, others {parts[0].shape[1]}"
+            raise ValueError(f"per_token=True needs the same tokens in every layer; {tokens}")
+        parts.append(part)
+    if not parts:
         raise ValueError("none of the recorded calls explains a gradient: was it computed inside `with cache`?")
-    return recording.doubted(scores)
+    return recording.doubted(torch.stack(parts).sum(0))

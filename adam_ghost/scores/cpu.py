@@ -21,9 +21,9 @@ SHORT = 16  # tokens per sample up to which the contraction measured faster
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a @ weight.T + bias``: by oneDNN, which on CPUs that are not Intel's runs up to twice as fast as the default BLAS."""
-    if torch.compiler.is_compiling() or a.device.type != "cpu" or not a.dtype == weight.dtype == torch.float32:
+    if torch.compiler.is_compiling() or a.numel() * weight.shape[0] < _SMALL:
         return F.linear(a, weight, bias)
-    if a.numel() * len(weight) < _SMALL:
+    if a.device.type != "cpu" or not a.dtype == weight.dtype == torch.float32:
         return F.linear(a, weight, bias)
     # the direct call knows no autograd
     differentiable = torch.is_grad_enabled() and (a.requires_grad or weight.requires_grad)
@@ -40,32 +40,34 @@ def multiplies_bfloat16() -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def contract(a: Tensor, b: Tensor, P: Tensor, half: bool = False) -> Tensor:
-    """``[n, K]``: ``sum over tokens and outputs of (a @ P.T) * b``, the product never in memory as a whole.
+def contract(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None = None, half: bool = False) -> Tensor:
+    """``[n, K]``: ``sum over tokens and outputs of (a @ P.T + P_bias) * b``, the product never in memory as a whole.
 
-    a ``[n, T, d_in]``, b ``[n, T, d_out]``, P ``[K, d_out, d_in]``, of one dtype; sums in that dtype, in an order that does
-    not depend on the threads. With ``half``, the operands of a large float32 product are rounded to bfloat16.
+    a ``[n, T, d_in]``, b ``[n, T, d_out]``, P ``[K, d_out, d_in]``, P_bias ``[K, d_out]``, of one dtype; sums in that dtype, in
+    an order that does not depend on the threads. With ``half``, the operands of a large float32 product are rounded to bfloat16.
     """
     n, T, d_out = b.shape
     if b.numel() == 0 or a.numel() == 0:
         return a.new_zeros(n, len(P))
-    half = half and a.dtype == torch.float32 and a.numel() * d_out >= _LARGE
-    a, b, P = a.contiguous(), b.contiguous(), (P.bfloat16() if half else P).contiguous()
-    together = max(1, _BLOCK // (T * d_out))
-    if n <= together:
-        rows, flat = a.view(n * T, -1), b.view(n, -1)
-        products = [linear(rows if not half else rows.bfloat16(), weight).to(b.dtype) for weight in P.unbind()]  # [n * T, d_out]
-        return torch.stack([torch.linalg.vecdot(y.view(n, -1), flat) for y in products], 1)
-    scores = a.new_zeros(n, len(P))
-    for k, weight in enumerate(P):
-        for i in range(0, n, together):
-            block = b[i : i + together].flatten(1)
-            y = linear(a[i : i + together].flatten(0, 1).to(weight.dtype), weight).to(b.dtype).view(block.shape)
-            if together == 1:
-                scores[i, k] = torch.dot(y[0], block[0])
-            else:
-                scores[i : i + together, k] = torch.linalg.vecdot(y, block)
-    return scores
+    if half and a.dtype == torch.float32 and a.numel() * d_out >= _LARGE:
+        a, P, P_bias = a.bfloat16(), P.bfloat16(), None if P_bias is None else P_bias.bfloat16()
+    together = max(1, _BLOCK // (T * d_out))  # samples
+    rows, flat = a.reshape(n * T, -1), b.reshape(n, -1)
+    columns = []
+    for k in range(P.shape[0]):
+        weight, bias = P[k], None if P_bias is None else P_bias[k]
+        if n <= together:
+            columns.append(dots(linear(rows, weight, bias), flat))
+            continue
+        blocks = zip(rows.split(together * T), flat.split(together), strict=True)
+        columns.append(torch.cat([dots(linear(x, weight, bias), y) for x, y in blocks]))
+    return torch.stack(columns, 1)
+
+
+def dots(x: Tensor, y: Tensor) -> Tensor:
+    """``[n]``: the products of the rows of ``y [n, m]`` with those of ``x``, of any shape with as many elements."""
+    x = (x if x.dtype == y.dtype else x.to(y.dtype)).view(y.shape)
+    return torch.dot(x[0], y[0]).unsqueeze(0) if y.shape[0] == 1 else torch.linalg.vecdot(x, y)
 
 
 def wgrad_score(
@@ -87,26 +89,26 @@ def wgrad_score(
 
     Computed in float32 (float64 for float64 inputs), which is the scores' dtype; the gradient has ``a``'s. Deterministic.
     """
-    made_in = torch.promote_types(a.dtype, torch.float32)
     full, bounds = a.dtype, None if offsets is None else torch.as_tensor(offsets).tolist()
-    a, b, P = a.to(made_in), b.to(made_in), P.to(made_in)
+    made_in = torch.promote_types(full, torch.float32)
+    a, b, P = (x if x.dtype == made_in else x.to(made_in) for x in (a, b, P))
     if bounds is not None:
         n = len(bounds) - 1
         lengths = {end - begin for begin, end in pairwise(bounds)}
         if len(lengths) == 1 and bounds[0] == 0 and bounds[-1] == len(a):  # not ragged after all
             a, b, bounds = a.unflatten(0, (n, *lengths)), b.unflatten(0, (n, *lengths)), None
     else:
-        n = len(a)
-    if a[..., 0].numel() <= SHORT * n:
+        n = a.shape[0]
+    if a.numel() <= SHORT * n * a.shape[-1]:
         made, scores = _contracted(a, b, P, bounds)
     else:
         made, scores = _in_blocks(a, b, P, bounds, block_bytes)
-    return made.to(full), scores
+    return made if made.dtype == full else made.to(full), scores
 
 
 def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tuple[Tensor, Tensor]:
-    if bounds is None:
-        return b.flatten(0, 1).T @ a.flatten(0, 1), contract(a, b, P)
+    if bounds is None:  # the gradient of plain training, to the bit
+        return b.reshape(-1, b.shape[-1]).T @ a.reshape(-1, a.shape[-1]), contract(a, b, P)
     per_row = torch.stack([((a @ p.T) * b).sum(-1) for p in P], -1)  # [rows, K]
     lengths = torch.tensor(bounds).diff()
     a, b, per_row = (x[bounds[0] : bounds[-1]] for x in (a, b, per_row))
@@ -116,7 +118,7 @@ def _contracted(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None) -> tu
 
 def _in_blocks(a: Tensor, b: Tensor, P: Tensor, bounds: list[int] | None, block_bytes: int) -> tuple[Tensor, Tensor]:
     d_out, d_in = P.shape[1:]
-    n = len(a) if bounds is None else len(bounds) - 1
+    n = a.shape[0] if bounds is None else len(bounds) - 1
     per_block = min(n, max(1, block_bytes // (d_out * d_in * a.element_size()))) if bounds is None else 1
     block = a.new_empty(per_block, d_out, d_in)
     total, scores, ones = a.new_zeros(d_out * d_in), a.new_empty(n, len(P)), a.new_ones(per_block)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 
-def contract(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
-    """``sum over outputs of (a @ P.T) * b``, per token.
+def contract(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None = None) -> Tensor:
+    """``sum over outputs of (a @ P.T + P_bias) * b``, per token.
 
-    a ``[..., d_in]``, b ``[..., d_out]``, P ``[K, d_out, d_in]`` -> ``[..., K]``.
+    a ``[..., d_in]``, b ``[..., d_out]``, P ``[K, d_out, d_in]``, P_bias ``[K, d_out]`` -> ``[..., K]``.
     """
     out = (a @ P.flatten(0, 1).mT).unflatten(-1, P.shape[:2])  # [..., K, d_out]
+    out = out if P_bias is None else out + P_bias
     return (out * b.unsqueeze(-2)).sum(-1)
 
 

@@ -13,11 +13,11 @@ from adam_ghost.capture.kinds import is_transposed
 from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.shapes import add, collect_rows, lead_rows, samples_first, samples_of, sum_samples, tokens
+from adam_ghost.scores.shapes import collect_rows, lead_rows, samples_first, samples_of, sum_samples, tokens
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
-    weight, bias = (P.get(call.name_of(p) or "") for p in (call.fn.weight, call.fn.bias))  # [K, d_out, d_in], [K, d_out]
+    weight, bias = call.directions(P, "weight", "bias")  # [K, d_out, d_in], [K, d_out]
     if weight is not None and is_transposed(call.fn):
         weight = weight.mT
     return product_scores(call.input, call.grad_output[0], call.outputs[0], weight, bias, asked)
@@ -35,34 +35,22 @@ def product_scores(a: Tensor, b: Tensor, tag: Tag, weight: Tensor | None, bias: 
     if asked.per_token:
         return _by_token(a, b, weight, bias, asked.half)
     # one sample, one run of rows
-    lines = (a.flatten(1, -2), b.flatten(1, -2)) if packing is None else (a.flatten(0, -2), b.flatten(0, -2))
+    first = 1 if packing is None else 0
+    if b.ndim > first + 2:
+        a, b = a.flatten(first, -2), b.flatten(first, -2)
     offsets = None if packing is None else packing.offsets
-    found = None if weight is None else ops.contract(*lines, weight, offsets=offsets, half=asked.half)
-    if bias is not None:
-        found = with_bias(found, sample_sums(lines[1], offsets, bias.dtype), bias)
-    assert found is not None  # a call without either is not scored
-    return found
-
-
-def with_bias(scores: Tensor | None, sums: Tensor, bias: Tensor) -> Tensor:
-    """The weight's scores ``[n, K]``, if any, and those of the bias, from every sample's summed rows ``[n, d_out]``."""
-    return sums @ bias.mT if scores is None else torch.addmm(scores.to(sums.dtype), sums, bias.mT)
+    if weight is None:
+        assert bias is not None  # a call without either is not scored
+        return ops.with_bias(None, ops.sample_sums(b, offsets, bias.dtype), bias)
+    return ops.contract(a, b, weight, bias, offsets=offsets, half=asked.half)
 
 
 def _by_token(a: Tensor, b: Tensor, weight: Tensor | None, bias: Tensor | None, half: bool) -> Tensor:
-    parts = []
-    if weight is not None:
-        parts.append(ops.contract(a.flatten(1, -2), b.flatten(1, -2), weight, per_token=True, half=half))
-    if bias is not None:
-        parts.append(b.flatten(1, -2).to(bias.dtype) @ bias.mT)
-    return tokens(add(parts), b)
-
-
-def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[n, d]``: every sample's rows of ``b [n, T, d]``, or ``[N, d]`` with ``offsets``, summed in ``dtype``."""
-    if offsets is None:
-        return b.sum(1, dtype=dtype)
-    return torch.segment_reduce(b.to(dtype), "sum", offsets=offsets)
+    a, b_in_line = a.flatten(1, -2), b.flatten(1, -2)
+    if weight is None:
+        assert bias is not None
+        return tokens(ops.with_bias(None, b_in_line.to(bias.dtype), bias), b)
+    return tokens(ops.contract(a, b_in_line, weight, bias, per_token=True, half=half), b)
 
 
 def sample_gradients(call: Call, name: str, asked: Asked, block: slice) -> Tensor:
@@ -110,7 +98,7 @@ class _ScoredLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(x.device.type):
             seen, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         ctx.save_for_backward(x, seen, P_weight, P_bias, offsets, order)
-        ctx.n, ctx.dtype, ctx.late = len(slot), weight.dtype, late
+        ctx.n, ctx.dtype, ctx.late = slot.shape[0], weight.dtype, late
         out = cpu.linear(x, seen, bias)
         # a view made here could not be changed in place, as an activation after the layer may do
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
@@ -131,14 +119,17 @@ class _ScoredLinear(torch.autograd.Function):
         scores = None
         if ctx.needs_input_grad[1]:
             d_weight, scores = ops.wgrad_score(a, b, P_weight, offsets=offsets)
-            d_weight = d_weight.to(ctx.dtype)
+            d_weight = d_weight if d_weight.dtype == ctx.dtype else d_weight.to(ctx.dtype)
         if ctx.needs_input_grad[2]:
-            sums = sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
-            scores, d_bias = with_bias(scores, sums, P_bias), sums.sum(0)
-        return d_input, d_weight, d_bias, None if scores is None else scores[: ctx.n], *[None] * 5
+            sums = ops.sample_sums(b, offsets, P_bias.dtype)  # [n, d_out]
+            scores, d_bias = ops.with_bias(scores, sums, P_bias), sums.sum(0)
+        if order is not None and scores is not None:
+            scores = scores[: ctx.n]
+        return d_input, d_weight, d_bias, scores, None, None, None, None, None
 
 
 FOLLOWED.add(_ScoredLinear)
+_apply: Any = _ScoredLinear.apply
 
 
 def scored_linear(
@@ -171,7 +162,7 @@ def scored_linear(
     if torch.is_autocast_enabled(x.device.type):
         # a cast that autograd sees: the backward pass runs without autocast, on what the product really saw
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _ScoredLinear.apply(x, weight, bias, slot, P_weight, P_bias, offsets, order, late)
+    return _apply(x, weight, bias, slot, P_weight, P_bias, offsets, order, late)
 
 
 def own_parameters(layer: nn.Module) -> tuple[nn.Parameter | None, nn.Parameter | None]:

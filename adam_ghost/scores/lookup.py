@@ -14,7 +14,8 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     module, indices, b = call.fn, call.input, call.grad_output[0]
     if module.scale_grad_by_freq:
         b = b / torch.bincount(indices.flatten(), minlength=module.num_embeddings)[indices].unsqueeze(-1)
-    tag, weight = call.outputs[0], P[call.name_of(module.weight) or ""]  # [K, vocabulary, d]
+    tag, (weight,) = call.outputs[0], call.directions(P, "weight")  # [K, vocabulary, d]
+    assert weight is not None
     if isinstance(tag, Rows):
         line = indices.reshape(1, -1), b.reshape(1, -1, b.shape[-1])
         found = ops.embedding_score(*line, weight, padding_idx=module.padding_idx, per_token=True)[0]  # [M, K]

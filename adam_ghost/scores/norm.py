@@ -4,18 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.rows import Rows
-from adam_ghost.scores import anything, ops
+from adam_ghost.scores import anything, cpu, ops
 from adam_ghost.scores.forms import Asked, Directions, Form, register
 from adam_ghost.scores.shapes import collect_rows, lead_rows, samples_first, sum_samples, tokens
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
     module = call.fn
-    weight, bias = (P.get(call.name_of(p) or "") for p in (module.weight, getattr(module, "bias", None)))  # [K, d]
+    weight, bias = call.directions(P, "weight", "bias")  # [K, d]
     if weight is None:
         return anything.scores(call, P, asked)
     kind, tag = "layer" if isinstance(module, nn.LayerNorm) else "rms", call.outputs[0]
@@ -38,14 +37,14 @@ def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
 
 def _run_with(module: Any, x: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[n, K]``: the layer with its parameters replaced by each direction, times the output gradients."""
-    x, b = (t.to(torch.promote_types(t.dtype, weight.dtype)) for t in (x, b))
-    found = []
-    for k in range(len(weight)):
+    x, b = (t if t.dtype == weight.dtype else t.to(torch.promote_types(t.dtype, weight.dtype)) for t in (x, b))
+    found, flat = [], b.reshape(b.shape[0], -1)
+    for k in range(weight.shape[0]):
         if isinstance(module, nn.LayerNorm):
-            y = F.layer_norm(x, module.normalized_shape, weight[k], None if bias is None else bias[k], module.eps)
+            y = torch.layer_norm(x, module.normalized_shape, weight[k], None if bias is None else bias[k], module.eps)
         else:
-            y = F.rms_norm(x, module.normalized_shape, weight[k], module.eps)
-        found.append(torch.linalg.vecdot(y.flatten(1), b.flatten(1)))
+            y = torch.rms_norm(x, module.normalized_shape, weight[k], module.eps)
+        found.append(cpu.dots(y, flat))
     return torch.stack(found, 1)
 
 

@@ -19,7 +19,9 @@ from adam_ghost.warn import warn
 
 _lib = torch.library.Library("adam_ghost", "FRAGMENT")
 
-_lib.define("contract(Tensor a, Tensor b, Tensor P, Tensor? offsets, bool per_token, bool half, str? impl) -> Tensor")
+_lib.define(
+    "contract(Tensor a, Tensor b, Tensor P, Tensor? P_bias, Tensor? offsets, bool per_token, bool half, str? impl) -> Tensor"
+)
 _lib.define("wgrad_score(Tensor a, Tensor b, Tensor P, Tensor? offsets, str? impl) -> (Tensor, Tensor)")
 _lib.define(
     "ghost_gram(Tensor a, Tensor b, Tensor? a2, Tensor? b2, Tensor? row, Tensor? col, Tensor? offsets, Tensor? offsets2,"
@@ -32,6 +34,7 @@ _lib.define(
     "norm_score(Tensor x, Tensor b, Tensor P_weight, Tensor? P_bias, float eps, str kind, Tensor? offsets, bool per_token,"
     " str? impl) -> Tensor"
 )
+_WIDE = {torch.float32, torch.float64}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,6 +80,8 @@ def _in_triton(impl: str | None, op: str, *tensors: Tensor) -> bool:
     if impl == "cpp":
         raise RuntimeError(f"impl='cpp': the extension has no {op}")
     device, why = tensors[0].device.type, ""
+    if impl is None and device == "cpu":
+        return False
     if any(x.dtype not in _KERNEL_DTYPES for x in tensors):
         why = f"{op} takes float32, bfloat16 and float16"
     elif device != "cuda":
@@ -93,6 +98,8 @@ def _run(op: str, impl: Callable[..., Any], *arguments: Any) -> Any:
     """Calls an op; without the dispatcher where nothing watches, as it costs the host more than a small product."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or isinstance(arguments[0], FakeTensor):
         return getattr(torch.ops.adam_ghost, op)(*arguments)
+    if not torch.is_grad_enabled():
+        return impl(*arguments)
     with torch.no_grad():
         return impl(*arguments)
 
@@ -110,8 +117,8 @@ def _interpreted() -> bool:
 
 def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
     """In the dtype of the reference: the widest among them, at least float32."""
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None), torch.float32)
-    return [None if x is None else x.to(dtype) for x in tensors]
+    dtype = _scores_dtype(*tensors)
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
@@ -143,6 +150,22 @@ def _check_tokens(offsets: Tensor | None, last: dict[str, Tensor | None], offset
         raise ValueError(f"{offsets_name}: expected integers [n + 1], got {offsets.dtype} {list(offsets.shape)}")
 
 
+def _check_layer(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None, offsets: Tensor | None) -> None:
+    """A linear layer's call and its directions."""
+    bias_fits = P_bias is None or P_bias.shape == P.shape[:2]
+    if (
+        offsets is None
+        and a.ndim == P.ndim == 3
+        and (*a.shape[:2], P.shape[1]) == b.shape
+        and a.shape[2] == P.shape[2]
+        and bias_fits
+    ):
+        return  # as nearly always: what does not fit is found and named below
+    _check_tokens(offsets, {"a": a, "b": b})
+    _check_shape("P", P, None, b.shape[-1], a.shape[-1])
+    _check_shape("P_bias", P_bias, P.shape[0], b.shape[-1])
+
+
 def _check_shape(name: str, x: Tensor | None, *shape: int | None) -> None:
     if x is not None and (
         x.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True))
@@ -158,6 +181,9 @@ def _scores_shape(x: Tensor, offsets: Tensor | None, per_token: bool, K: int, fe
 
 
 def _scores_dtype(*tensors: Tensor | None) -> torch.dtype:
+    dtypes = {x.dtype for x in tensors if x is not None}
+    if len(dtypes) == 1 and dtypes <= _WIDE:
+        return dtypes.pop()
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors if x is not None), torch.float32)
 
 
@@ -165,19 +191,21 @@ def contract(
     a: Tensor,
     b: Tensor,
     P: Tensor,
+    P_bias: Tensor | None = None,
     *,
     offsets: Tensor | None = None,
     per_token: bool = False,
     half: bool = False,
     impl: str | None = None,
 ) -> Tensor:
-    """``sum over tokens and outputs of (a @ P.T) * b``: a linear layer's score of every sample, or token.
+    """``sum over tokens and outputs of (a @ P.T + P_bias) * b``: a linear layer's score of every sample, or token.
 
     Args:
         a: the layer's inputs ``[n, T, d_in]``; or ``[N, d_in]``, where sample ``i`` is rows ``offsets[i]:offsets[i + 1]``.
             Float32 is rounded by the kernel to a 16-bit dtype of ``b``, as autocast did.
         b: gradients at its outputs, ``[n, T, d_out]`` or ``[N, d_out]``.
         P: directions ``[K, d_out, d_in]``; the kernel rounds them to the dtype of ``a``.
+        P_bias: those of the bias ``[K, d_out]``, if it has one.
         offsets: integers ``[n + 1]`` from 0 to ``N``, ascending, on the same device; not checked, as that would wait for it.
         per_token: return ``[n, T, K]``, or ``[N, K]``, instead of ``[n, K]``.
         half: allow a CPU to round the operands of large float32 products to bfloat16.
@@ -186,28 +214,43 @@ def contract(
     Sums are formed, and returned, in float32 (float64 for float64 inputs), in a fixed order. Raises ValueError naming the
     argument whose shape does not fit. docs/method.md, 4.1.
     """
-    _check_tokens(offsets, {"a": a, "b": b})
-    _check_shape("P", P, None, b.shape[-1], a.shape[-1])
-    return _run("contract", _contract_impl, a, b, P, offsets, per_token, half, impl or _forced)
+    _check_layer(a, b, P, P_bias, offsets)
+    return _run("contract", _contract_impl, a, b, P, P_bias, offsets, per_token, half, impl or _forced)
 
 
 @torch.library.impl(_lib, "contract", "CompositeExplicitAutograd")
-def _contract_impl(a, b, P, offsets, per_token, half, impl):
+def _contract_impl(a, b, P, P_bias, offsets, per_token, half, impl):
     if _in_triton(impl, "contract", a, b, P):
         from adam_ghost.kernels.contract import contract as kernel
 
         with torch.cuda.device_of(a):
-            return kernel(*_as_multiplied(a, b), P, offsets, per_token)
-    a, b, P = _wide(a, b, P)
+            scores = kernel(*_as_multiplied(a, b), P, offsets, per_token)
+        if P_bias is None:
+            return scores
+        return with_bias(scores, b.to(P_bias.dtype) if per_token else sample_sums(b, offsets, P_bias.dtype), P_bias)
+    a, b, P, P_bias = _wide(a, b, P, P_bias)
     if a.device.type == "cpu" and offsets is None and not (impl or per_token):
-        return cpu.contract(a, b, P, half)
-    scores = definition.contract(a, b, P)
+        return cpu.contract(a, b, P, P_bias, half)
+    scores = definition.contract(a, b, P, P_bias)
     return scores if per_token else definition.sum_samples(scores, offsets)
 
 
 @torch.library.register_fake("adam_ghost::contract", lib=_lib)
-def _contract_fake(a, b, P, offsets, per_token, half, impl):
+def _contract_fake(a, b, P, P_bias, offsets, per_token, half, impl):
     return a.new_empty(_scores_shape(a, offsets, per_token, P.shape[0]), dtype=_scores_dtype(a, b, P))
+
+
+def with_bias(scores: Tensor | None, sums: Tensor, P_bias: Tensor) -> Tensor:
+    """The weight's scores ``[..., K]``, if any, and those of the bias, from summed output gradients ``[..., d_out]``."""
+    bias = sums @ P_bias.mT
+    return bias if scores is None else scores.to(bias.dtype).add_(bias)
+
+
+def sample_sums(b: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[n, d]``: every sample's rows of ``b [n, T, d]``, or ``[N, d]`` with ``offsets``, summed in ``dtype``."""
+    if offsets is None:
+        return b.sum(1, dtype=dtype)
+    return torch.segment_reduce(b.to(dtype), "sum", offsets=offsets)
 
 
 def wgrad_score(
@@ -223,8 +266,7 @@ def wgrad_score(
     Accumulates in, and returns, float32 (float64 for float64 inputs), in a fixed order. Raises ValueError naming the argument
     whose shape does not fit. docs/method.md, 4.2.
     """
-    _check_tokens(offsets, {"a": a, "b": b})
-    _check_shape("P", P, None, b.shape[-1], a.shape[-1])
+    _check_layer(a, b, P, None, offsets)
     return _run("wgrad_score", _wgrad_score_impl, a, b, P, offsets, impl or _forced)
 
 

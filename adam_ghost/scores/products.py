@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adam_ghost.capture.calls import Call, Ref
+from adam_ghost.capture.kinds import is_plain_lookup
 from adam_ghost.capture.names import counterpart, functions
 from adam_ghost.scores.shapes import add
 
 # products of experts: rows sorted by expert, ``offs`` where each one's end
 GROUPED = frozenset((*functions("F.grouped_mm"), *functions("torch._grouped_mm")))
+_SUMS_BY_NAME = "add __add__ __radd__ sub __sub__ __rsub__"
 _PRODUCTS_BY_NAME = "matmul __matmul__ __rmatmul__ mm bmm mv torch.einsum torch.tensordot"
 # that put elements in other places, or hold them in another way
 _LINEAR_BY_NAME = """
@@ -21,6 +23,7 @@ _LINEAR_BY_NAME = """
 """
 # linear in each of their operands
 _PRODUCTS = GROUPED | frozenset(f for name in _PRODUCTS_BY_NAME.split() for f in functions(name))
+_SUMS = frozenset(f for name in _SUMS_BY_NAME.split() for f in functions(name))
 _TRANSPOSES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT"))
 _LINEAR = _TRANSPOSES | frozenset(f for name in _LINEAR_BY_NAME.split() for f in functions(name))
 
@@ -41,11 +44,21 @@ def is_linear(call: Call) -> bool:
     return counterpart(call.fn) in _PRODUCTS and len(made) == 1 and _is_linear_source(made[0])
 
 
+def is_sum(call: Call) -> bool:
+    """Whether ``call`` adds what is linear in its parameters to something else."""
+    if isinstance(call.fn, nn.Module) or call.inplace or counterpart(call.fn) not in _SUMS:
+        return False
+    made = [x for x in call.arguments() if isinstance(x, (nn.Parameter, Ref))]
+    return len(made) == 1 and _is_linear_source(made[0])
+
+
 def _is_linear_source(x: nn.Parameter | Ref) -> bool:
     """Whether what an argument was made of parameters by is linear in them."""
     if not isinstance(x, Ref):
         return True
     made = [y for y in x.call.arguments() if isinstance(y, (nn.Parameter, Ref))]
+    if isinstance(x.call.fn, nn.Module):
+        return not made and is_plain_lookup(x.call.fn)
     return x.call.fn in _LINEAR and len(made) == 1 and not x.call.inplace and _is_linear_source(made[0])
 
 

@@ -44,7 +44,7 @@ def alone(step: Step, whole: WholePass, asked: Asked, validation: Validation, se
     off, size = torch.zeros(2, len(picks), dtype=torch.float64)
     for k, name in enumerate(params):
         recorded = step.sample_gradients(name)[picks].flatten(1).double()
-        factor = 1.0 if step.scale is None else step.scale[name].double()
+        factor = 1.0 if not step.scale else step.scale[name].double()
         theirs = torch.stack([g[k].flatten() for g in found]).double() * factor
         off += (recorded - theirs).square().sum(1).cpu()
         size += theirs.square().sum(1).cpu()

@@ -7,7 +7,6 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from adam_ghost.capture.walk import modules
 from adam_ghost.warn import warn
 
 # of the validation loss: what its evaluations in several processes may differ by
@@ -110,11 +109,11 @@ def share_of(names: Sequence[str], grads: Mapping[str, Tensor]) -> float:
     return sum(grads[name].numel() for name in names) / sum(g.numel() for g in grads.values())
 
 
-def refuse_mixed_samples(model: nn.Module) -> None:
-    """Raises ValueError, by name, if a layer in its present mode mixes the samples of a batch."""
-    for module in modules(model):
+def refuse_mixed_samples(modules: Sequence[nn.Module]) -> None:
+    """Raises ValueError, by name, if one of a model's modules in its present mode mixes the samples of a batch."""
+    for module in modules:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            name = next(name for name, m in model.named_modules() if m is module)
+            name = next(name for name, m in modules[0].named_modules() if m is module)
             why = "in training mode" if module.training else "without running statistics"
             cure = "put it in eval()" if module.training else "use track_running_stats=True, or another norm"
             raise ValueError(f"'{name}' is a {type(module).__name__} {why}: it mixes the samples of a batch; {cure}")

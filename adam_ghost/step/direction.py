@@ -1,7 +1,8 @@
 """The direction ``P``: what a unit of each parameter's gradient does to the validation loss, through the optimizer's step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from adam_ghost.step.validation import Validation
 PLACES = ("midpoint", "gauss", "lookahead", "current")
 # the points of the two-point Gauss-Legendre rule, in halves of the way from w(empty) to the step's end
 _GAUSS = (1 - 3**-0.5, 1 + 3**-0.5)
+
+_WIDE = (torch.float32, torch.float64)  # P is at least the first
 
 # by parameter name; None: no gradient, the parameter stays where it is
 Gradients = Mapping[str, Tensor | None]
@@ -45,38 +48,45 @@ def validation_gradient(
 
     ``gauss``: the mean of those at the two Gauss points of the step, of losses that draw the same random numbers.
     """
-    held, world = list(params.values()), validation.world
-    with validation.weights_kept(held):
+    held = list(params.values())
+    with validation.weights_kept(held) as (weights, _):
         if at == "gauss" and grads is not None:
-            loss, val_grads = _gauss_gradient(opt_state, params, grads, validation)
+            loss, val_grads = _gauss_gradient(opt_state, params, grads, weights, validation)
         else:
-            _move(opt_state, params, grads, at, world)
+            _move(opt_state, params, grads, weights, at)
             loss, val_grads = validation.gradient(held)
     return ValidationGradient(loss, {k: g if loss.ndim else g.unsqueeze(0) for k, g in zip(params, val_grads, strict=True)})
 
 
-def _moving(params: Mapping[str, Tensor], grads: Gradients) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters that a step with ``grads`` moves, and their gradients; the others stay where they are."""
-    found = [(p, g) for p, g in ((p, grads[name]) for name, p in params.items()) if g is not None]
-    return [p for p, _ in found], [g for _, g in found]
+class _Moving(NamedTuple):
+    """The parameters that a step moves; the others stay where they are."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    data: list[Tensor]  # their memory
+
+    @classmethod
+    def of(cls, params: Mapping[str, Tensor], grads: Gradients, weights: Sequence[Tensor]) -> "_Moving":
+        found = [(p, g, x) for (name, p), x in zip(params.items(), weights, strict=True) if (g := grads[name]) is not None]
+        return cls([p for p, _, _ in found], [g for _, g, _ in found], [x for _, _, x in found])
 
 
-def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients | None, at: str, world: World) -> None:
-    """Puts the weights at the ``midpoint`` of the step, or after history alone (``lookahead``), in place."""
-    # through .data: the weights come back, so a graph that saved these parameters stays valid
+def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients | None, weights: Sequence[Tensor], at: str) -> None:
+    """Puts the weights at the ``midpoint`` of the step, or after history alone (``lookahead``), in place.
+
+    ``weights``: their memory. The weights come back, so a graph that saved the parameters stays valid.
+    """
     if at == "lookahead":
-        held = list(params.values())
-        opt_state.weight_points(held, [None] * len(held), empty=[world.local(p.data) for p in held])
+        opt_state.weight_points(list(params.values()), [None] * len(params), empty=list(weights))
     elif at == "midpoint" and grads is not None:
-        moving, step = _moving(params, grads)
-        opt_state.weight_points(moving, step, mid=[world.local(p.data) for p in moving])
+        moving = _Moving.of(params, grads, weights)
+        opt_state.weight_points(moving.params, moving.grads, mid=moving.data)
 
 
 def _gauss_gradient(
-    opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, validation: Validation
+    opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, weights: Sequence[Tensor], validation: Validation
 ) -> tuple[Tensor, list[Tensor]]:
-    moving, step = _moving(params, grads)
-    data = [validation.world.local(p.data) for p in moving]
+    moving, step, data = _Moving.of(params, grads, weights)
     empty, mid = ([torch.empty_like(x) for x in data] for _ in range(2))
     opt_state.weight_points(moving, step, empty=empty, mid=mid)
     found = []
@@ -86,6 +96,10 @@ def _gauss_gradient(
         found.append(validation.gradient(list(params.values()), advance=t == _GAUSS[-1]))
     (loss, val_grads), (other_loss, others) = found
     return (loss + other_loss) / 2, list(torch._foreach_lerp(val_grads, others, 0.5))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _WIDE else torch.float32
 
 
 def form_direction(
@@ -101,8 +115,7 @@ def form_direction(
 
     Takes the place of ``val``'s gradients, unless these are to ``keep``."""
     val_grads = [val.grads[name] for name in params]
-    wide = [torch.promote_types(x.dtype, torch.float32) for x in val_grads]
-    out = [torch.empty_like(x, dtype=t) if keep or t != x.dtype else x for x, t in zip(val_grads, wide, strict=True)]
+    out = [x if x.dtype in _WIDE and not keep else torch.empty_like(x, dtype=_wide(x.dtype)) for x in val_grads]
     held = list(params.values())
     if grads is None and isinstance(opt_state, Foreseeing):
         found = opt_state.linearize_expected(held, val_grads, rule, out)

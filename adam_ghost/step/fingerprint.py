@@ -6,12 +6,12 @@ Whatever else is done to them (noise, masks, clipping by value) changes the prop
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from adam_ghost.optim.gradient_sums import gradient_sums
 from adam_ghost.processes.world import World
 
 EDITED = (
@@ -23,9 +23,16 @@ EDITED = (
 class Changes(NamedTuple):
     """What was done to gradients since their fingerprint."""
 
-    scale: dict[str, Tensor]  # per gradient the factor it was multiplied by
+    names: list[str]  # of the gradients
+    scale: Tensor  # [number of gradients]: the factor that each was multiplied by
     edited: Tensor  # [number of gradients], bool: where it was not one factor
     void: Tensor  # [number of gradients], bool: where it is not finite
+
+    def factors(self) -> dict[str, Tensor]:
+        """``scale`` by name; empty where looking costs no synchronisation and shows that nothing was multiplied."""
+        if self.scale.device.type == "cpu" and bool((self.scale == 1).all()):
+            return {}
+        return dict(zip(self.names, self.scale.unbind(), strict=True))
 
 
 @dataclass
@@ -82,9 +89,8 @@ class Fingerprint(Seen):
     @classmethod
     def of(cls, grads: Mapping[str, Tensor]) -> "Fingerprint":
         tensors = list(grads.values())
-        dtype = reduce(torch.promote_types, {g.dtype for g in tensors}, torch.float32)
-        l1, l2 = (torch.stack(torch._foreach_norm(tensors, p, dtype=dtype)) for p in (1, 2))
-        return cls(dict(grads), [g._version for g in tensors], l1, l2)
+        sums = gradient_sums(tensors)
+        return cls(dict(grads), [g._version for g in tensors], sums.l1, sums.l2)
 
     def only(self, names: Collection[str]) -> "Fingerprint":
         """Of those of the gradients that are named."""
@@ -120,7 +126,7 @@ class Fingerprint(Seen):
         eps = [torch.finfo(g.dtype).eps for g in now.tensors.values()]
         resolution = torch.tensor(eps, dtype=scale.dtype).to(scale.device, non_blocking=True)
         edited = (l1_now - scale * l1).abs() > (1e-4 + resolution) * l1_now + (l2 == 0) * l1_now
-        return Changes(dict(zip(self.tensors, scale.unbind(), strict=True)), edited, ~l1_now.isfinite())
+        return Changes(list(self.tensors), scale, edited, ~l1_now.isfinite())
 
 
 class GradientWatch:

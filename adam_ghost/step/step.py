@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture.recording import Recording
-from adam_ghost.capture.walk import named_parameters
 from adam_ghost.optim import OptState
+from adam_ghost.optim.gradient_sums import gradient_sums
 from adam_ghost.processes.world import World
 from adam_ghost.scores.contract import score_recordings
 from adam_ghost.scores.forms import Asked, Directions
@@ -84,6 +84,10 @@ class Step:
         samples, total, squares, mean = join(self.world, scores, val_loss).cpu().numpy()
         return Joined(int(samples[0]), total, squares, mean)
 
+    def factors(self) -> Tensor:
+        """What gradients were multiplied by since they were recorded, one number or one per gradient."""
+        return torch.stack(list(self.scale.values())) if self.scale else next(iter(self.grads.values())).new_ones(1)
+
     def touched(self) -> set[str]:
         """The parameters of whose gradient recorded calls explain a part, or all."""
         return {name for r in self.recordings for name in r.touched()}
@@ -149,23 +153,26 @@ def join(world: World, scores: Tensor, val_loss: Tensor) -> Tensor:
 
 def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
     """``< P , g >``, ``[K]``, over the parameters of ``grads``."""
-    found = [P[name].flatten(1) @ g.flatten().to(P[name].dtype) for name, g in grads.items()]
-    return torch.stack(found).sum(0) if found else next(iter(P.values())).flatten(1).sum(1) * 0
+    some = next(iter(P.values()))
+    if not grads:
+        return some.new_zeros(len(some))
+    return gradient_sums(list(grads.values()), [P[name] for name in grads]).reached.sum(0).to(some.dtype)
 
 
 def gather_step(
-    model: nn.Module,
+    named: Mapping[str, nn.Parameter],
     opt_state: OptState,
     recordings: list[Recording],
     coverage: Coverage,
     passes: Sequence[WholePass | None] = (),
     world: World | None = None,
 ) -> Step:
-    """The step of ``model``'s parameters that have a gradient, checked; ``coverage`` is told which ones no call explains.
+    """The step of those of a model's ``named`` parameters that have a gradient, checked; ``coverage`` is told which ones no call
+    explains.
 
     ``passes``: of the recordings, by which those can be scored.
     """
-    named, world = named_parameters(model), world or World()
+    world = world or World()
     params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
     grads = {name: world.local(p.grad) for name, p in params.items() if p.grad is not None}
     if not params:
@@ -226,24 +233,25 @@ def follow_scaling(step: Step, before: Fingerprint, optimizers: Sequence[torch.o
     Returns which were edited otherwise, per gradient, and per optimizer whether its gradients are void (not finite, or a scaler's
     fused step found them so).
     """
-    scale, edited, not_finite = before.changes(step.grads, step.world)
-    places = {name: i for i, name in enumerate(before.tensors)}
+    changes = before.changes(step.grads, step.world)
+    scale, edited, device = changes.scale, changes.edited, changes.void.device
     void = []
     for optimizer in optimizers:
-        names = list(step.params) if len(optimizers) == 1 else held_by(optimizer, step.params)
+        names = changes.names if len(optimizers) == 1 else held_by(optimizer, step.params)
+        theirs = changes.void.new_ones(())
+        if len(names) < len(changes.names):
+            theirs = torch.tensor([name in set(names) for name in changes.names]).to(device, non_blocking=True)
         # a fused optimizer unscales inside its step, on what the scaler leaves with it
         if (factor := getattr(optimizer, "grad_scale", None)) is not None:
-            inverse = factor.to(not_finite.device).reciprocal()
-            scale.update((name, scale[name] * inverse) for name in names)
+            inverse = factor.to(device).reciprocal()
+            scale = torch.where(theirs, scale * inverse, scale)
             step.grads = step.grads | {name: step.grads[name] * inverse.to(step.grads[name].dtype) for name in names}
-        own = {places[name] for name in names}
-        theirs = torch.tensor([i in own for i in range(len(places))]).to(not_finite.device, non_blocking=True)
-        gone = (not_finite & theirs).any()
+        gone = (changes.void & theirs).any()
         if (found := getattr(optimizer, "found_inf", None)) is not None:
-            gone = gone | (found.to(gone.device) > 0).any()
+            gone = gone | (found.to(device) > 0).any()
         void.append(gone)
-        edited = edited & ~(theirs & gone)
-    step.scale = {name: scale[name] for name in step.params}
+        edited = edited & ~(gone & theirs)
+    step.scale = changes._replace(scale=scale).factors()
     return edited, torch.stack(void)
 
 

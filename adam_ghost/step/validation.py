@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture import walk
-from adam_ghost.capture.surroundings import Surroundings, is_custom, random_state, set_random_state
+from adam_ghost.capture.surroundings import is_custom, kept, random_state, set_random_state
 from adam_ghost.processes.world import World
 
 
@@ -25,24 +25,29 @@ class Validation:
     """
 
     def __init__(self, val_loss: Callable[[], Tensor] | None, model: nn.Module, world: World | None = None, split: bool = False):
-        self.val_loss, self.model = val_loss, model
+        self.val_loss, self.model, self.tree = val_loss, model, walk.Tree(model)
         self.world, self.split = world or World(), split
         self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
         self.running = False  # whether a pass of the model is the validation's
+        self._kinds: list[Any] = []  # shapes, types and devices of the copies
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
     @contextmanager
-    def weights_kept(self, params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """The weights, of which copies are given, may be changed inside the block, in place; afterwards they are as before."""
+    def weights_kept(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The weights may be changed inside the block, in place; afterwards they are as before.
+
+        Gives the memory of this process's parts of them, as tensors that no graph knows, and copies.
+        """
         self.world.settle()
         held = [self.world.local(p.data) for p in params]
+        kinds = [(x.shape, x.dtype, x.device) for x in held]
         # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
-        if [(x.shape, x.dtype, x.device) for x in self._copies] != [(x.shape, x.dtype, x.device) for x in held]:
-            self._copies = [torch.empty_like(x) for x in held]
+        if kinds != self._kinds:
+            self._kinds, self._copies = kinds, [torch.empty_like(x) for x in held]
         torch._foreach_copy_(self._copies, held)
         try:
-            yield self._copies
+            yield held, self._copies
         finally:
             torch._foreach_copy_(held, self._copies)
             self.world.settle()
@@ -50,15 +55,14 @@ class Validation:
     @contextmanager
     def undisturbed(self, advance: bool = True) -> Iterator[None]:
         """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
-        modules = walk.modules(self.model)
+        modules, named = self.tree.look()
         modes = [(m, m.training) for m in modules]
         held = [(m, dict(m._buffers)) for m in modules if m._buffers]  # a forward pass may replace them
         # running statistics, power iterations
         buffers = [(x.data, x.clone()) for _, own in held for x in own.values() if x is not None]
-        weights = (p for m in modules for p in m._parameters.values() if p is not None)
-        devices = sorted({p.device.index for p in weights if p.is_cuda})
+        devices = sorted({p.device.index for p in named.values() if p.is_cuda})
         outer, self.running = self.running, True
-        with torch.random.fork_rng(devices), Surroundings(filter(is_custom, modules)).entered(), self.world.quiet():
+        with torch.random.fork_rng(devices), kept(filter(is_custom, modules)), self.world.quiet():
             if self._stream is None and self.world.size > 1 and not self.split:
                 self._stream = self.world.first(_streams(devices))
             if self._stream is not None:
@@ -73,7 +77,8 @@ class Validation:
             finally:
                 self.running = outer
                 for module, mode in modes:
-                    module.training = mode
+                    if module.training is not mode:
+                        module.training = mode
                 for module, own in held:
                     module._buffers.update(own)
                 for x, before in buffers:
@@ -96,7 +101,8 @@ class Validation:
         GPU, where looking costs no synchronisation) if it is not finite.
         """
         self.world.settle()
-        leaves = list(self.model.parameters())  # which are others while the model runs, where they are sharded
+        # others while the model runs, where they are sharded
+        leaves = list(self.model.parameters()) if self._reentrant or self.world.sharded else []
         with self.undisturbed(advance), self.world.passing(), torch.enable_grad():
             loss = self._checked(self._evaluate())
             if not loss.requires_grad:
@@ -114,9 +120,8 @@ class Validation:
                     rows = None
         if rows is None:
             return self.gradient(params, advance)
-        held = [self.world.local(p.detach()) for p in params]
-        rows = [[None if g is None else self.world.local(g) for g in row] for row in rows]
-        filled = [[torch.zeros_like(p) if g is None else g for g, p in zip(row, held, strict=True)] for row in rows]
+        local = self.world.local
+        filled = [[local(torch.zeros_like(p) if g is None else g) for g, p in zip(row, params, strict=True)] for row in rows]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         loss = loss.detach().clone()
         if self.split:

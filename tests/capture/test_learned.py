@@ -159,3 +159,57 @@ def test_walks_are_those_of_torch(name):
     model.c = model.b[0]  # found twice
     assert walk.modules(model) == list(model.modules())
     assert list(walk.named_parameters(model).items()) == list(model.named_parameters())
+
+
+def put_in(model):
+    model.more = nn.Linear(2, 2)
+
+
+def exchange_a_layer(model):
+    model.block[0] = nn.Linear(D, D)
+
+
+def exchange_a_parameter(model):
+    model.last.bias = nn.Parameter(torch.zeros(2))
+
+
+def take_out(model):
+    del model.other
+
+
+def rename(model):
+    model.renamed = model._modules.pop("last")
+
+
+@pytest.mark.parametrize("change", [put_in, exchange_a_layer, exchange_a_parameter, take_out, rename])
+def test_a_tree_is_walked_again_where_something_was_exchanged(change):
+    model = Fickle()
+    tree = walk.Tree(model)
+    before = tree.look()
+    assert all(x is y for x, y in zip(tree.look(), before, strict=True))
+    change(model)
+    assert tree.modules() == list(model.modules())
+    assert list(tree.named_parameters().items()) == list(model.named_parameters())
+
+
+def test_layers_that_a_followed_body_calls_are_stops_too():
+    """The head and the norm of a body that adds positions: a hook each, where functions around them are followed."""
+    model = GPT(VOCABULARY, 9, layers=1, width=D, heads=2)
+    cache = ag.LayerCache(model)
+    for _ in range(3):
+        with cache:
+            model(torch.randint(VOCABULARY, (4, 5))).square().sum().backward()
+    (route,) = cache._recorder._routes.values()
+    assert {model.tokens, model.norm, model.head} <= {stop.layer for stop in route.stops}
+    assert set(route.inside) == {model.positions}
+
+
+def test_a_layer_frozen_between_two_steps_is_none_of_the_next():
+    model = Fickle()
+    cache = ag.LayerCache(model)
+    for _ in range(4):
+        step(model, cache)
+    model.block[0].requires_grad_(False)
+    step(model, cache)
+    assert not cache.recorded.deviation
+    assert cache.recorded.covered() == {"block.2.weight", "block.2.bias", "last.weight", "last.bias"}

@@ -55,6 +55,25 @@ def test_checkpoint_called_both_ways():
         check(problem(build, "x", T=N))
 
 
+SUMS = {
+    "plus": lambda x, p: x + p,
+    "minus": lambda x, p: x - p,
+    "from": lambda x, p: p - x,
+    "times three": lambda x, p: torch.add(x, p, alpha=3),
+    "through a view": lambda x, p: p.unsqueeze(0) + x,
+    "not alone": lambda x, p: x + p.square(),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_positions_in_a_sum(name):
+    def build():
+        body = lambda s, x: s.last(torch.tanh(SUMS[name](x, s.positions(torch.arange(x.shape[1])))))  # noqa: E731
+        return Fn(body, positions=nn.Embedding(7, D), last=nn.Linear(D, 2))
+
+    check(problem(build, "x"))
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_and_stateful_layers(name):
     """The replay of a call draws the numbers, and meets the buffers, that the call met."""

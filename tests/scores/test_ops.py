@@ -12,9 +12,9 @@ flat, offsets = (a.flatten(0, 1), b.flatten(0, 1)), ragged(5, 0, 13)
 indices = torch.randint(5, (3, 6), device=DEVICE)
 IMPLS = [None, "triton", "reference"]
 CALLS = {
-    "contract": lambda impl: (a, b, P, None, False, False, impl),
-    "contract ragged": lambda impl: (*flat, P, offsets, False, False, impl),
-    "contract per_token": lambda impl: (a, b, P, None, True, False, impl),
+    "contract": lambda impl: (a, b, P, normal(2, 4), None, False, False, impl),
+    "contract ragged": lambda impl: (*flat, P, None, offsets, False, False, impl),
+    "contract per_token": lambda impl: (a, b, P, None, None, True, False, impl),
     "wgrad_score": lambda impl: (a, b, P, None, impl),
     "wgrad_score ragged": lambda impl: (*flat, P, offsets, impl),
     "ghost_gram": lambda impl: (a, b, a[:2], b[:2], normal(4), normal(8), None, None, impl),

@@ -102,7 +102,7 @@ int check_steps(const Row* rows, const std::vector<Param>& params, int rule, int
   const Launch<Row> l = launch_with(rows, (rule + K) % 2);
   const int64_t width = sum_count(K);
   std::vector<double> expected(params.size() * width, NAN), sums(expected);
-  std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
+  std::vector<double> workspace(workspace_bytes_cuda(params, l, width) / 8 + 1, NAN);
   const auto cpu = filled(params, [&](Param& p, size_t i) {
     p.planes[VAL] = memory.planes(p.numel, K, Dtype(i & 1), i % 3);
     p.planes[OUT] = memory.planes(p.numel, K, dtype_of(i), 0);
@@ -133,7 +133,7 @@ int check_steps(const Row* rows, const std::vector<Param>& params, int rule, int
 
 void check_adjoint(const StepRow* rows, const std::vector<Param>& params, int rule, int64_t K, Memory& memory) {
   const Launch<StepRow> l = launch_with(rows, (rule + K) % 2);
-  std::vector<double> workspace(workspace_bytes_cuda(params, l, K) / 8 + 1, NAN);
+  std::vector<double> workspace(workspace_bytes_cuda(params, l, 0) / 8 + 1, NAN);
   const auto cpu = filled(params, [&](Param& p, size_t i) {
     for (int plane = 0; plane < PLANES; ++plane)
       if (plane != LAMBDA_V_MAX || i % 4 != 2) p.planes[plane] = memory.planes(p.numel, K, dtype_of(i + plane), i % 3);
@@ -147,6 +147,26 @@ void check_adjoint(const StepRow* rows, const std::vector<Param>& params, int ru
   if (adjoint_cuda(l, cuda, K, workspace.data())) std::exit(2);
   const char* names[PLANES] = {"lambda_w", "lambda_m", "lambda_v", "lambda_v_max", "lambda_g"};
   for (int plane = 0; plane < PLANES; ++plane) compare(names[plane], cpu, cuda, plane, K);
+}
+
+// Norms of gradients and their products with K directions; returns the number of sums compared.
+int check_gradient_sums(const StepRow* rows, const std::vector<Param>& params, int64_t K, Memory& memory) {
+  const Launch<StepRow> l = launch_with(rows, K % 2);
+  const int64_t width = gradient_sum_count(K);
+  const auto gradients = filled(params, [&](Param& p, size_t i) {
+    if (K) p.planes[ALONG] = memory.planes(p.numel, K, dtype_of(i), i % 4);
+    if (!p.g.data) p.g = memory.draw(p.numel, F32, 1);
+  });
+  std::vector<double> expected(params.size() * width, NAN), sums(expected);
+  std::vector<double> workspace(workspace_bytes_cuda(params, l, width) / 8 + 1, NAN);
+  gradient_sums_cpu(gradients, K, expected.data());
+  if (gradient_sums_cuda(l, gradients, K, workspace.data(), sums.data())) std::exit(2);
+  for (size_t j = 0; j < sums.size(); ++j)
+    if (!(std::fabs(sums[j] - expected[j]) <= 1e-9 * std::fabs(expected[j]) + 1e-12)) {
+      std::printf("K %d, sum %zu of gradients: %g instead of %g\n", int(K), j, sums[j], expected[j]);
+      std::exit(1);
+    }
+  return int(sums.size());
 }
 
 int main() {
@@ -164,6 +184,7 @@ int main() {
       std::vector<Param> params = draw_params(memory, rule);
       checks += check_steps(adam, params, rule, K, memory);
       check_adjoint(adam, params, rule, K, memory);
+      for (const int64_t along : {K, int64_t(0)}) checks += check_gradient_sums(adam, params, along, memory);
       if (rule == FROZEN) continue;
       for (Param& p : params) p.foreseen = false;
       checks += check_steps(others, params, rule, K, memory);
