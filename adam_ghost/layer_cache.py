@@ -147,7 +147,8 @@ class LayerCache:
 
     def _grads(self) -> dict[str, Tensor]:
         grads = ((name, p.grad) for name, p in self.validation.tree.named_parameters().items())
-        return {name: self.validation.world.local(g) for name, g in grads if g is not None and g.layout is torch.strided}
+        dense = {name: g for name, g in grads if g is not None and g.layout is torch.strided}
+        return dict(zip(dense, self.validation.world.parts(dense.values()), strict=True))
 
     def scaled_since(self) -> dict[str, Tensor]:
         """What the gradients were multiplied by since the block ended (clipped, unscaled); empty if by nothing.

@@ -67,7 +67,7 @@ struct Kernels {
 #define AG_KERNELS(of)                                                                                            \
   {                                                                                                               \
     {of::correct_range<Step>, of::move_range<Step>}, {of::correct_range<Fraction>, of::move_range<Fraction>},     \
-        of::sum_v_range, of::adjoint_range, of::gradient_sums_range, #of                                                                   \
+        of::sum_v_range, of::adjoint_range, of::gradient_sums_range, #of                                          \
   }
 
 Kernels choose() {

@@ -4,7 +4,7 @@ What is elementwise is done on the parts as they lie. Layers are contracted with
 and dropped again; a unit is what one ``fully_shard`` wraps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,9 +86,9 @@ class Shards(Processes):
                         " the last backward pass of a step"
                     )
 
-    def local(self, x: Tensor) -> Tensor:
+    def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return x.to_local() if isinstance(x, DTensor) else x
+            return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
     def settle(self) -> None:
         for module in self._modules:

@@ -6,7 +6,7 @@ it, and raise as well. Processes that are not at the same place all raise.
 """
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -57,9 +57,9 @@ class World:
 
     sharded = False
 
-    def local(self, x: Tensor) -> Tensor:
-        """This process's part of a parameter or its gradient, in the same memory."""
-        return x
+    def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """This process's parts of parameters or their gradients, in the same memory."""
+        return list(tensors)
 
     def settle(self) -> None:
         """Drops whole parameters, after the parts have changed or before they do."""

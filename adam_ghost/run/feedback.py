@@ -27,7 +27,7 @@ Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], li
 def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Iterator[Tensor]:
     """The weights a small step along ``vector``; yields the step, ``[]``, 0 where the vector is."""
     rerun.world.settle()
-    data = [rerun.world.local(p.data) for p in rerun.params]
+    data = rerun.world.parts(p.data for p in rerun.params)
     exact = all(batch.autocast is None for batch in batches) and all(x.element_size() > 2 for x in data)
     length, size = whole_norms(torch.stack([norm(vector), norm(data)]), rerun.world).unbind()
     size = size.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in rerun.params) ** 0.5)

@@ -205,7 +205,7 @@ class Rerun:
 
     def zeros(self) -> list[Tensor]:
         """Shaped like the parameters, or this process's parts of them."""
-        return [torch.zeros_like(self.world.local(p.detach())) for p in self.params]
+        return [torch.zeros_like(x) for x in self.world.parts(p.detach() for p in self.params)]
 
     def add_gradient(self, total: list[Tensor], out: Tensor, along: Tensor | None = None) -> None:
         """Adds the gradient of ``< out , along >`` by the parameters; sharded ones come averaged."""
@@ -215,9 +215,9 @@ class Rerun:
                 found = [p.grad for p in self.params]
         else:
             found = list(torch.autograd.grad(out, self.params, along, allow_unused=True))
-        for x, g in zip(total, found, strict=True):
-            if g is not None:
-                x += self.world.local(g)
+        pairs = [(x, g) for x, g in zip(total, found, strict=True) if g is not None]
+        for (x, _), g in zip(pairs, self.world.parts(g for _, g in pairs), strict=True):
+            x += g
 
     def average(self, total: list[Tensor]) -> None:
         """Makes of the sum of added gradients what it is in the mean over the processes."""

@@ -183,7 +183,7 @@ class Sweep:
     def put(self, state: OptState) -> None:
         """Gives the model the weights of ``state``."""
         self.world.settle()
-        torch._foreach_copy_([self.world.local(p.data) for p in self.params], list(state.parameters()))
+        torch._foreach_copy_(self.world.parts(p.data for p in self.params), list(state.parameters()))
 
     # scaling
 

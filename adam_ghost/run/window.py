@@ -219,10 +219,11 @@ class Window(Collecting):
             if steps and steps[0].number <= plan.last:
                 found = list(Sweep(self, steps, plan).run())[::-1]
         except (RuntimeError, ValueError) as error:
-            raise type(error)(
+            error.args = (  # of the same error, which the processes know that they have told each other
                 f"adam_ghost: steps {plan.first} to {plan.last} have no scores: {error}. The training is as it would be without the"
-                f" run, its step {self.loop.step} taken"
-            ) from error
+                f" run, its step {self.loop.step} taken",
+            )
+            raise
         finally:
             self._sweeping = False
             needed = min((p.first for p in self._plans), default=self._next)

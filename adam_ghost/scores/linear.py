@@ -101,7 +101,7 @@ class _ScoredLinear(torch.autograd.Function):
         ctx.n, ctx.dtype, ctx.late = slot.shape[0], weight.dtype, late
         out = cpu.linear(x, seen, bias)
         # a view made here could not be changed in place, as an activation after the layer may do
-        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+        return torch.ops.aten._unsafe_view(out, out.shape) if not torch.compiler.is_compiling() and out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

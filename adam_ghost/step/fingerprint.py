@@ -148,7 +148,8 @@ class GradientWatch:
 
     def grads(self) -> dict[str, Tensor]:
         """The gradients as they are now."""
-        return {name: self.world.local(p.grad) for name, p in self.params.items() if p.grad is not None}
+        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        return dict(zip(grads, self.world.parts(grads.values()), strict=True))
 
     def forward_begins(self) -> None:
         self._tasks.clear()

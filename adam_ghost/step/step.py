@@ -174,7 +174,8 @@ def gather_step(
     """
     world = world or World()
     params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
-    grads = {name: world.local(p.grad) for name, p in params.items() if p.grad is not None}
+    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
+    grads = dict(zip(grads, world.parts(grads.values()), strict=True))
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
     for name, p in params.items():

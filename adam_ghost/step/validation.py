@@ -40,7 +40,7 @@ class Validation:
         Gives the memory of this process's parts of them, as tensors that no graph knows, and copies.
         """
         self.world.settle()
-        held = [self.world.local(p.data) for p in params]
+        held = self.world.parts([p.data for p in params])
         kinds = [(x.shape, x.dtype, x.device) for x in held]
         # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
         if kinds != self._kinds:
@@ -120,8 +120,9 @@ class Validation:
                     rows = None
         if rows is None:
             return self.gradient(params, advance)
-        local = self.world.local
-        filled = [[local(torch.zeros_like(p) if g is None else g) for g, p in zip(row, params, strict=True)] for row in rows]
+        filled = [
+            self.world.parts([torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)]) for row in rows
+        ]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         loss = loss.detach().clone()
         if self.split:

@@ -80,9 +80,10 @@ def test_passes_in_half_precision(pair):
 )
 def test_an_error_in_one_process_reaches_all(where, schedule, error, pair):
     healthy, sick = pair.run(failing, where, schedule, "fsdp")
-    assert sick.startswith(error) and sick.endswith(" 2")
+    kind, text = error.split(": ", 1)  # what steps a window's sweep was of is said between the two
+    assert sick.startswith(kind) and text in sick and sick.endswith(" 2")
     # what the whole parameters tell, both raise
-    assert healthy.startswith((f"PeerFailed: process 1 raised {error}", error)) and healthy.endswith(" 2")
+    assert healthy.startswith(("PeerFailed", kind)) and text in healthy and healthy.endswith(" 2")
 
 
 @pytest.mark.parametrize(
