@@ -37,6 +37,7 @@ class Batch:
         self._tags = WeakIdKeyDictionary()  # None marks a lost tensor
         self.nodes: set[Any] = set()  # of the graph, at which samples passed
         self.doubts: list[Tensor] = []  # [] bool: whether something that was taken for granted is not so
+        self.moved = False  # whether an index had to tell where samples came to lie, or they were lost: values may decide that
         self._constant = False  # whether the result now looked at carries no gradient
 
     @property
@@ -104,6 +105,7 @@ class Batch:
             self._tags[x] = tag
         elif x.requires_grad or not torch.is_grad_enabled():
             self._tags[x] = None
+            self.moved = True
         else:
             self._tags.pop(x, None)
         if x.grad_fn is not None:
@@ -162,7 +164,10 @@ class Batch:
         tagged, self._constant = self.tagged(tensors), torch.is_grad_enabled() and not out.requires_grad
         try:
             tag = self._in_blocks(call, tagged)
-            return self._by_index(call, tagged) if tag is None or self._picks_tokens(call, tagged) else tag
+            if tag is None or self._picks_tokens(call, tagged):
+                tag = self._by_index(call, tagged)
+                self.moved |= tag is not None
+            return tag
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # called in a way that no rule foresees
             return None
 

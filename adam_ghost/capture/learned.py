@@ -3,14 +3,15 @@
 The first steps of a kind are followed by the recorder, function by function. What they teach is a route: which layers run in
 which order, and where the samples are in what they return. When two steps of a kind took the same route, later ones take it
 with one hook per layer. Bodies of modules that handle parameters by functions of torch (a position embedding that is added,
-say) are followed as ever, and what they call is not.
+say) are followed as ever, and what they call is not. Where a body orders the samples by values (sorts them by length, say), it
+is followed with all that it calls: the next step's values may order them otherwise, and no graph would show it.
 
 A step on a route is verified: the layers and their order, the batch's size in every output, and, when the model's outputs are
 there, the whole autograd graph behind them: every node's kind, its dimensions and the parameters that it ends in. Where a step
 left its route it cannot be scored; ``Recording.deviation`` says so, and the kind is followed from then on.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
@@ -41,6 +42,7 @@ class Stop(NamedTuple):
 
 
 Places: TypeAlias = tuple[tuple[int, tuple[int, int]], ...]  # which leaves of a module's output carry samples, and their tags
+Given: TypeAlias = tuple[tuple[int, tuple[int, int] | str], ...]  # the same of its arguments, in any order and lost ones too
 
 
 class Route(NamedTuple):
@@ -49,8 +51,8 @@ class Route(NamedTuple):
     stops: tuple[Stop, ...]
     followed: frozenset[nn.Module]  # modules whose own body is followed
     inside: Mapping[nn.Module, str]  # layers called by these that are no stops, and their names
-    # all else that is called by these, and where samples are in their outputs
-    parts: tuple[tuple[nn.Module, Places], ...]
+    # all else that is called by these, and where samples are in what they are given and in their outputs
+    parts: tuple[tuple[nn.Module, Given, Places], ...]
     graph: tuple[Any, ...]
 
     def same(self, other: "Route") -> bool:
@@ -73,7 +75,9 @@ class _Lesson:
         self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
         self.bodies: list[nn.Module] = []  # those running now, from the model's down
         self.calls: list[tuple[list[nn.Module], Stop | None, Named]] = []  # bodies, the stop, what was called
-        self.exits: list[tuple[list[nn.Module], nn.Module, Places]] = []  # bodies, what they called, stops too
+        self.given: list[Given] = []  # what each of these was called with
+        self.exits: list[tuple[list[nn.Module], nn.Module, Given, Places]] = []  # bodies, what they called, stops too
+        self.moving: set[nn.Module] = set()  # bodies in which values decided where samples go
         self.route: Route | None = None
         self.void = False  # whether something happened that no route foresees
 
@@ -82,21 +86,22 @@ class _Lesson:
         followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
         inside = {call.fn: call.name for _, stop, call in self.calls if stop is None and isinstance(call.fn, nn.Module)}
         stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
-        parts = tuple((part, tags) for bodies, part, tags in self.exits if bodies[-1] in followed and part not in followed)
-        elsewhere = {part for bodies, part, _ in self.exits if bodies[-1] not in followed}
+        parts = tuple(exit[1:] for exit in self.exits if exit[0][-1] in followed and exit[1] not in followed)
+        elsewhere = {part for bodies, part, *_ in self.exits if bodies[-1] not in followed}
         apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint(
-            {part for part, _ in parts} | followed
+            {part for part, *_ in parts} | followed
         )
         pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
         if apart and pays:
             self.route = Route(stops, frozenset(followed), inside, parts, graph)
 
-    def add(self, called: "Named", stop: Stop | None) -> None:
-        """A call of a layer, or of a function that met parameters; None where no stop tells what it does."""
+    def add(self, called: "Named", stop: Stop | None, given: Given = ()) -> None:
+        """A call of a layer, or of a function that met parameters or moves samples; None where no stop tells what it does."""
         bodies = list(self.bodies)
+        stop = stop if self.moving.isdisjoint(bodies) else None
         self.calls.append((bodies, stop, called))
         if stop is not None:
-            self.exits.append((bodies, stop.layer, ((0, (stop.axis, 1 if stop.single else -1)),)))
+            self.exits.append((bodies, stop.layer, given, ((0, (stop.axis, 1 if stop.single else -1)),)))
 
 
 class LearningRecorder(Recorder):
@@ -144,9 +149,9 @@ class LearningRecorder(Recorder):
             self._attach_layer(module, name)
         for module in route.followed - {self.model}:
             self._attach_model(module)
-        for module in {part for part, _ in route.parts}:
+        for module in {part for part, *_ in route.parts}:
             self.handles += [
-                module.register_forward_pre_hook(Hook(self._enter_part)),
+                module.register_forward_pre_hook(Hook(self._enter_part), with_kwargs=True),
                 module.register_forward_hook(Hook(self._leave_part), prepend=True),
             ]
         for module in {stop.layer for stop in route.stops}:
@@ -196,6 +201,8 @@ class LearningRecorder(Recorder):
         super()._enter_model(module, args, kwargs)
         if self._lesson is not None and self.in_forward:
             self._lesson.bodies.append(module)
+            with torch._C.DisableTorchFunction():
+                self._lesson.given.append(self._given((args, kwargs)))
         if self._route is not None and module not in self._route.followed:
             self.mode.remove()
 
@@ -240,7 +247,7 @@ class LearningRecorder(Recorder):
                 if tags is None:
                     lesson.void = True
                 else:
-                    lesson.exits.append((lesson.bodies[:-1], module, tags))
+                    lesson.exits.append((lesson.bodies[:-1], module, lesson.given[-1], tags))
             elif not self._into.unattributed:
                 lesson.end(graph_of(output, self.names))
         elif self._route is not None and self.inside_model == 1:
@@ -259,6 +266,7 @@ class LearningRecorder(Recorder):
         super()._close_model(module, args, output)
         if self._lesson is not None and self._lesson.bodies and self.in_forward:
             self._lesson.bodies.pop()
+            self._lesson.given.pop()
 
     # a followed step
 
@@ -270,7 +278,7 @@ class LearningRecorder(Recorder):
         if _in_backward() or not lesson.bodies:
             lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
             return
-        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors))
+        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors), self._given(tensors))
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
@@ -285,8 +293,19 @@ class LearningRecorder(Recorder):
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
             stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
-            lesson.add(Named(name, module), stop)
+            lesson.add(Named(name, module), stop, self._given(args))
         return new_output
+
+    def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        lesson = self._lesson
+        if lesson is None:
+            return super()._follow(func, args, kwargs)
+        self.batch.moved = False
+        out = super()._follow(func, args, kwargs)
+        if self.batch.moved and lesson.bodies:
+            lesson.moving.add(lesson.bodies[-1])
+            lesson.add(Named(getattr(func, "__name__", str(func)), func), None)
+        return out
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
         """The call as a stop of a route; None where its body has to be followed."""
@@ -302,6 +321,19 @@ class LearningRecorder(Recorder):
             return None  # made where no graph shows how
         return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, call.without_tensors())
 
+    def _given(self, arguments: Any) -> Given:
+        """Where samples are in the leaves of what a module is called with."""
+        found: list[tuple[int, tuple[int, int] | str]] = []
+        for i, x in enumerate(pytree.tree_leaves(arguments)):
+            if not isinstance(x, Tensor):
+                continue
+            tag = self.batch[x]
+            if self.batch.lost(x):
+                found.append((i, "lost"))
+            elif tag is not None:
+                found.append((i, _some(tag) if _regular(tag) else "in any order"))
+        return tuple(found)
+
     def _tags(self, output: Any) -> Places | None:
         """Where samples are in the leaves of a module's output; None where no route can tell."""
         found = []
@@ -312,15 +344,22 @@ class LearningRecorder(Recorder):
             if self.batch.lost(x) or self._is_source(x) or (tag is not None and not _regular(tag)):
                 return None
             if tag is not None:
-                found.append((i, (tag[0], 1 if tag[1] == 1 else -1)))  # of several rows, how many may vary
+                found.append((i, _some(tag)))
         return tuple(found)
 
     # a step on its route
 
     @unseen
-    def _enter_part(self, module: nn.Module, args: tuple) -> None:
-        if self._route is not None and self.in_forward:
-            self.mode.remove()
+    def _enter_part(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        route = self._route
+        if route is None or not self.in_forward:
+            return
+        if self.batch.moved and self._part < len(route.parts):
+            part, given, _ = route.parts[self._part]
+            if part is module and given != self._given((args, kwargs)):
+                self._deviate(f"{type(module).__name__} was given the samples in another way")
+                return
+        self.mode.remove()
 
     @unseen
     def _leave_part(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -330,7 +369,7 @@ class LearningRecorder(Recorder):
         if self._part >= len(route.parts) or route.parts[self._part][0] is not module:
             self._deviate(f"{type(module).__name__} ran out of order")
             return
-        tags = route.parts[self._part][1]
+        tags = route.parts[self._part][2]
         self._part += 1
         leaves = pytree.tree_leaves(output) if tags else []
         for i, (axis, rows) in tags:
@@ -352,7 +391,8 @@ class LearningRecorder(Recorder):
         if self._route is not None and self.in_forward:
             stop = self.next_stop(layer)
             if stop is not None:
-                return stop.led and stop.template is None
+                n = self.batch.n
+                return stop.led and stop.template is None and (len(x) == n if stop.single else len(x) % n == 0)
             if layer not in self._route.inside:
                 return False
         return super().leads(layer, x)
@@ -389,6 +429,11 @@ def _regular(tag: Any) -> TypeGuard[tuple[int, int]]:
 
 def _place(tag: tuple[int, int]) -> tuple[int, bool]:
     return tag[0], tag[1] == 1
+
+
+def _some(tag: tuple[int, int]) -> tuple[int, int]:
+    """The tag, in which of several rows any number may vary."""
+    return tag[0], 1 if tag[1] == 1 else -1
 
 
 _READ: dict[type, tuple[str, ...]] = {}  # per kind of node, which of its attributes are looked at

@@ -116,6 +116,83 @@ def test_a_step_that_leaves_its_route_is_named_and_the_next_is_followed(mood):
         assert got.unattributed == fresh.recorded.unattributed
 
 
+class Ordered(nn.Module):
+    """Runs a block on the samples in another order than they came in."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, 2)
+        self.block = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+        self.order = order
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.last(self.order(h, x, self.block) + h)
+
+
+def by_index(h, x, block):
+    order = x[:, 0].argsort()
+    return block(h[order])[order.argsort()]
+
+
+def by_index_of_a_dimension(h, x, block):
+    order = x[:, 0].argsort()
+    return block(h.index_select(0, order)).index_select(0, order.argsort())
+
+
+def by_writing(h, x, block):
+    order = x[:, 0].argsort()
+    there = torch.zeros_like(h)
+    there[order.argsort()] = h
+    return block(there)[order.argsort()]
+
+
+def by_parts(h, x, block):
+    turned = slice(None, None, 1 if x[0, 0] < x[-1, 0] else -1)
+    return torch.cat(block(torch.cat(h.chunk(2)[turned])).chunk(2)[turned])
+
+
+def by_a_cut(h, x, block):
+    cut = 0 if x[0, 0] < x[-1, 0] else 2
+    y = block(torch.cat([h[cut:], h[:cut]]))
+    return torch.cat([y[len(y) - cut :], y[: len(y) - cut]])
+
+
+@pytest.mark.parametrize("order", [by_index, by_index_of_a_dimension, by_writing, by_parts, by_a_cut])
+def test_an_order_that_values_decide_is_not_learned(order):
+    """All samples are as long as each other at first, say, and are sorted by length later: the graph looks the same."""
+    torch.manual_seed(0)
+    model = Ordered(order).double()
+    cache = ag.LayerCache(model)
+    P = {k: torch.randn(1, *p.shape, dtype=p.dtype) for k, p in model.named_parameters()}
+    for k in range(5):
+        x = torch.randn(4, D, dtype=torch.float64)
+        x = x[x[:, 0].argsort(descending=k == 4)]
+        model.zero_grad()
+        with cache:
+            model(x).square().sum().backward()
+    assert not cache.recorded.deviation
+    got = score_recordings([cache.recorded], P)[:, 0]
+    for score, row in zip(got, x, strict=True):
+        alone = torch.autograd.grad(Ordered.forward(model, row[None]).square().sum(), list(model.parameters()))
+        want = sum((P[k][0] * g).sum() for k, g in zip(P, alone, strict=True))
+        torch.testing.assert_close(score, want)
+
+
+def test_a_part_that_is_given_the_samples_in_another_order_is_noticed():
+    sorting = Fn(lambda s, h, x: h[x[:, 0].argsort()])
+    model = Ordered(lambda h, x, block: block(sorting(h, x)))
+    model.sorting = sorting
+    cache = ag.LayerCache(model)
+    for _ in range(4):
+        with cache:
+            model(torch.randn(4, D).sort(0).values).square().sum().backward()
+    assert any(cache._recorder._routes.values())
+    with cache:
+        model(torch.randn(4, D).sort(0, descending=True).values).square().sum().backward()
+    assert "was given the samples in another way" in cache.recorded.deviation
+
+
 def test_a_replaced_layer_is_noticed():
     model = Fickle()
     cache = ag.LayerCache(model)

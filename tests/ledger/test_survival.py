@@ -78,7 +78,7 @@ def test_two_hundred_kills(forks, tmp_path):
         assert list(found) == list(range(1, len(found) + 1))  # every complete part, without a gap
         assert all(found[step] == whole[step] for step in found)  # nothing twice, nothing else
         assert booked == list(range(1, len(booked) + 1)) and len(booked) <= len(found)
-        seen.add(len(found))
+        seen.add((len(found), made.value))
     assert len(seen) > KILLS // 3  # the moments differed
     run_to_the_end(forks, folder)
     found, booked = rows(folder / "ledger")
