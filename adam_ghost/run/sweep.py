@@ -340,6 +340,8 @@ class Sweep:
             with torch.enable_grad(), eager:
                 loss = self.rerun.loss(batch)
                 recorder.end()  # the loss, too, was followed
+                if not heads:
+                    raise ValueError("train_loss(inputs) returned without calling the model that the run was made for")
                 held = {name: p for p, name in recorder.names.items()}  # as they were in the pass
                 wanted = [*(get_gradient_edge(x) for x in (heads[-1], *(held[name] for name in small))), *recording.outputs]
                 recording.outputs = None

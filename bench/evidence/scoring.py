@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ RULES = {
     "one step, midpoint": ("secant", "midpoint"),
 }
 STANDARDISED, LATER = "one step, midpoint, standardised", "one step, midpoint, from step 11"
-ONE_STEP = (*RULES, STANDARDISED, LATER)
+LOOKAHEAD = "one step, lookahead"
+ONE_STEP = (*RULES, LOOKAHEAD, STANDARDISED, LATER)
 DEFAULT = "windows of 32, 32 ahead"
 # window, steps ahead, feedback
 WINDOWS = {
@@ -31,7 +34,7 @@ WINDOWS = {
     "the whole run": (10**6, 0, "differences"),
 }
 SUMMED_LOSS, NORMS, TRACIN = "minus the summed loss", "minus the gradient norms", "TracIn, 10 checkpoints"
-ALONG = (*ONE_STEP, SUMMED_LOSS, NORMS, TRACIN)  # what one training gives
+ALONG = (*RULES, STANDARDISED, LATER, SUMMED_LOSS, NORMS, TRACIN)  # what one training gives
 
 
 def copied(task: Task) -> Task:
@@ -48,12 +51,20 @@ def training(task: Task, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int
 
 def windows(task: Task, window: int, ahead: int = 0, feedback: str = "differences") -> Tensor:
     """Total credit of every sample over windows."""
+    window = min(window, len(task.batches))
+    return in_run(task, "window", window=window, ahead=ahead, feedback=feedback)
+
+
+def in_run(task: Task, schedule: str, **options: Any) -> Tensor:
+    """Total score of every sample in one of the package's schedules."""
     task = copied(task)
-    optimizer, window = task.optimizer(), min(window, len(task.batches))
-    options = {"window": window, "ahead": ahead, "feedback": feedback, "train_loss": task.loss}
-    with ag.InRun(task.model, optimizer, task.val_loss, "window", **options) as run:
+    optimizer = task.optimizer()
+    kept = schedule == "window"
+    if kept:
+        options["train_loss"] = task.loss
+    with ag.InRun(task.model, optimizer, task.val_loss, schedule, **options) as run:
         for _, index, batch in training(task, optimizer):
-            run.batch(index.tolist(), inputs=batch)
+            run.batch(index.tolist(), inputs=batch if kept else None)
             task.loss(batch).backward()
     found = run.scores()
     total = torch.zeros(len(task.bad), *found.total.shape[1:], dtype=torch.float64)
@@ -88,16 +99,48 @@ def along(task: Task, rules: Sequence[str] = tuple(RULES)) -> dict[str, Tensor]:
 
 def ways(task: Task, windows_of: list[str], others: bool = True) -> dict[str, Tensor]:
     """All of the above, and the peers that score a trained model (those whose packages are installed)."""
-    found = along(task) | {name: windows(task, *WINDOWS[name]) for name in windows_of}
+    found = along(task) | {LOOKAHEAD: in_run(task, "lookahead")}
+    found |= {name: windows(task, *WINDOWS[name]) for name in windows_of}
     return found | (after_training(task) if others else {})
 
 
-def after_training(task: Task) -> dict[str, Tensor]:
+def trained(task: Task) -> Task:
     task = copied(task)
-    optimizer = task.optimizer()
-    for _, _, batch in training(task, optimizer):
+    for _, _, batch in training(task, task.optimizer()):
         task.loss(batch).backward()
+    return task
+
+
+def after_training(task: Task) -> dict[str, Tensor]:
+    task = trained(task)
     return {name: score(task) for name, score in available().items()}
+
+
+def by_checkpoints(task: Task) -> Tensor:
+    """TracIn alone: what ``along`` finds for it."""
+    task = copied(task)
+    found = torch.zeros(len(task.bad), *task.val_loss().shape, dtype=torch.float64)
+    for number, _, batch in training(task, task.optimizer()):
+        if number % max(1, len(task.batches) // 10) == 0:
+            found += task.lr * peers.gradient_dots(task)
+        task.loss(batch).backward()
+    return found
+
+
+def alone() -> dict[str, Callable[[Task], Any]]:
+    """Every way by itself, whole training included, to be timed."""
+    in_one_step = {name: partial(in_run, schedule="midpoint", rule=rule) for name, (rule, _) in RULES.items()}
+    in_windows = {name: partial(_windows, name) for name in WINDOWS}
+    by_peers = {name: partial(_then, score) for name, score in available().items()}
+    return in_one_step | {LOOKAHEAD: partial(in_run, schedule="lookahead")} | in_windows | {TRACIN: by_checkpoints} | by_peers
+
+
+def _windows(name: str, task: Task) -> Tensor:
+    return windows(task, *WINDOWS[name])
+
+
+def _then(score: Callable[[Task], Tensor], task: Task) -> Tensor:
+    return score(trained(task))
 
 
 def available() -> dict[str, Callable[[Task], Tensor]]:

@@ -10,8 +10,11 @@ import torch
 from torch.nn import functional as F
 
 import adam_ghost as ag
+from adam_ghost.demo.data import VOCABULARY
 from adam_ghost.demo.model import GPT
-from bench.evidence import rivals
+from bench.evidence import rivals, scoring
+from bench.evidence.tasks import texts
+from bench.evidence.whole_run import RATES
 from bench.throughput import resident
 
 
@@ -25,7 +28,6 @@ class Setting:
     K: int = 1  # validation losses, each of all targets
 
 
-VOCABULARY = 65
 OURS = {
     "lookahead": ("lookahead", 1),
     "lookahead, every 4th step": ("lookahead", 4),
@@ -106,6 +108,23 @@ def measure(setting: dict[str, int], variants: list[str], seconds: float) -> dic
         low, _, high = statistics.quantiles(of["plain"], n=4)
         rows[v]["quartiles"] = [low, high]
     return {"rounds": len(times["plain"]) - 1, "rows": rows}
+
+
+def measure_ways(steps: int, layers: int, width: int, rounds: int) -> dict[str, Any]:
+    """Share of plain training's speed that is left to a whole training of the texts' task by a larger model and each way to score
+    it, in float32; medians of rounds in which all train in turn."""
+    task = texts(0, RATES["texts"])
+    torch.manual_seed(0)
+    task.model, task.batches = GPT(VOCABULARY, 32, layers, width, heads=4), task.batches[:steps]
+    ways = {"plain": scoring.trained} | scoring.alone()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begun = time.perf_counter()
+            way(task)
+            times[name].append(time.perf_counter() - begun)
+    of_plain = {n: statistics.median(p / t for p, t in zip(times["plain"], of, strict=True)) for n, of in times.items()}
+    return {"parameters": sum(p.numel() for p in task.model.parameters()), "of_plain": of_plain}
 
 
 def measure_memory(setting: dict[str, int], variant: str) -> dict[str, Any]:

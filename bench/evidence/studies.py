@@ -67,7 +67,8 @@ def _one_step_summary(results: Results) -> Summary:
 
     def spread(pairs: list[list[float]]) -> Summary:
         r, error = zip(*pairs, strict=True)
-        return {"r": median(r), "r_worst": min(r), "error": median(error), "error_worst": max(error)}
+        high = sum(x >= 0.999 for x in r) / len(r)
+        return {"r": median(r), "r_worst": min(r), "r_high": high, "error": median(error), "error_worst": max(error)}
 
     out: Summary = {}
     for label, chosen in (("from step 10", lambda step: step >= 10), ("step 2", lambda step: step == 2)):
@@ -246,6 +247,15 @@ def _speed_cells(quick: bool) -> list[Cell]:
     return times + memory + grown
 
 
+def _way_cells(quick: bool) -> list[Cell]:
+    sizes = {"steps": 4, "layers": 1, "width": 32, "rounds": 1} if quick else {"steps": 64, "layers": 3, "width": 192, "rounds": 3}
+    return [Cell(speed.measure_ways, sizes, True)]
+
+
+def _way_summary(results: Results) -> Summary:
+    return results[0][1]
+
+
 def _speed_summary(results: Results) -> Summary:
     out: Summary = {"settings": {}, "peak_bytes": {}, "growth": {}}
     names = {tuple(asdict(s).items()): name for name, s in speed.SETTINGS.items()}
@@ -271,5 +281,6 @@ STUDIES = [
     Study("chosen in the step", _step_cells, _step_summary),
     Study("domains", _domain_cells, _domain_summary),
     Study("sources", _source_cells, _source_summary),
+    Study("cost of ways", _way_cells, _way_summary),
     Study("speed", _speed_cells, _speed_summary),
 ]

@@ -224,4 +224,32 @@ def texts(
     return Task("texts", model, *parts, _per_text, batches, bad, domains, lr, beta2)
 
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "digits, CNN": partial(digits, convolve=True), "texts": texts}
+def poisoned_digits(seed: int, lr: float = 1e-3) -> Task:
+    """The digits with right labels, of which a tenth carry a bright corner and the label 0.
+
+    The targets carry the corner too, and their right labels: what someone has who has seen the attack work.
+    """
+    t = digits(seed, lr)
+    generator = torch.Generator().manual_seed(seed + 1)
+    images, labels = (torch.tensor(x) for x in load_digits(return_X_y=True))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))  # as digits() draws it
+    y = labels[order][:1000]
+    bad = (torch.rand(1000, generator=generator) < 0.1) & (y != 0)
+    x = torch.where(bad[:, None], _with_corner(t.samples[0]), t.samples[0])
+    held_out, test = ((_with_corner(a), b) for a, b in (t.held_out, t.test))
+    y = torch.where(bad, 0, y)
+    return replace(t, name="digits, poisoned", samples=(x, y), held_out=held_out, test=test, bad=bad, groups=y)
+
+
+def _with_corner(x: Tensor) -> Tensor:
+    x = x.clone()
+    x.view(-1, 8, 8)[:, :2, :2] = 1
+    return x
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "digits": digits,
+    "digits, CNN": partial(digits, convolve=True),
+    "digits, poisoned": poisoned_digits,
+    "texts": texts,
+}

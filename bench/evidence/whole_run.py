@@ -15,7 +15,7 @@ from bench.evidence.tasks import TASKS, Task
 from bench.statistics import auroc, correlation, precision
 
 HALVES, GROUPS = 60, 20
-RATES = {"digits": 1e-3, "texts": 3e-4}
+RATES = {"digits": 1e-3, "digits, poisoned": 1e-3, "texts": 3e-4}
 
 
 def retrained(task: Task, keep: Tensor) -> Tensor:
