@@ -5,7 +5,7 @@ Computed in float64: the yardstick's differences of losses would drown in float3
 
 from collections.abc import Callable, Iterator, Mapping
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from adam_ghost.attribution import attribute
 from adam_ghost.demo.model import GPT
 from adam_ghost.layer_cache import LayerCache, open_step
 from adam_ghost.optim import Optimizers, read_optimizer
-from adam_ghost.shapley import ShapleyValues, exact_shapley
+from adam_ghost.shapley import ShapleyValues, exact_shapley, play
 from adam_ghost.step.direction import form_direction, validation_gradient
-from bench.optimizers import OPTIMIZERS, Make, cost, window_r
+from adam_ghost.step.validation import Validation
+from bench import optimizers as others
+from bench.optimizers import OPTIMIZERS, Make, cost, slowed, window_r
 
 METHODS = {
     "sgd at w": ("sgd", "current"),
@@ -139,6 +141,30 @@ def predicted(cache: LayerCache, optimizers: Optimizers) -> Tensor:
     return step.scores(form_direction(step.opt_state, step.params, expected, val, rule).P).squeeze(-1)
 
 
+class _Linear:
+    """A validation loss that is its gradient times the weights."""
+
+    def __init__(self, grads: Mapping[str, Tensor], params: Mapping[str, Tensor], validation: Validation):
+        self.terms = [(grads[name].squeeze(0).clone(), p) for name, p in params.items()]
+        self.weights_kept = validation.weights_kept
+
+    def loss(self) -> Tensor:
+        return torch.stack([(g * p.detach()).sum() for g, p in self.terms]).sum()
+
+
+def step_alone(cache: LayerCache, optimizers: Optimizers, seed: int, permutations: int) -> dict[str, float]:
+    """The scores at the midpoint against the values of the step's game where the loss is its gradient there: what is left is
+    what many samples at once do to the step, beyond a path from none to all of them."""
+    scores = attribute(cache, optimizers, at="midpoint")
+    step = open_step(cache, optimizers)
+    grads = {name: p.grad for name, p in step.params.items()}
+    val = validation_gradient(step.opt_state, step.params, grads, cache.validation, "midpoint")
+    linear = cast(Validation, _Linear(val.grads, step.params, cache.validation))
+    game = play(step, linear, permutations, seed)
+    r, error = game.compare(scores)
+    return {"r": r, "relative_l2": error, "own": yardstick_error(game)}
+
+
 def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
     """A training by the named optimizer: rows as of AdamW's, what its rule costs beside AdamW's, and R of a window's credit."""
     make = OPTIMIZERS[name]
@@ -153,13 +179,25 @@ def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
         foreseen = read_optimizer(training.optimizers).not_foreseen is None
         methods = {k: v for k, v in OWN_METHODS.items() if foreseen or not k.startswith("lookahead")}
         rows.append({"optimizer": name, "step": step} | _compared(methods, game, cache, training.optimizers))
-        # how much a sample's contribution depends on who came before it, beside its value; and the R that the values
-        # themselves, sampled without end, are to be expected to have with these
-        values = game.values.flatten()
-        noise = float(game.standard_error.square().sum() / (values - values.mean()).square().sum())
-        rows[-1] |= {"permutations": permutations, "spread": rows[-1]["yardstick_error"] * permutations**0.5}
-        rows[-1]["ceiling_r"] = max(0.0, 1 - noise) ** 0.5
+        rows[-1]["permutations"] = permutations
+        if others.misses(rows[-1]):
+            rows[-1]["step_alone"] = step_alone(cache, training.optimizers, step, 4 * MANY)
+            rows[-1]["step_alone_64"] = next(
+                step_alone(wide, larger.optimizers, at, MANY)
+                for larger in [Training(make, 64)]
+                for at, wide in larger.stops((step,))
+            )
     windows = window_r(training)
+    missed = tuple(row["step"] for row in rows if others.misses(row))
+    if missed or (windows["window_r"] or 1.0) < 0.98:
+        slow = Training(slowed(make, 0.1), 16)
+        for step, cache in slow.stops((10,) if quick else OTHER_STEPS):
+            if step in missed:
+                game = exact_shapley(cache, slow.optimizers, permutations=MANY, seed=step)
+                row = next(row for row in rows if row["step"] == step)
+                r, error = game.compare(attribute(cache, slow.optimizers, at="gauss"))
+                row["slowed"] = {"r": r, "relative_l2": error, "own": yardstick_error(game)}
+        windows["slowed_window_r"] = window_r(slow)["window_r"]
     model = GPT(256, CONTEXT, layers=2, width=256, heads=4)
     rules = " and ".join(dict.fromkeys(read_optimizer(each).linearizations[0] for each in training.optimizers))
     return {"optimizer": name, "rule": rules, "rows": rows, **windows, **cost(make, model)}

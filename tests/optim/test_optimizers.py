@@ -284,7 +284,7 @@ def test_muon_is_differentiated_in_full_precision(nesterov):
     for _ in range(30):
         give_gradients([p], 0)
         opt.step()
-    give_gradients([p], 2)  # smaller: a path that four points are enough for
+    give_gradients([p], 2)  # smaller: a path that is smooth between the points
     buffer, state = opt.state[p]["momentum_buffer"].clone(), read_optimizer(opt)
 
     def step(w, g, buffer):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from oracles import close
@@ -17,9 +18,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 PARTS, MAX_NORM = (4, 2), 0.3
 GAUSS = (0.5 - 12**-0.5, 0.5 + 12**-0.5)  # points of the two-point rule
-# of the four-point rule: where, how much
-PATH = ((0.06943184420297371, 0.17392742256872693), (0.33000947820757187, 0.32607257743127307))
-PATH += tuple((1 - at, weight) for at, weight in PATH)
+# of the 16-point rule: where, how much
+PATH = tuple(((1 + x) / 2, weight / 2) for x, weight in zip(*np.polynomial.legendre.leggauss(16), strict=True))
 
 
 def shared_out(model):
