@@ -191,10 +191,10 @@ def test_an_installation_replaces_no_torch(tmp_path, version):
     assert ("pip would replace it" in done.stderr) == TORCHES[version]
 
 
-def test_an_isolated_build_finds_the_torch_that_is_installed(tmp_path):
+def test_an_isolated_build_finds_the_torch_that_is_installed():
     """pip takes what is installed off the path, and would leave the C++ part out."""
-    (tmp_path / "setuptools.py").write_text("find_packages = lambda **_: []\nsetup = lambda **_: None\n")
-    hidden = "sys.path[:] = [sys.argv.pop(1)] + [p for p in sys.path if not p.endswith('site-packages')]"
-    found = "importlib.util.find_spec('torch') is not None"
-    done = run(sys.executable, "-c", f"import sys, importlib.util; {hidden}; print({found}); import setup; print({found})", tmp_path)
+    only_setuptools = "import sys, importlib.util, setuptools; setuptools.setup = lambda **_: None"
+    hidden = "sys.path[:] = [p for p in sys.path if not p.endswith('site-packages')]"
+    found = "print(importlib.util.find_spec('torch') is not None)"
+    done = run(sys.executable, "-c", f"{only_setuptools}; {hidden}; {found}; import setup; {found}")
     assert done.stdout.split() == ["False", "True"], done.stderr
