@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -53,9 +52,8 @@ def toolkit(nvcc):
 
 def see_installed():
     """pip builds in an environment of its own, from which what is installed, torch for one, is hidden."""
-    for kind in ("purelib", "platlib"):
-        if (folder := sysconfig.get_path(kind)) not in sys.path:
-            sys.path.append(folder)
+    plain = subprocess.check_output([sys.executable, "-I", "-c", "import sys; print(*sys.path, sep='\\n')"], text=True)
+    sys.path += [folder for folder in plain.splitlines() if folder not in sys.path]
 
 
 def keep_torch():

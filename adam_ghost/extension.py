@@ -17,7 +17,8 @@ except ImportError as error:
     # an extension that is there and does not load is a defect to report; one that was never built is a choice
     absent = "cannot import name '_C'" in str(error)
     how = f"pip install -e '{checkout}'" if checkout else "installing again"
-    missing = f"the extension was not built ({how} builds it where there is a C++ compiler)" if absent else f"the extension does not load: {error}"
+    not_built = f"the extension was not built ({how} builds it where there is a C++ compiler)"
+    missing = not_built if absent else f"the extension does not load: {error}"
 
 built = C.built() if C else {"cpu": "", "cuda": ""}
 

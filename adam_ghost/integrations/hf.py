@@ -1,4 +1,4 @@
-"""Hugging Face's ``Trainer``: one callback, and a data set with a column of ids.
+"""Hugging Face's ``Trainer``: one callback.
 
 trainer = Trainer(model, args, train_dataset=dataset, ...)
 AttributionCallback(val_loss, ledger="runs/today").attach(trainer)
@@ -19,6 +19,7 @@ from adam_ghost.capture.hooks import Hook
 from adam_ghost.inrun import InRun
 from adam_ghost.integrations.collated import lay_out
 from adam_ghost.integrations.ids import ID, logged
+from adam_ghost.integrations.indices import Numbered, lacks_ids
 from adam_ghost.integrations.packed import pack_ids
 
 _STATE = "adam_ghost.pt"
@@ -43,7 +44,7 @@ class AttributionCallback(TrainerCallback):
 
     Args:
         val_loss: called with the model; returns the validation loss, ``[]`` or ``[K]``, with a graph.
-        column: of the data set, with the ids: integers, or strings.
+        column: of the data set, with the ids: integers, or strings. Where there is none, ids are places in the data set.
         options: of ``InRun``: ``schedule``, ``ledger``, ``every`` and so on, but ``train_loss``, which is the Trainer's.
 
     Raises:
@@ -74,9 +75,13 @@ class AttributionCallback(TrainerCallback):
         """
         if dataset is not None:
             trainer.train_dataset = pack_ids(trainer, dataset, self.column)
+        elif lacks_ids(trainer.train_dataset, self.column):
+            trainer.train_dataset = Numbered(trainer.train_dataset, self.column)
         self._trainer, self._compute_loss = trainer, trainer.compute_loss
         trainer.compute_loss = self._follow_loss
-        trainer.data_collator = self.collator(trainer.data_collator)
+        # what takes columns off that the model does not know would take off the ids: it works behind us
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+        trainer.data_collator = self.collator(collate)
         trainer.args.remove_unused_columns = False
         trainer.callback_handler.callbacks.insert(0, self)
         return self

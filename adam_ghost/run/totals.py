@@ -44,7 +44,7 @@ class SampleScores(NamedTuple):
         return [(self.ids[i], float(values[i, target])) for i in order]
 
     def sorted(self, value: str = "standardized", target: int = 0) -> "SampleScores":
-        """The same, the most helpful sample by ``value`` of one target first, where samples are equal in the order of their ids here.
+        """The same, the most helpful sample by ``value`` of one target first; equal ones keep their order.
 
         Raises ValueError where ``value`` or ``target`` is not there.
         """
