@@ -44,15 +44,17 @@ class AttributionCallback(TrainerCallback):
 
     Args:
         val_loss: called with the model; returns the validation loss, ``[]`` or ``[K]``, with a graph.
-        column: of the data set, with the ids: integers, or strings. Where there is none, ids are places in the data set.
+        column: of the data set, with the ids: integers, or strings. None: ``sample_id``, or places in the data set where it has no
+            such column.
         options: of ``InRun``: ``schedule``, ``ledger``, ``every`` and so on, but ``train_loss``, which is the Trainer's.
 
     Raises:
         ValueError: where training begins, with ``schedule="window"`` and a Trainer that ``attach`` was not told of.
     """
 
-    def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, column: str = ID, **options: Any):
-        self.val_loss, self.column, self.options = val_loss, column, options
+    def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, column: str | None = None, **options: Any):
+        self.val_loss, self.column, self.options = val_loss, column or ID, options
+        self._may_number = column is None
         self.run: InRun | None = None
         self._forward: Any = None
         self._inside = False  # a validation pass, or a batch that is run again
@@ -75,7 +77,7 @@ class AttributionCallback(TrainerCallback):
         """
         if dataset is not None:
             trainer.train_dataset = pack_ids(trainer, dataset, self.column)
-        elif lacks_ids(trainer.train_dataset, self.column):
+        elif self._may_number and lacks_ids(trainer.train_dataset, self.column):
             trainer.train_dataset = Numbered(trainer.train_dataset, self.column)
         self._trainer, self._compute_loss = trainer, trainer.compute_loss
         trainer.compute_loss = self._follow_loss

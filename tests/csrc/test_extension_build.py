@@ -185,6 +185,7 @@ def test_an_installation_replaces_no_torch(tmp_path, version):
         there.mkdir()
         (there / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
     (tmp_path / "setuptools.py").write_text("find_packages = lambda **_: []\nsetup = lambda **_: None\n")
+    (tmp_path / "torch.py").write_text("raise ImportError")
     only = "sys.path = [sys.argv.pop(1)] + [p for p in sys.path if not p.endswith('site-packages')]"
     done = run(sys.executable, "-S", "-c", f"import sys; {only}; import setup", tmp_path)
     assert (done.returncode == 1) == TORCHES[version], done.stderr
