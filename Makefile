@@ -5,14 +5,13 @@ BIN := $(VENV)/bin
 # where a suitable torch is there already (a GPU machine's, say), it is used; elsewhere this one is installed, first and
 # pinned, so that nothing pulls a larger build
 TORCH ?= torch==2.13.0
-# pyproject.toml says which: from, to below
-TORCH_RANGE := $(shell sed -n 's/.*"torch>=\([0-9.]*\),<\([0-9.]*\)".*/\1 \2/p' pyproject.toml)
-HAS_TORCH := $(shell $(PYTHON) -c "import sys, torch; v, low, high = (tuple(map(int, x.split('.')[:2])) \
-  for x in (torch.__version__, *sys.argv[1:])); print(low <= v < high)" $(TORCH_RANGE) 2>/dev/null)
+OLDEST := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+HAS_TORCH := $(shell $(PYTHON) -c "import sys, torch; there, oldest = (tuple(map(int, x.split('.')[:2])) \
+  for x in (torch.__version__, sys.argv[1])); print(there >= oldest)" $(OLDEST) 2>/dev/null)
 SITE := $(if $(filter True,$(HAS_TORCH)),--system-site-packages)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 
-.PHONY: demo test lint bench evidence evidence-quick sanitize clean
+.PHONY: demo test lint docs wheels bench evidence evidence-quick sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m adam_ghost demo
@@ -23,6 +22,15 @@ test: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# the site, in build/site; a link that leads nowhere, or a docstring that does not fit its function, fails
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
+# one file per platform, for all versions of Python and torch, in dist
+wheels: $(VENV)/base
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m bench throughput
@@ -50,6 +58,10 @@ $(VENV)/installed: $(VENV)/base $(SOURCES)
 $(VENV)/installed-dev: $(VENV)/base $(SOURCES)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	touch $(VENV)/installed $@
+
+$(VENV)/installed-docs: $(VENV)/base $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
+	touch $@
 
 # pictures, and the peers beside which scores are measured: without what they require but do not use here, a torchvision that
 # need not fit this torch

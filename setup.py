@@ -1,10 +1,12 @@
 """What pyproject.toml cannot say: kernels/ is installed inside the package, and csrc/ is compiled where a compiler is found.
 
-C++ needs torch in the build environment (``pip install --no-build-isolation .``). CUDA sources hold no torch header: plain
-nvcc compiles them, also beside a CPU torch. ``ADAM_GHOST_CUDA=0`` leaves CUDA out, ``=1`` fails without it;
-``ADAM_GHOST_ARCH`` lists its targets (default "80 90a 100", the last also as PTX).
+C++ takes the headers of the torch that is installed; which version that is does not matter to the result (Python's limited
+API, torch's stable one). CUDA sources hold no torch header: plain nvcc compiles them, also beside a CPU torch.
+``ADAM_GHOST_CUDA=0`` leaves CUDA out, ``=1`` fails without it; ``ADAM_GHOST_ARCH`` lists its targets (default "80 90a 100", the
+last also as PTX).
 """
 
+import atexit
 import os
 import re
 import shutil
@@ -23,7 +25,8 @@ CXX = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-s
 
 
 def say(text):
-    print(f"adam-ghost: {text}", file=sys.stderr)
+    """Last, where it is read; pip shows it with ``-v``, ``adam-ghost doctor`` at any time."""
+    atexit.register(print, f"adam-ghost: {text}", file=sys.stderr)
 
 
 def find_nvcc():
@@ -47,16 +50,22 @@ def toolkit(nvcc):
     return next(line.split("=", 1)[1].strip() for line in dry.splitlines() if "TOP=" in line)
 
 
+def see_installed():
+    """pip builds in an environment of its own, from which what is installed, torch for one, is hidden."""
+    plain = subprocess.check_output([sys.executable, "-I", "-c", "import sys; print(*sys.path, sep='\\n')"], text=True)
+    sys.path += [folder for folder in plain.splitlines() if folder not in sys.path]
+
+
 def keep_torch():
-    """Stops before pip replaces a torch of another version, which other packages here were built for."""
-    low, high = re.search(r'"torch>=([\d.]+),<([\d.]+)"', Path("pyproject.toml").read_text(encoding="utf-8")).groups()
+    """Stops before pip replaces a torch that is too old, which other packages here were built for."""
+    low = re.search(r'"torch>=([\d.]+)"', Path("pyproject.toml").read_text(encoding="utf-8"))[1]
     try:
         there = metadata.version("torch")
     except metadata.PackageNotFoundError:
         return
-    if not numbers(low) <= numbers(there)[:2] < numbers(high):
+    if numbers(there)[:2] < numbers(low):
         raise SystemExit(
-            f"adam-ghost: needs torch>={low},<{high}, but torch {there} is here; pip would replace it and break what needs it"
+            f"adam-ghost: needs torch>={low}, but torch {there} is here; pip would replace it and break what needs it"
             " (torchvision): install adam-ghost into another environment, or such a torch first"
         )
 
@@ -70,7 +79,7 @@ def extension():
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        say("no torch in the build environment, C++ part left out (pip install --no-build-isolation .)")
+        say("no torch is installed, C++ part left out: install torch first, then this again")
         return {}, []
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
@@ -103,6 +112,7 @@ def extension():
     return {"build_ext": Build}, [ext]
 
 
+see_installed()
 keep_torch()
 commands, extensions = extension()
 setup(

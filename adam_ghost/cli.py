@@ -17,7 +17,6 @@ from adam_ghost.extras import how_to_install
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,  # a corpus is a local: rendering one takes minutes
     epilog="Exit codes: 0 done, 1 not found or a check failed, 2 wrong usage.",
 )
@@ -220,6 +219,101 @@ def audit(
 
 
 @app.command()
+def watch(
+    folder: Folder,
+    k: Annotated[int, typer.Option("-k", "-n", min=1, help="How many samples of each end.")] = 5,
+    target: Target = 0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds from one look to the next.")] = 5.0,
+    times: Annotated[int | None, typer.Option(min=1, help="How many looks; until Ctrl-C, if not given.")] = None,
+) -> None:
+    """A live view of a ledger while its run writes it: progress, loss, who helps and who harms, groups."""
+
+    def look(ledger: Any) -> None:
+        from adam_ghost.watch import watch
+
+        watch(ledger, _console(), _table, k=k, target=target, every=every, times=times)
+
+    _read(folder, look)
+
+
+@app.command()
+def compare(
+    folder: Folder,
+    other: Annotated[Path, typer.Argument(help="Another run's ledger.", metavar="OTHER")],
+    k: Annotated[int, typer.Option("-k", "-n", min=1, help="How many samples that changed places.")] = 10,
+    value: Value = "standardized",
+    target: Target = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Two ledgers beside each other: how alike they rank their samples, who changed places most, and their groups."""
+
+    def ask(a: Any, b: Any) -> Any:
+        from adam_ghost.ledger.compare import compare
+
+        return compare(a, b, k=k, target=target, value=value)
+
+    found = _read(folder, lambda a: _read(other, lambda b: ask(a, b)))
+    if as_json:
+        _print(found._asdict(), True)
+        return
+    console = _console()
+    console.print(Text(f"{found.both} samples in both, {found.only_a} only in {folder}, {found.only_b} only in {other}."))
+    console.print(Text(f"Rank correlation (Spearman) of their {value} values: {found.rank_correlation:.3f}"))
+    _print(found.movers, False)
+    if found.groups:
+        _print(found.groups, False)
+
+
+@app.command()
+def estimate(
+    layers: Annotated[int, typer.Option(help="Blocks of a decoder.")] = 12,
+    width: Annotated[int, typer.Option(help="Their width.")] = 768,
+    vocabulary: Annotated[int, typer.Option(help="Tokens that there are.")] = 50257,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sample.")] = 1024,
+    samples: Annotated[int, typer.Option(help="Samples of a step.")] = 16,
+    validation: Annotated[int, typer.Option(help="Samples of the validation batch.")] = 1,
+    targets: Annotated[int, typer.Option(help="Validation losses.")] = 1,
+    window: Annotated[int, typer.Option(help="Steps of a window.")] = 32,
+    ahead: Annotated[int, typer.Option(help="Steps that a window looks ahead.")] = 32,
+    every: Annotated[int, typer.Option(help="Attribute every that many steps, or windows.")] = 1,
+    refresh: Annotated[int, typer.Option(help="Attributed steps from one validation gradient to the next.")] = 1,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, b200, l40s or 4090.")] = "h100",
+    as_json: AsJson = False,
+) -> None:
+    """What attribution will cost for a decoder on one GPU: reckoned from operations and bytes, not measured."""
+    from adam_ghost import estimate as paper
+
+    if gpu not in paper.DEVICES:
+        _fail(f"--gpu must be one of {', '.join(paper.DEVICES)}, got {gpu}", 2)
+    sizes = {"layers": layers, "width": width, "vocabulary": vocabulary, "tokens": tokens, "samples": samples}
+    job = paper.Job(**sizes, validation=validation, targets=targets, window=window, ahead=ahead, every=every, refresh=refresh)
+    try:
+        found = paper.estimate(job, paper.DEVICES[gpu])
+    except ValueError as error:
+        _fail(str(error), 2)
+    if as_json:
+        _print([row._asdict() for row in found], True)
+        return
+    _console().print(
+        Text(f"{job.parameters / 1e6:.0f} million parameters, {samples * tokens} tokens a step, reckoned for one {gpu}")
+    )
+    rows = []
+    for row in found:
+        plain = row.schedule == "plain"
+        rows.append(
+            {
+                "schedule": row.schedule,
+                "of plain speed": f"{row.share:.2f}",
+                "seconds a step": f"{row.seconds:.3g}",
+                "GB more": "" if plain else f"{row.held / 1e9:.1f}",
+                "fits": "yes" if row.fits else "no",
+                "every for .9": "" if plain else str(row.every),
+            }
+        )
+    _print(rows, False)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Which implementations serve on this machine, and why the others do not. Exits with 1 if PyTorch is not supported."""
     from adam_ghost.doctor import examine
@@ -303,16 +397,20 @@ def _print(rows: Any, as_json: bool, empty: str = "Nothing.") -> None:
     if not rows:
         _console().print(empty)
         return
+    _console().print(_table(rows))
+
+
+def _table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
     # columns in which nothing stands are left out
-    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    table = Table()
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
+    table = Table(title=title)
     for name in names:
         number = all(isinstance(row[name], (int, float, type(None))) for row in rows)
         table.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
         # data may hold the terminal's markup or control characters: Text shows the one as it is, _cell drops the other
         table.add_row(*(Text(_cell(row[name])) for name in names))
-    _console().print(table)
+    return table
 
 
 def _cell(value: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 from adam_ghost import extension
 from adam_ghost.extras import how_to_install
 
-TORCH = ((2, 11), (2, 14))  # supported: from, to below
+TORCH = ((2, 11), (2, 14))  # needed, and the newest that the tests were run with
 
 
 class Finding(NamedTuple):
@@ -25,9 +25,11 @@ def examine() -> list[Finding]:
 
 def _torch() -> Finding:
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    low, high = (".".join(map(str, v)) for v in TORCH)
-    supported = TORCH[0] <= version < TORCH[1]
-    return Finding("torch", supported, torch.__version__ if supported else f"{torch.__version__}; needed: >={low},<{high}")
+    oldest, newest = (".".join(map(str, v)) for v in TORCH)
+    if version < TORCH[0]:
+        return Finding("torch", False, f"{torch.__version__}; needed: >={oldest}")
+    untested = "" if version <= TORCH[1] else f"; newer than {newest}, the newest that the tests were run with"
+    return Finding("torch", True, torch.__version__ + untested)
 
 
 def _gpu() -> Finding:

@@ -16,8 +16,9 @@ try:
 except ImportError as error:
     # an extension that is there and does not load is a defect to report; one that was never built is a choice
     absent = "cannot import name '_C'" in str(error)
-    hint = "pip install -e . --no-build-isolation" if checkout else "pip install --no-build-isolation, with a C++ compiler"
-    missing = f"the extension was not built ({hint} builds it)" if absent else f"the extension does not load: {error}"
+    how = f"pip install -e '{checkout}'" if checkout else "installing again"
+    not_built = f"the extension was not built ({how} builds it where there is a C++ compiler)"
+    missing = not_built if absent else f"the extension does not load: {error}"
 
 built = C.built() if C else {"cpu": "", "cuda": ""}
 

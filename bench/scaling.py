@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-SCHEDULES = ("midpoint", "gauss", "lookahead", "window", "window, cheap")
+from adam_ghost import estimate
+from adam_ghost.estimate import SCHEDULES
+
 # bytes of an element: weights in passes, gradients as they are added up, everything that an optimizer or we keep
 WEIGHT, GRADIENT, KEPT = 2, 4, 4
 WINDOW, AHEAD, EVERY = 32, 32, 4  # steps of a window, ahead of it, and of how many windows one is swept
@@ -128,17 +130,10 @@ def moved(schedule: str, model: Model) -> float:
 
 def operations(schedule: str, model: Model) -> float:
     """Of a process, beyond the step's ``8 * active * tokens``."""
-    forward = 2 * model.active * TOKENS
-    val = 3 * forward * RATIO
-    if schedule == "lookahead":
-        return val + 2 * model.active * SAMPLES
-    if not schedule.startswith("window"):
-        return (2 if schedule == "gauss" else 1) * val + forward
-    # again without weight gradients, and contracted; then the feedback: a pass, or a quarter of the batch three times forward
-    feedback = 3 * forward if "cheap" not in schedule else (3 * forward + 2 * forward) / 4
-    again = 3 * forward
-    scale = 0 if "cheap" in schedule else forward
-    return (val + WINDOW * again + (WINDOW + AHEAD - 1) * feedback + AHEAD * scale) / (WINDOW * EVERY)
+    forward = 2.0 * model.active * TOKENS
+    validation, spread = 3 * forward * RATIO, 2.0 * model.active * SAMPLES
+    found = estimate.operations(schedule, forward, validation, forward, spread, WINDOW, AHEAD)
+    return found / EVERY if schedule.startswith("window") else found
 
 
 def held(schedule: str, model: Model, W: int) -> float:

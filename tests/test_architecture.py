@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "integrations": VERBS | {"capture", "ledger", "run"},
     "demo": VERBS | {"ledger", "run"},
     "doctor": set(),
-    "cli": {"ledger", "report", "demo", "doctor"},
+    "estimate": set(),
+    "watch": {"ledger"},
+    "cli": {"ledger", "report", "demo", "doctor", "estimate", "watch"},
     "__main__": {"cli"},
 }
 LIGHT = {"numpy", "__future__"}  # what books may need beside the standard library

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 import adam_ghost
 
@@ -98,51 +96,3 @@ def test_nanogpt_loop(schedule, dtype):
 def test_imports_from_elsewhere(tmp_path):
     code = "import adam_ghost; print(adam_ghost.attribute.__module__)"
     assert run("-c", code, env={"PATH": ""} | {"PYTHONPATH": str(ROOT)}).strip() == "adam_ghost.attribution"
-
-
-README = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-
-
-def readme_block(part):
-    """The one block of README's Python that has ``part`` in it."""
-    found = [block for block in README if part in block]
-    assert len(found) == 1, part
-    return found[0]
-
-
-def surroundings(ids=True):
-    """What README's loops take for granted."""
-    torch.manual_seed(0)
-    model, x, y = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(24, 5), torch.randint(0, 3, (24,))
-    loader = [(list(range(i, i + 4)), x[i : i + 4], y[i : i + 4])[0 if ids else 1 :] for i in range(0, 24, 4)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    found = {"adam_ghost": adam_ghost, "model": model, "optimizer": optimizer, "criterion": nn.CrossEntropyLoss()}
-    return found | {"x_val": x, "y_val": y, "loader": loader}
-
-
-@pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
-def test_readme_loops(capsys):
-    namespace = surroundings()
-    exec(readme_block("run.batch(ids)  #"), namespace)
-    assert len(namespace["run"].steps) == 6 and "(" in capsys.readouterr().out
-    namespace = surroundings()
-    exec(readme_block('"window", **options'), namespace)
-    assert {s.window for s in namespace["run"].steps} == {1} and "(" in capsys.readouterr().out
-    namespace = surroundings(ids=False)
-    exec(readme_block("LayerCache"), namespace)
-    assert namespace["scores"].shape == (4,)
-
-
-def test_readme_ledger(tmp_path, monkeypatch):
-    for library in ("duckdb", "pandas", "polars"):
-        pytest.importorskip(library)
-    monkeypatch.chdir(tmp_path)
-    namespace = surroundings()
-    block = readme_block("run.batch(ids)  #")
-    exec(block.replace("y_val))", 'y_val), ledger="runs/today")'), namespace)
-    exec(readme_block("open_ledger"), {"adam_ghost": adam_ghost, "ids": range(24), "domain_of": lambda i: f"domain {i % 2}"})
-
-
-def test_readme_compiles():
-    for block in README:
-        compile(block, "README.md", "exec")

@@ -1,5 +1,6 @@
 """Custom autograd functions: what they do to a batch is shown by experiment, where a user declares it; else it is unknown."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -59,16 +60,16 @@ def _declared(function: Callable) -> Callable:
 def visible(function: type[torch.autograd.Function]) -> Callable:
     """Has a function mode told of the calls of a custom function; returns what the mode is told to be called."""
     patched: Any = function  # whose method is replaced
-    plain = patched.apply.__func__
+    bind: Any = inspect.getattr_static(function, "apply").__get__  # a class method of Python's, or from torch 2.14 on of C's
 
     def run(*args: Any) -> Any:
         tensors = tuple(x for x in args if isinstance(x, Tensor))
         if not torch.compiler.is_compiling() and has_torch_function(tensors):
             return handle_torch_function(run, tensors, *args)
-        return plain(function, *args)
+        return bind(None, function)(*args)
 
     def apply(cls: type, *args: Any) -> Any:
-        return run(*args) if cls is function else plain(cls, *args)
+        return run(*args) if cls is function else bind(None, cls)(*args)
 
     run.__name__ = f"{function.__qualname__}.apply"
     patched.apply = classmethod(apply)

@@ -16,9 +16,12 @@ _HOMES = {
 
 
 def functions(name: str) -> list[Callable]:
-    """Every function called ``name``, wherever it is; ``F.unfold`` is that of one place. Absent names are no error."""
+    """Every function called ``name``, of torch, tensors and ``F``; ``linalg.norm`` is that of one place. Absent names are no error.
+
+    The same name elsewhere may be another function: ``torch.polar`` is elementwise, ``torch.linalg.polar`` is not.
+    """
     home, _, bare = name.rpartition(".")
-    homes = [_HOMES[home]] if home else [torch.Tensor] if name.startswith("__") else _HOMES.values()
+    homes = [_HOMES[home]] if home else [torch.Tensor] if name.startswith("__") else [torch, torch.Tensor, F]
     found = (getattr(place, bare, None) for place in homes)
     return [f for f in found if callable(f) and not isinstance(f, type)]
 

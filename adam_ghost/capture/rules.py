@@ -252,11 +252,12 @@ RULES: dict[Callable, Callable] = {
         ("dsplit", _dsplit),
         ("sum nansum mean nanmean prod amax amin max min aminmax median nanmedian mode var std var_mean std_mean", _reduces()),
         ("logsumexp special.logsumexp argmax argmin any all count_nonzero", _reduces()),
-        ("norm linalg.vector_norm", _reduces(1)),
+        ("norm linalg.norm linalg.vector_norm", _reduces(1)),
         ("linalg.matrix_norm", _reduces(1, (-2, -1))),
         ("quantile nanquantile", _quantile),
         ("kthvalue", _reduces(1, -1)),
-        ("cumsum cumprod cummax cummin logcumsumexp softmax log_softmax softmin narrow index_fill", _mixes()),
+        ("cumsum cumprod cummax cummin logcumsumexp narrow index_fill", _mixes()),
+        ("softmax log_softmax softmin special.softmax special.log_softmax", _mixes()),
         ("cumsum_ cumprod_ index_fill_", _mixes()),
         ("sort argsort glu", _mixes(0, -1)),
         ("F.gumbel_softmax", _mixes(3, -1)),
@@ -276,7 +277,7 @@ RULES: dict[Callable, Callable] = {
         ("cholesky inverse pinverse det logdet slogdet matrix_exp matrix_power qr svd", _before_last(2)),
         ("linalg.cholesky linalg.cholesky_ex linalg.inv linalg.inv_ex linalg.det linalg.slogdet", _before_last(2)),
         ("linalg.matrix_exp linalg.matrix_power linalg.cond linalg.qr linalg.lu", _before_last(2)),
-        ("linalg.svd linalg.svdvals linalg.eig linalg.eigvals linalg.eigh linalg.eigvalsh", _before_last(2)),
+        ("linalg.svd linalg.svdvals linalg.eig linalg.eigvals linalg.eigh linalg.eigvalsh linalg.polar", _before_last(2)),
     )
     for name in names.split()
     for f in functions(name)

@@ -1,4 +1,4 @@
-"""Hugging Face's ``Trainer``: one callback, and a data set with a column of ids.
+"""Hugging Face's ``Trainer``: one callback.
 
 trainer = Trainer(model, args, train_dataset=dataset, ...)
 AttributionCallback(val_loss, ledger="runs/today").attach(trainer)
@@ -19,6 +19,7 @@ from adam_ghost.capture.hooks import Hook
 from adam_ghost.inrun import InRun
 from adam_ghost.integrations.collated import lay_out
 from adam_ghost.integrations.ids import ID, logged
+from adam_ghost.integrations.indices import Numbered, lacks_ids
 from adam_ghost.integrations.packed import pack_ids
 
 _STATE = "adam_ghost.pt"
@@ -43,15 +44,17 @@ class AttributionCallback(TrainerCallback):
 
     Args:
         val_loss: called with the model; returns the validation loss, ``[]`` or ``[K]``, with a graph.
-        column: of the data set, with the ids: integers, or strings.
+        column: of the data set, with the ids: integers, or strings. None: ``sample_id``, or places in the data set where it has no
+            such column.
         options: of ``InRun``: ``schedule``, ``ledger``, ``every`` and so on, but ``train_loss``, which is the Trainer's.
 
     Raises:
         ValueError: where training begins, with ``schedule="window"`` and a Trainer that ``attach`` was not told of.
     """
 
-    def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, column: str = ID, **options: Any):
-        self.val_loss, self.column, self.options = val_loss, column, options
+    def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, column: str | None = None, **options: Any):
+        self.val_loss, self.column, self.options = val_loss, column or ID, options
+        self._may_number = column is None
         self.run: InRun | None = None
         self._forward: Any = None
         self._inside = False  # a validation pass, or a batch that is run again
@@ -74,9 +77,13 @@ class AttributionCallback(TrainerCallback):
         """
         if dataset is not None:
             trainer.train_dataset = pack_ids(trainer, dataset, self.column)
+        elif self._may_number and lacks_ids(trainer.train_dataset, self.column):
+            trainer.train_dataset = Numbered(trainer.train_dataset, self.column)
         self._trainer, self._compute_loss = trainer, trainer.compute_loss
         trainer.compute_loss = self._follow_loss
-        trainer.data_collator = self.collator(trainer.data_collator)
+        # what takes columns off that the model does not know would take off the ids: it works behind us
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+        trainer.data_collator = self.collator(collate)
         trainer.args.remove_unused_columns = False
         trainer.callback_handler.callbacks.insert(0, self)
         return self

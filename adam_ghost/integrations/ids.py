@@ -8,13 +8,17 @@ from adam_ghost.ledger.books import StepRecord
 ID = "sample_id"
 
 
+def has_ids(batch: Any, column: str) -> bool:
+    return isinstance(batch, MutableMapping) and column in batch
+
+
 def take_ids(batch: Any, column: str = ID, cure: str = "") -> Any:
     """Takes the ids out of ``batch`` and returns them, as ``run.batch`` takes them; ``cure`` ends the message where there are none.
 
     Raises:
         KeyError: the batch has no such column.
     """
-    if not isinstance(batch, MutableMapping) or column not in batch:
+    if not has_ids(batch, column):
         there = f"it has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"it is a {type(batch).__name__}"
         raise KeyError(f"the batch has no column {column!r} with the samples' ids, {there}{cure}")
     return batch.pop(column)

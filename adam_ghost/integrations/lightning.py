@@ -1,4 +1,4 @@
-"""Lightning: one callback; a batch is a dict with a column of ids.
+"""Lightning: one callback.
 
 Trainer(callbacks=[AttributionCallback(val_loss, ledger="runs/today")]).fit(module, loader)
 """
@@ -14,7 +14,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from adam_ghost.inrun import InRun
-from adam_ghost.integrations.ids import ID, logged, take_ids
+from adam_ghost.integrations.ids import ID, has_ids, logged, take_ids
+from adam_ghost.integrations.indices import Remembered, forget, remember
 
 
 class AttributionCallback(Callback):
@@ -32,31 +33,61 @@ class AttributionCallback(Callback):
 
     Args:
         val_loss: called with the module; returns the validation loss, ``[]`` or ``[K]``, with a graph.
-        net: the name of the module's network, of which ``training_step`` makes the forward pass; empty: the module's own call.
-        column: of the batch, with the ids; or ``ids``, a function of the batch that returns them.
+        net: the name of the module's network, of which ``training_step`` makes the forward pass. None: the module itself where it
+            has a ``forward``, otherwise the one part of it that holds all its trainable parameters.
+        column: of the batch, with the ids; or ``ids``, a function of the batch that returns them. None: ``sample_id``, or places in
+            the data set where batches have no such column and one process trains on a ``DataLoader``.
         options: of ``InRun``, but ``train_loss``, which is the module's.
 
     Raises:
-        TypeError, ValueError: where training begins: no optimizer, or ``schedule="window"`` with manual optimization.
+        TypeError, ValueError: where training begins: no optimizer, no network that is the only one, or ``schedule="window"`` with
+            manual optimization.
     """
 
     def __init__(
         self,
         val_loss: Callable[[LightningModule], Tensor],
         *,
-        net: str = "",
-        column: str = ID,
+        net: str | None = None,
+        column: str | None = None,
         ids: Callable[[Any], Any] | None = None,
         **options: Any,
     ):
         self.val_loss, self.net, self.options = val_loss, net, options
-        cure = ": let it be a dict with that column, or give the callback ids=, a function that returns a batch's ids"
-        self.ids = ids or (lambda batch: take_ids(batch, column, cure))
+        self.column, self.ids = column or ID, ids
+        self._may_number = column is None and ids is None
+        self._places: Remembered | None = None  # of the batches' samples in the data set
+        self._loader: Any = None
         self._windows = options.get("schedule") == "window"
         self._logged = 0  # the last step that was
         self.run: InRun | None = None
         self._loaded: dict | None = None
         self._hooks: list[Any] = []
+        self._unset: Callable[..., None] = _ignored  # takes what follows the loader off the module
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # several processes, and overfitting, build the loader once more
+        if stage == "fit" and self._may_number and trainer.world_size == 1 and not trainer.overfit_batches:  # type: ignore[attr-defined]
+            source = trainer.fit_loop._data_source
+            if source.is_module():  # it, or a LightningDataModule, has a method of that name
+                made = getattr(source.instance, source.name)
+                setattr(source.instance, source.name, lambda: self._remember(made()))
+                self._unset = lambda: delattr(source.instance, source.name)
+            else:
+                self._remember(source.instance)
+
+    def _remember(self, loader: Any) -> Any:
+        self._places, self._loader = remember(loader), loader
+        return loader
+
+    def _ids(self, batch: Any) -> Any:
+        """Of the batch's samples; a column with them is taken out of it."""
+        if self.ids is not None:
+            return self.ids(batch)
+        if self._places is None or has_ids(batch, self.column):
+            cure = ": let it be a dict with that column, or give the callback ids=, a function that returns a batch's ids"
+            return take_ids(batch, self.column, cure)
+        return self._places.given.popleft()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.optimizers:
@@ -66,10 +97,10 @@ class AttributionCallback(Callback):
                 "schedule='window' runs batches again by training_step, which must return the loss and leave the optimizer to"
                 " Lightning: automatic_optimization is off"
             )
+        model = pl_module.get_submodule(_find_net(pl_module) if self.net is None else self.net)
         # Lightning runs the forward and the backward pass inside the step, as its closure. Gradients must be final when the
         # run looks at them: a hook before the run's own calls the closure
         self._hooks = [each.register_step_pre_hook(_call_closure) for each in trainer.optimizers]
-        model = pl_module.get_submodule(self.net)
         val_loss, train_loss = lambda: self.val_loss(pl_module), lambda given: _train_loss(trainer, pl_module, given)
         self.run = InRun(model, trainer.optimizers, val_loss, train_loss=train_loss, **self.options)
         if self._loaded is not None:
@@ -78,7 +109,7 @@ class AttributionCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.run is not None:
             self.run.epoch = trainer.current_epoch
-            ids = self.ids(batch)  # which takes them out of it
+            ids = self._ids(batch)
             self.run.batch(ids, inputs=(copy.copy(batch), batch_idx) if self._windows else None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -101,12 +132,32 @@ class AttributionCallback(Callback):
             self.run.close()
             for hook in self._hooks:
                 hook.remove()
+        self._unset()
+        self._unset = _ignored
+        if self._places is not None:
+            forget(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.run is None else self.run.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None
+
+
+def _find_net(module: LightningModule) -> str:
+    """The name of the part of ``module`` that ``training_step`` is taken to call; empty: itself."""
+    if type(module).forward is not LightningModule.forward:
+        return ""
+    trained = {id(p) for p in module.parameters() if p.requires_grad}
+    parts = {name: {id(p) for p in part.parameters()} for name, part in module.named_children()}
+    whole = [name for name, params in parts.items() if trained and trained <= params]
+    if len(whole) != 1:
+        named = ", ".join(name for name, params in parts.items() if params) or "it has none"
+        raise ValueError(
+            f"the module has no forward(), and no one part with all its trainable parameters ({named}): give it a forward() that"
+            " training_step calls, or name the part with net="
+        )
+    return whole[0]
 
 
 def _call_closure(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

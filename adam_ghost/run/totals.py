@@ -1,10 +1,13 @@
 """Scores added up per sample id while a run goes on."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    import pandas
 
 
 class SampleScores(NamedTuple):
@@ -39,6 +42,32 @@ class SampleScores(NamedTuple):
             raise ValueError(f"target must be below {values.shape[1]}, the number of validation losses, got {target}")
         order = np.argsort(values[:, target] if harmful else -values[:, target], kind="stable")[:k]
         return [(self.ids[i], float(values[i, target])) for i in order]
+
+    def sorted(self, value: str = "standardized", target: int = 0) -> "SampleScores":
+        """The same, the most helpful sample by ``value`` of one target first; equal ones keep their order.
+
+        Raises ValueError where ``value`` or ``target`` is not there.
+        """
+        place = {i: k for k, i in enumerate(self.ids)}
+        order = np.array([place[i] for i, _ in self.top(len(self.ids), False, target, value)], dtype=np.int64)
+        return SampleScores([self.ids[k] for k in order], self.total[order], self.standardized[order], self.steps[order])
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A table, the most helpful sample first: ``sample``, ``standardized``, ``total``, ``steps``.
+
+        Where there are ``K`` targets, the values of each have columns of their own, ``total_0`` and so on; the first sorts.
+        """
+        import pandas
+
+        found = self.sorted()
+        columns: dict[str, Any] = {"sample": found.ids}
+        for name in ("standardized", "total"):
+            values = getattr(found, name)
+            if values.ndim == 1:
+                columns[name] = values
+            else:
+                columns |= {f"{name}_{k}": values[:, k] for k in range(values.shape[1])}
+        return pandas.DataFrame(columns | {"steps": found.steps})
 
 
 class Totals:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from adam_ghost.capture import rules
 from adam_ghost.capture.batch import Batch
+from adam_ghost.capture.names import functions
 from adam_ghost.capture.pointwise import FACTORIES, POINTWISE, POINTWISE_IF_TWO
 from adam_ghost.capture.rows import JOINS, MOVES, WRITES, Rows
 
@@ -235,3 +236,12 @@ def test_rules_by_experiment():
     assert len(missing) < 120, missing
     unmoved = sorted({getattr(f, "__name__", str(f)) for f in BY_INDEX - NOT_TRIED if not shown[f][1]})
     assert not unmoved, unmoved
+
+
+def test_a_rule_is_of_one_place(monkeypatch):
+    """torch.polar is elementwise, torch.linalg.polar of 2.14 is not: what comes to be elsewhere under a known name is unknown."""
+    newer = lambda x: x  # noqa: E731
+    for place in (torch.linalg, torch.special, torch.fft):
+        monkeypatch.setattr(place, "polar", newer, raising=False)
+    assert newer not in functions("polar") and torch.polar in functions("polar")
+    assert functions("linalg.polar") == [newer]

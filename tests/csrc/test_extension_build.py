@@ -158,13 +158,23 @@ def test_doctor_agrees_with_this_installation():
     assert all(f.why for f in findings.values())
 
 
-def test_one_range_of_torch():
-    """What doctor calls supported is what an installation asks for."""
-    low, high = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")).groups()
-    assert tuple(tuple(map(int, x.split("."))) for x in (low, high)) == doctor.TORCH
+def test_one_oldest_torch():
+    """What doctor needs is what an installation asks for, which has no upper end: pip would go down to it."""
+    asked = re.findall(r'"torch([^"]*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert asked == [">=" + ".".join(map(str, doctor.TORCH[0]))]
 
 
-TORCHES = {"2.10.2": True, "2.11.0": False, "2.13.1+cpu": False, "2.14.0": True, None: False}
+@pytest.mark.parametrize(
+    ("version", "active", "said"),
+    [("2.10.2", False, "needed: >=2.11"), ("2.14.1", True, "2.14.1"), ("2.99.0", True, "newer than 2.14"), ("3.0", True, "newer")],
+)
+def test_doctor_says_what_is_too_old_and_what_is_untested(monkeypatch, version, active, said):
+    monkeypatch.setattr(doctor.torch, "__version__", version)
+    found = doctor.examine()[0]
+    assert found.active == active and said in found.why and ("newer" in found.why) == ("newer" in said)
+
+
+TORCHES = {"2.10.2": True, "2.11.0": False, "2.13.1+cpu": False, "2.99.0": False, None: False}
 
 
 @pytest.mark.parametrize("version", TORCHES)
@@ -175,7 +185,17 @@ def test_an_installation_replaces_no_torch(tmp_path, version):
         there.mkdir()
         (there / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
     (tmp_path / "setuptools.py").write_text("find_packages = lambda **_: []\nsetup = lambda **_: None\n")
+    (tmp_path / "torch.py").write_text("raise ImportError")
     only = "sys.path = [sys.argv.pop(1)] + [p for p in sys.path if not p.endswith('site-packages')]"
     done = run(sys.executable, "-S", "-c", f"import sys; {only}; import setup", tmp_path)
     assert (done.returncode == 1) == TORCHES[version], done.stderr
     assert ("pip would replace it" in done.stderr) == TORCHES[version]
+
+
+def test_an_isolated_build_finds_the_torch_that_is_installed():
+    """pip takes what is installed off the path, and would leave the C++ part out."""
+    only_setuptools = "import sys, importlib.util, setuptools; setuptools.setup = lambda **_: None"
+    hidden = "sys.path[:] = [p for p in sys.path if not p.endswith('site-packages')]"
+    found = "print(importlib.util.find_spec('torch') is not None)"
+    done = run(sys.executable, "-c", f"{only_setuptools}; {hidden}; {found}; import setup; {found}")
+    assert done.stdout.split() == ["False", "True"], done.stderr

@@ -44,6 +44,16 @@ def test_lora_trainer(tmp_path):
     assert float(found["sentence"]) > float(found["noise"])
 
 
+def test_resnet_digits():
+    pytest.importorskip("sklearn")
+    command = [sys.executable, str(ROOT / "examples" / "resnet_digits.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.findall(r"^(.+): accuracy ([.\d]+)%; coverage 100% .* ([.\d]+)$", done.stdout, re.M)
+    assert [name for name, *_ in found] == ["frozen batch norms", "group norms"]
+    assert all(float(accuracy) > 80 and float(auroc) > 0.55 for _, accuracy, auroc in found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--shard"]], ids=["replicas", "shards"])
 def test_several_processes(how, tmp_path):

@@ -100,6 +100,18 @@ def hf_trainer(model, folder, callback, attach=True, base=None, **options):
     return trainer
 
 
+def test_an_ordinary_trainer(tmp_path):
+    """No column of ids, and one that the model does not know: ids are places, and what is unused is taken off as ever."""
+    from adam_ghost.integrations.hf import AttributionCallback
+
+    model, other, callback = net(), net(), AttributionCallback(val_loss)
+    trainer = hf_trainer(model, tmp_path, callback, attach=False)
+    trainer.train_dataset = [{"x": s["x"], "labels": s["labels"], "title": {"not": "for a model"}} for s in trainer.train_dataset]
+    callback.attach(trainer)
+    trainer.train()
+    assert_same(callback.run.scores(), plain(other, in_order(2)))
+
+
 HF = {
     "plain": ({}, {}),
     "accumulation": ({"gradient_accumulation_steps": 2}, {"accumulation": 2}),
@@ -291,6 +303,78 @@ def test_lightning(tmp_path, case, schedule):
     assert_same(callback.run.scores(), plain(net(), in_order(2), **windows, **loop))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("where", ["fit", "module", "data module"])
+def test_an_ordinary_lightning_module(tmp_path, where, workers):
+    """Tuples for batches, no ids, a network that training_step calls by its name: ids are places, shuffled as they would be."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    x, y = data()
+    loader = lambda: torch.utils.data.DataLoader(  # noqa: E731
+        torch.utils.data.TensorDataset(x, y), BATCH, shuffle=True, num_workers=workers,
+        generator=torch.Generator().manual_seed(5), multiprocessing_context="fork" if workers else None,
+    )  # fmt: skip
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.seen = net(), []
+
+        def training_step(self, batch, index):
+            inputs, labels = batch
+            self.seen += [int((x == row).all(1).nonzero()) for row in inputs]
+            return self.net(x=inputs, labels=labels)["loss"]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
+
+    class Data(lightning.LightningDataModule):
+        train_dataloader = lambda self: loader()  # noqa: E731
+
+    def fit(*callbacks):
+        module = (type("Module", (Module,), {"train_dataloader": lambda self: loader()}) if where == "module" else Module)()
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", callbacks=list(callbacks), logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        given = loader()
+        trainer.fit(module, *{"fit": [given], "data module": [Data()], "module": []}[where])
+        assert type(given.batch_sampler) is torch.utils.data.BatchSampler
+        return module
+
+    callback = AttributionCallback(lambda module: val_loss(module.net))
+    module, without = fit(callback), fit()
+    assert module.seen == without.seen and module.seen[:N] != module.seen[N:]
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), without.parameters(), strict=True))
+    batches = [module.seen[s : s + BATCH] for s in range(0, 2 * N, BATCH)]
+    assert_same(callback.run.scores(), plain(net(), batches))
+    assert "train_dataloader" not in vars(module)
+
+
+def test_lightning_asks_for_the_network_by_name(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    from adam_ghost.integrations.lightning import AttributionCallback
+
+    class Two(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def training_step(self, batch, index):
+            raise AssertionError("is never reached")
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[AttributionCallback(val_loss)], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"\(encoder, head\).*name the part with net="):
+        trainer.fit(Two(), torch.utils.data.DataLoader(list(zip(*data(), strict=True)), BATCH))
+
+
 def test_lightning_with_several_optimizers(tmp_path):
     """Manual optimization by two AdamWs that share the parameters out, which is what one AdamW does."""
     lightning = pytest.importorskip("lightning.pytorch")
@@ -421,8 +505,8 @@ def test_lightning_messages_name_the_cure(tmp_path):
     from adam_ghost.integrations.lightning import AttributionCallback
 
     whole = lambda m, b: m.net(x=b[1], labels=b[2])  # noqa: E731
-    with pytest.raises(KeyError, match=r"'sample_id'.*it is a list.*give the callback ids="):
-        lightning_fit(tmp_path, AttributionCallback(val_loss), whole, tuples=True)
+    with pytest.raises(KeyError, match=r"'who'.*it is a list.*give the callback ids="):
+        lightning_fit(tmp_path, AttributionCallback(val_loss, column="who"), whole, tuples=True)
     with pytest.raises(RuntimeError, match=r"in Lightning, name it: net="):
         lightning_fit(tmp_path, AttributionCallback(val_loss, ids=lambda b: b[0]), whole, tuples=True)
     callback = AttributionCallback(lambda m: val_loss(m.net), ids=lambda b: b[0], net="net")
