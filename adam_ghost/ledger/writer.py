@@ -37,7 +37,8 @@ class LedgerWriter:
 
     Args:
         folder: of this run alone; created if missing. Ranks share it.
-        flush_seconds, flush_rows: size of the buffer, in seconds since its first row and in rows of scores.
+        flush_seconds: how old the buffer's first row becomes, in seconds.
+        flush_rows: how many rows of scores the buffer holds.
         on_error: what a full or failing disk does: ``warn`` once, stop the ledger and go on training, or ``raise`` in training.
         describe: called with an id before its first batch, on the training thread; returns a mapping with any of ``group``,
             ``text``, ``path`` (strings) and ``image`` (bytes of a PNG, JPEG, GIF or WebP), which tables and the report show.
