@@ -1,7 +1,7 @@
 """The reading side: tables, and aggregations that DuckDB streams over the parts, whatever fits in memory."""
 
 import tempfile
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from adam_ghost.extras import how_to_install
 from adam_ghost.ledger import layout
 from adam_ghost.ledger.check import Checker, read_settings
 from adam_ghost.ledger.layout import pa, pq
+from adam_ghost.ledger.resampling import middle, resample
 
 import pyarrow.dataset  # isort: skip  (after layout, which says what to install where pyarrow is missing)
 
@@ -144,6 +145,39 @@ class LedgerReader:
         """Per sample: ``sample``, ``value``, and ``n``, how many scores went into it."""
         return self.sql(self._aggregate(_SAMPLE, "sample", target, steps, value))
 
+    def values(self, *, target: int = 0, steps: tuple[int, int] | None = None) -> pa.Table:
+        """Per sample: ``sample``, ``standardized``, ``total``, and ``n``, how many scores went into them."""
+        query = self._aggregate(_SAMPLE, "sample", target, steps, "standardized", also="sum(s.score) AS total")
+        return self.sql(f"SELECT sample, value AS standardized, total, n FROM ({query})")
+
+    def draws(self, scores: pa.Table, samples: int, *, target: int = 0, bootstrap: int = 200) -> dict[str, np.ndarray]:
+        """Both values of the ``samples`` in ``bootstrap`` resamplings of the run's steps, each ``[bootstrap, samples]``.
+
+        ``scores`` are those that ``scores_of`` found. The resamplings are the same for all samples: sums over some of them are
+        resampled sums.
+        """
+        blocks = self._blocks(target, None)
+        at = np.searchsorted(blocks, scores["step"].to_numpy() // self._block_width())
+        place, sizes = scores["place"].to_numpy(), (len(blocks), samples, bootstrap)
+        return {
+            "total": resample(at, place, scores["score"].to_numpy(), None, *sizes),
+            "standardized": resample(at, place, scores["standardized"].to_numpy(), np.ones(len(at)), *sizes),
+        }
+
+    def scores_of(self, samples: Sequence[Hashable], *, target: int = 0) -> pa.Table:
+        """Every score of ``samples``: ``place`` (in ``samples``), ``step``, ``score``, ``standardized``, in the order of steps."""
+        self._want(samples)
+        return self.sql(
+            f"SELECT w.place, s.step, s.score, {_Z} AS standardized FROM scores s JOIN wanted w ON w.sample = s.sample"
+            f" {_statistics('standardized', target, None)} {_where(self._checked(target), None)} ORDER BY s.step"
+        )
+
+    def described(self, samples: Sequence[Hashable]) -> dict[Any, dict[str, Any]]:
+        """What ``samples`` are, by id, as far as they were described."""
+        self._want(samples)
+        query = "SELECT DISTINCT ON (sample) * FROM all_samples WHERE sample IN (SELECT sample FROM wanted) ORDER BY sample"
+        return {row["sample"]: row for row in self.sql(query).to_pylist()}
+
     def top(
         self,
         k: int = 10,
@@ -165,7 +199,7 @@ class LedgerReader:
             f" LEFT JOIN samples d USING (sample) ORDER BY t.value {order}, sample"
         )
         if bootstrap:
-            self._duck.register("wanted", found.select(["sample"]))
+            self._want(found["sample"].to_pylist())
             return self._with_intervals(found, "sample", _SAMPLE, target, steps, value, bootstrap)
         return found
 
@@ -257,6 +291,11 @@ class LedgerReader:
             raise ValueError(f"target must be one of {', '.join(map(str, known))}, got {target}")
         return target
 
+    def _want(self, samples: Sequence[Hashable]) -> None:
+        """Makes ``samples`` the table ``wanted``."""
+        ids = pa.array([self._as_id(i) for i in samples], pa.int64() if self._integer_ids else pa.string())
+        self._duck.register("wanted", pa.table({"sample": ids, "place": pa.array(range(len(ids)), pa.int64())}))
+
     def _first_and_last(self) -> tuple[int, int]:
         ((first, last),) = self._duck.sql("SELECT min(step), max(step) FROM steps").fetchall()
         return (0, 0) if first is None else (first, last)
@@ -283,27 +322,29 @@ class LedgerReader:
     ) -> pa.Table:
         """Adds the middle 95% of each row's value over resamplings of the steps."""
         only = " AND s.sample IN (SELECT sample FROM wanted)" if name == "sample" else ""
-        first, last = self._first_and_last()
-        block = f"s.step // {max(1, -(-(last - first + 1) // BLOCKS))}"
+        block = f"s.step // {self._block_width()}"
         rows = self.sql(
             f"SELECT {block} AS step, {key.sql} AS k, sum({EACH[value]}) AS x, count(*) AS n FROM scores s {key.join}"
             f" {_statistics(value, target, steps)} {_where(target, steps)}{only} GROUP BY ALL"
         )
-        all_steps = self.sql(f"SELECT DISTINCT {block} AS step FROM scores s {_where(target, steps)}")["step"].to_numpy()
+        blocks = self._blocks(target, steps)
         keys = found[name].to_pylist()
         place = {k: i for i, k in enumerate(keys)}
-        step = np.searchsorted(np.sort(all_steps), rows["step"].to_numpy())
         column = np.array([place[k] for k in rows["k"].to_pylist()], dtype=np.int64)
-        x, n = rows["x"].to_numpy(), rows["n"].to_numpy()
-        generator = np.random.default_rng(0)
-        drawn = np.empty((draws, len(keys)))
-        for i in range(draws):
-            weight = np.bincount(generator.integers(len(all_steps), size=len(all_steps)), minlength=len(all_steps))[step]
-            drawn[i] = np.bincount(column, weight * x, len(keys))
-            if value == "standardized":
-                drawn[i] /= np.maximum(np.bincount(column, weight * n, len(keys)), 1)
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if len(keys) else (np.empty(0), np.empty(0))
+        n = rows["n"].to_numpy() if value == "standardized" else None
+        at = np.searchsorted(blocks, rows["step"].to_numpy())
+        low, high = middle(resample(at, column, rows["x"].to_numpy(), n, len(blocks), len(keys), draws))
         return found.append_column("low", pa.array(low)).append_column("high", pa.array(high))
+
+    def _block_width(self) -> int:
+        """Steps that are resampled together."""
+        first, last = self._first_and_last()
+        return max(1, -(-(last - first + 1) // BLOCKS))
+
+    def _blocks(self, target: int, steps: tuple[int, int] | None) -> np.ndarray:
+        """The blocks of steps that have scores, in their order."""
+        query = f"SELECT DISTINCT s.step // {self._block_width()} AS block FROM steps s {_where(target, steps)}"
+        return np.sort(self.sql(query + " AND NOT s.skipped AND s.samples > 0")["block"].to_numpy())
 
 
 def _where(target: int | None, steps: tuple[int, int] | None) -> str:
