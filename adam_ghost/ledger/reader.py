@@ -157,7 +157,7 @@ class LedgerReader:
         resampled sums.
         """
         blocks = self._blocks(target, None)
-        at = np.searchsorted(blocks, scores["step"].to_numpy() // self._block_width())
+        at = np.searchsorted(blocks, scores["step"].to_numpy(), side="right") - 1
         place, sizes = scores["place"].to_numpy(), (len(blocks), samples, bootstrap)
         return {
             "total": resample(at, place, scores["score"].to_numpy(), None, *sizes),
@@ -233,14 +233,19 @@ class LedgerReader:
 
     def by_step(self, groups: Mapping[Any, str] | None = None, *, target: int = 0, bins: int = 200) -> pa.Table:
         """Sums of scores by group over at most ``bins`` stretches of steps: ``step`` (the stretch's last), ``group``, ``value``."""
-        first, last = self._first_and_last()
-        width = max(1, -(-(last - first + 1) // bins))
         key = self._group_key(groups)
+        last = self._first_and_last()[1]
         return self.sql(
-            f'SELECT least({last}, {first} + (step - {first}) // {width} * {width} + {width - 1})::BIGINT AS step, "group",'
-            f' sum(score) AS value FROM (SELECT s.step, s.score, {key.sql} AS "group" FROM scores s {key.join}'
+            f'SELECT least({last}, {self._stretch("step", bins, "last")})::BIGINT AS step, "group", sum(score) AS value'
+            f' FROM (SELECT s.step, s.score, {key.sql} AS "group" FROM scores s {key.join}'
             f" {_where(self._checked(target), None)}) GROUP BY ALL ORDER BY step"
         )
+
+    def group_sizes(self, samples: Sequence[Hashable] | pa.ChunkedArray) -> dict[str, int]:
+        """How many of ``samples`` were described as of each group."""
+        self._want(samples)
+        found = self.sql(f'SELECT {_DESCRIBED.sql} AS "group", count(*) AS n FROM wanted s {_DESCRIBED.join} GROUP BY 1')
+        return dict(zip(found["group"].to_pylist(), found["n"].to_pylist(), strict=True))
 
     def show(self, sample: Hashable, target: int = 0) -> dict[str, Any]:
         """Everything about one sample: ``description``, ``steps`` (its scores) and the values.
@@ -291,9 +296,11 @@ class LedgerReader:
             raise ValueError(f"target must be one of {', '.join(map(str, known))}, got {target}")
         return target
 
-    def _want(self, samples: Sequence[Hashable]) -> None:
-        """Makes ``samples`` the table ``wanted``."""
-        ids = pa.array([self._as_id(i) for i in samples], pa.int64() if self._integer_ids else pa.string())
+    def _want(self, samples: Sequence[Hashable] | pa.ChunkedArray) -> None:
+        """Makes ``samples`` the table ``wanted``; a column of ids is taken as it is."""
+        ids: Any = samples
+        if not isinstance(samples, pa.ChunkedArray):
+            ids = pa.array([self._as_id(i) for i in samples], pa.int64() if self._integer_ids else pa.string())
         self._duck.register("wanted", pa.table({"sample": ids, "place": pa.array(range(len(ids)), pa.int64())}))
 
     def _first_and_last(self) -> tuple[int, int]:
@@ -322,9 +329,9 @@ class LedgerReader:
     ) -> pa.Table:
         """Adds the middle 95% of each row's value over resamplings of the steps."""
         only = " AND s.sample IN (SELECT sample FROM wanted)" if name == "sample" else ""
-        block = f"s.step // {self._block_width()}"
+        block = self._stretch("s.step", BLOCKS)
         rows = self.sql(
-            f"SELECT {block} AS step, {key.sql} AS k, sum({EACH[value]}) AS x, count(*) AS n FROM scores s {key.join}"
+            f"SELECT {block} AS block, {key.sql} AS k, sum({EACH[value]}) AS x, count(*) AS n FROM scores s {key.join}"
             f" {_statistics(value, target, steps)} {_where(target, steps)}{only} GROUP BY ALL"
         )
         blocks = self._blocks(target, steps)
@@ -332,18 +339,19 @@ class LedgerReader:
         place = {k: i for i, k in enumerate(keys)}
         column = np.array([place[k] for k in rows["k"].to_pylist()], dtype=np.int64)
         n = rows["n"].to_numpy() if value == "standardized" else None
-        at = np.searchsorted(blocks, rows["step"].to_numpy())
+        at = np.searchsorted(blocks, rows["block"].to_numpy())
         low, high = middle(resample(at, column, rows["x"].to_numpy(), n, len(blocks), len(keys), draws))
         return found.append_column("low", pa.array(low)).append_column("high", pa.array(high))
 
-    def _block_width(self) -> int:
-        """Steps that are resampled together."""
+    def _stretch(self, step: str, count: int, end: str = "first") -> str:
+        """In SQL: the first, or last, step of the stretch that ``step`` lies in, of at most ``count`` in the run."""
         first, last = self._first_and_last()
-        return max(1, -(-(last - first + 1) // BLOCKS))
+        width = max(1, -(-(last - first + 1) // count))
+        return f"({first} + ({step} - {first}) // {width} * {width}" + (f" + {width - 1})" if end == "last" else ")")
 
     def _blocks(self, target: int, steps: tuple[int, int] | None) -> np.ndarray:
-        """The blocks of steps that have scores, in their order."""
-        query = f"SELECT DISTINCT s.step // {self._block_width()} AS block FROM steps s {_where(target, steps)}"
+        """The first steps of the stretches that have scores, in their order: what is resampled."""
+        query = f"SELECT DISTINCT {self._stretch('s.step', BLOCKS)} AS block FROM steps s {_where(target, steps)}"
         return np.sort(self.sql(query + " AND NOT s.skipped AND s.samples > 0")["block"].to_numpy())
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from adam_ghost.ledger.reader import LedgerReader
 from adam_ghost.report.balance import balance
 
 _GROUPS = 8  # curves
@@ -13,11 +12,17 @@ _BINS = 60
 _UNIT = "validation loss"
 
 
-def draw(ledger: LedgerReader, target: int, steps: list[dict], groups: list[dict], totals: np.ndarray) -> dict[str, Any]:
-    """The charts of one target by their names on the page; those that the ledger has nothing for are left out."""
+def draw(steps: list[dict], groups: list[dict], binned: Any, totals: np.ndarray) -> dict[str, Any]:
+    """The charts of one target by their names on the page; those that there is nothing for are left out.
+
+    Args:
+        steps: those that were booked.
+        groups: with their ``value``; empty, or ``binned`` has their scores as ``LedgerReader.by_step`` sums them.
+        totals: the samples' sums of scores, ``[samples]``.
+    """
     found = {"spread": _spread(totals), "balance": _balance(steps), "pace": _pace(steps)}
     if groups:
-        found["groups"] = _by_group(ledger, target, groups)
+        found["groups"] = _by_group(groups, binned)
     return {name: made for name, made in found.items() if made is not None}
 
 
@@ -31,13 +36,15 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def _by_group(ledger: LedgerReader, target: int, groups: list[dict]) -> dict[str, Any]:
-    binned = ledger.by_step(target=target, bins=_POINTS).to_pylist()
-    x = sorted({row["step"] for row in binned})
+def _by_group(groups: list[dict], binned: Any) -> dict[str, Any]:
+    steps, place = np.unique(binned["step"].to_numpy(), return_inverse=True)
+    kept = spread(len(steps), _POINTS)
+    names, values = np.array(binned["group"].to_pylist(), dtype=object), binned["value"].to_numpy()
     series = []
     for group in sorted(groups, key=lambda g: -abs(g["value"]))[:_GROUPS]:
-        at = {row["step"]: row["value"] for row in binned if row["group"] == group["group"]}
-        series.append({"name": group["group"], "x": x, "y": np.cumsum([at.get(step, 0.0) for step in x]).tolist()})
+        own = names == group["group"]
+        sums = np.cumsum(np.bincount(place[own], values[own], len(steps)))
+        series.append({"name": group["group"], "x": steps[kept].tolist(), "y": sums[kept].tolist()})
     return chart("lines", "step", f"running sum of scores ({_UNIT})", series)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from adam_ghost.ledger.gap import find_gap
-from adam_ghost.ledger.reader import LedgerReader
-from adam_ghost.ledger.resampling import middle
+from adam_ghost.ledger.reader import BLOCKS, LedgerReader
+from adam_ghost.ledger.resampling import middle, resample
 from adam_ghost.report import charts
 from adam_ghost.report.against import set_against
 from adam_ghost.report.balance import balance, in_words
@@ -18,11 +18,12 @@ from adam_ghost.report.headline import headline, how_many
 
 _TABLE = 1000  # samples at either end in the page's table, of all targets together
 _LEAST = 100  # of one target
+_DRAWS = 200  # resamplings of the steps
 _CURVES = 40  # samples at either end whose scores can be followed over steps
 _POINTS = 48  # of such a curve
 # room on the page, in bytes; what comes nearer to an end of the ranking comes first
 _TEXTS, _IMAGES = 450_000, 400_000
-_CUT = 200  # characters left of a text for which there is no room
+_CUT = 60  # characters left of a text for which there is no room
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
@@ -51,7 +52,7 @@ def _target(ledger: LedgerReader, target: int, value: str, count: int, against: 
     chosen = order if len(order) <= 2 * count else np.concatenate([order[:count], order[-count:]])
     ids = everything["sample"].take(chosen).to_pylist()
     scores = ledger.scores_of(ids, target=target)
-    draws = ledger.draws(scores, len(ids), target=target)
+    draws = ledger.draws(scores, len(ids), target=target, bootstrap=_DRAWS)
     rows: dict[str, list] = {name: column[chosen].tolist() for name, column in columns.items()}
     for name, drawn in draws.items():
         for end, found in zip(("low", "high"), middle(drawn), strict=True):
@@ -59,7 +60,7 @@ def _target(ledger: LedgerReader, target: int, value: str, count: int, against: 
             rows[f"{name}_{end}"] = np.where(columns["n"][chosen] > 1, found, np.nan).tolist()
     steps = _steps(ledger, target)
     booked = [s for s in steps if not s["skipped"]]
-    groups = _groups(ledger, target)
+    groups, binned = _groups(ledger, target, everything["sample"])
     bottom = how_many(len(order), count)
     harm = float(columns["total"][chosen[len(chosen) - bottom :]].sum())
     low, high = middle(draws["total"][:, len(chosen) - bottom :].sum(1, keepdims=True))
@@ -76,7 +77,7 @@ def _target(ledger: LedgerReader, target: int, value: str, count: int, against: 
         "groups": groups,
         "audits": [{k: s[k] for k in ("step", "r", "l2", "score_sum", "loss_drop")} for s in steps if s["r"] is not None],
         "windows": any(s["horizon"] is not None for s in booked),
-        "charts": charts.draw(ledger, target, booked, groups, columns["total"]),
+        "charts": charts.draw(booked, groups, binned, columns["total"]),
         "against": set_against(ledger, against, target, value),
         "books": {"samples": len(order), "booked": len(booked), "skipped": len(steps) - len(booked), **_told(steps, booked)},
     }
@@ -94,12 +95,25 @@ def _steps(ledger: LedgerReader, target: int) -> list[dict[str, Any]]:
     ).to_pylist()
 
 
-def _groups(ledger: LedgerReader, target: int) -> list[dict[str, Any]]:
-    """None where samples were not said to be of several."""
-    if ledger.sql('SELECT count(DISTINCT "group") AS n FROM samples')["n"][0].as_py() == 0:
-        return []
-    found = ledger.groups(target=target).to_pylist()
-    return found if len(found) > 1 else []
+def _groups(ledger: LedgerReader, target: int, samples: Any) -> tuple[list[dict[str, Any]], Any]:
+    """What ``LedgerReader.groups`` says, and ``by_step``, from one pass over the scores; nothing where there is one group."""
+    sizes = ledger.group_sizes(samples)
+    if len(sizes) < 2:
+        return [], None
+    binned = ledger.by_step(target=target, bins=BLOCKS)
+    names = list(sizes)
+    place = {name: i for i, name in enumerate(names)}
+    key = np.array([place[name] for name in binned["group"].to_pylist()])
+    blocks, block = np.unique(binned["step"].to_numpy(), return_inverse=True)
+    x = binned["value"].to_numpy()
+    value = np.bincount(key, x, len(names))
+    low, high = middle(resample(block, key, x, None, len(blocks), len(names), _DRAWS))
+    found = [
+        {"group": name, "value": value[i].item(), "low": low[i].item(), "high": high[i].item(), "samples": sizes[name]}
+        | {"mean": value[i].item() / sizes[name]}
+        for i, name in enumerate(names)
+    ]
+    return sorted(found, key=lambda group: -group["value"]), binned
 
 
 def _curves(scores: Any, count: int) -> dict[int, list[list[float]]]:
@@ -174,10 +188,10 @@ def _describe(ledger: LedgerReader, ids: list) -> dict[str, list]:
     found |= {name: [row.get(name) for row in rows] for name in ("group", "path")}
     found |= {"text": [], "cut": [], "image": []}
     for row in rows:
-        text, image = row.get("text"), _image(row.get("image"))
-        size = len((text or "").encode())
+        text, image = row.get("text") or "", _image(row.get("image"))
+        size = len(text.encode())
         cut = size > texts and len(text) > _CUT
-        found["text"].append(text[:_CUT] if cut else text)
+        found["text"].append((text[:_CUT] if cut else text) or None)
         found["cut"].append(cut)
         texts -= 0 if cut else size
         if image and len(image) > images:

@@ -54,7 +54,9 @@ const dash = (s, i) => DASHES[(s.dash ?? i) % DASHES.length];
 function chart(place, spec, label) {
   const width = Math.max(240, place.clientWidth), height = width < 500 ? 240 : 300;
   const xs = spec.series.flatMap((s) => s.x), ys = spec.series.flatMap((s) => s.y);
-  const [x0, x1] = limits(xs, false), [low, high] = limits(ys, spec.kind !== "dots");
+  let [x0, x1] = limits(xs, false);
+  if (spec.kind === "bars") { const half = (x1 - x0) / Math.max(1, xs.length - 1) / 2; x0 -= half; x1 += half; }
+  const [low, high] = limits(ys, spec.kind !== "dots");
   const pad = (high - low) * 0.04, y0 = spec.kind === "bars" ? 0 : low - pad, y1 = high + pad;
   const yTicks = ticks(y0, y1, 5), longest = Math.max(...yTicks.map((t) => short(t).length));
   const left = 14 + 7.5 * longest, right = 12, top = 8, bottom = 40;

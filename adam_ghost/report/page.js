@@ -180,11 +180,11 @@ function against() {
   const agree = present(found.correlation) ? `Their ranks agree to ${found.correlation.toFixed(3)} (Spearman; 1 = the same order, 0 = none).` : "";
   at("agreement").textContent = `${found.both.toLocaleString("en")} samples are in this run and in \u201c${found.folder}\u201d, ${found.only_here.toLocaleString("en")} only here, ${found.only_there.toLocaleString("en")} only there. ${agree}`;
   const number = "number";
-  const said = [{ key: "sample", title: "Sample" }, { key: "place_a", title: "Place here", name: number }, { key: "place_b", title: "There", name: number },
-    { key: "a", title: TITLES[data.rank] + " here", name: "number wide" }, { key: "b", title: "There", name: "number wide" }, { key: "group", title: "Group" }, { key: "text", title: "Text", name: "text wide", show: (row) => make("span", row.text, "clamp") }];
+  const said = [{ key: "sample", title: "Sample", name: "named" }, { key: "place_a", title: "Place here", name: number }, { key: "place_b", title: "There", name: number },
+    { key: "a", title: TITLES[data.rank] + " here", name: "number wide" }, { key: "b", title: "There", name: "number wide" }, { key: "group", title: "Group", name: "named" }, { key: "text", title: "Text", name: "text wide", show: (row) => make("span", row.text, "clamp") }];
   at("movers").replaceChildren(table(said.filter((c) => found.movers.some((r) => present(r[c.key]))), found.movers));
   at("both-groups-part").hidden = !found.groups.length;
-  at("both-groups").replaceChildren(table([{ key: "group", title: "Group" }, { key: "a", title: value + " here", name: number }, { key: "b", title: "there", name: number }], found.groups));
+  at("both-groups").replaceChildren(table([{ key: "group", title: "Group", name: "named" }, { key: "a", title: value + " here", name: number }, { key: "b", title: "there", name: number }], found.groups));
 }
 
 function samples() {
@@ -198,11 +198,11 @@ function samples() {
     return sort.down ? -order : order;
   });
   const columns = [
-    { key: "name", title: "Sample", show: (row, line) => opens(row, line, columns.length) },
+    { key: "name", title: "Sample", name: "named", show: (row, line) => opens(row, line, columns.length) },
     { key: data.rank, title: TITLES[data.rank], name: "number", show: (row) => score(row, data.rank) },
     { key: OTHER, title: TITLES[OTHER], name: "number wide", show: (row) => score(row, OTHER) },
     { key: "n", title: "Steps", name: "number wide" },
-    ...(known("group") ? [{ key: "group", title: "Group" }] : []),
+    ...(known("group") ? [{ key: "group", title: "Group", name: "named" }] : []),
     ...(known("image") ? [{ key: "image", title: "Image", show: (row) => (row.image ? picture(row) : "") }] : []),
     ...(known("text") ? [{ key: "text", title: "Text", name: "text wide", show: (row) => make("span", row.text, "clamp") }] : []),
     ...(known("path") && !known("text") ? [{ key: "path", title: "Path", name: "text wide" }] : []),
@@ -242,7 +242,7 @@ function show(part) {
   at("groups").hidden = !part.groups.length;
   at("group-part").hidden = !part.groups.length;
   at("group-table").replaceChildren(table([
-    { key: "group", title: "Group" }, { key: "value", title: "Sum of scores", name: "number", show: (g) => score({ ...g, total: g.value, total_low: g.low, total_high: g.high }, "total") },
+    { key: "group", title: "Group", name: "named" }, { key: "value", title: "Sum of scores", name: "number", show: (g) => score({ ...g, total: g.value, total_low: g.low, total_high: g.high }, "total") },
     { key: "samples", title: "Samples", name: "number" }, { key: "mean", title: "Per sample", name: "number" }], part.groups));
   at("group").replaceChildren(...["", ...part.groups.map((g) => g.group)].map((g) => { const o = make("option", g || "all"); o.value = g; return o; }));
   at("shown").textContent = rows.length < part.books.samples

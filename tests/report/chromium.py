@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 QUIET = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0", "--remote-allow-origins=*",
-)  # fmt: skip
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"),
+    *("--remote-debugging-port=0", "--remote-allow-origins=*"),
+)
 WIDTH, PHONE = 1200, 390
 
 
@@ -66,7 +67,7 @@ class Chromium:
         self._wait(lambda: self.run("document.readyState") == "complete" and self.loaded > before)
 
     def run(self, script):
-        """The value of an expression, or of the function body ``script`` that begins with ``return`` or has statements."""
+        """The value of the expression ``script``; of a promise, what it comes to."""
         found = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
