@@ -132,7 +132,7 @@ def show(
 ) -> None:
     """Everything about one sample: what it is, its values, and its score in every step it was part of."""
     found = _read(folder, lambda ledger: ledger.show(sample, target))
-    description = {k: v for k, v in found.pop("description").items() if k not in ("sample", "image") and v is not None}
+    description = {k: v for k, v in found.pop("description").items() if k not in ("sample", "image", "tokens") and v is not None}
     steps = found.pop("steps").select(["step", "epoch", "score", "loss"]).to_pylist()
     if as_json:
         _print({**found, **description, "steps": steps}, True)

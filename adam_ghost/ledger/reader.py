@@ -87,12 +87,13 @@ class LedgerReader:
             DamagedLedger: naming the part that is wrong.
         """
         # books first: a part that is written meanwhile has no books yet, and its scores do not count as missing
-        found = {table: layout.parts(self.folder, table) for table in ("steps", "scores", "samples")}
+        found = {table: layout.parts(self.folder, table) for table in ("steps", "scores", "tokens", "samples")}
         if self._checker is not None:
             self._checker.check(found)
         ids = pq.read_schema(found["scores"][0]).field("sample").type if found["scores"] else pa.int64()
         self._integer_ids = ids == pa.int64()
-        schemas = {"scores": layout.scores_schema(ids), "steps": layout.steps_schema(), "samples": layout.samples_schema(ids)}
+        schemas = {"scores": layout.scores_schema(ids), "tokens": layout.tokens_schema(ids)}
+        schemas |= {"steps": layout.steps_schema(), "samples": layout.samples_schema(ids)}
         for table, schema in schemas.items():
             # Arrow takes paths as they are; DuckDB would read patterns and partitions into a folder's name
             self._duck.register(f"all_{table}", _dataset(found[table], schema))
@@ -126,12 +127,26 @@ class LedgerReader:
         """The books: a row per step, target and rank. Numbers are those of the whole step, but ``samples`` and ``seconds``."""
         return self.sql(f"SELECT * FROM steps s {_where(None, steps)} ORDER BY step, target, rank")
 
+    def tokens(self, samples: Sequence[Hashable] | None = None, *, target: int = 0) -> pa.Table:
+        """Scores of single tokens: ``sample``, ``step``, ``scores`` (a list, in the order of the sample's tokens in the batch).
+
+        ``samples``: of these alone. Empty where the run had no ``tokens=``, or did not choose them. A sample's add up to its
+        score in that step.
+        """
+        only = ""
+        if samples is not None:
+            self._want(samples)
+            only = " AND s.sample IN (SELECT sample FROM wanted)"
+        return self.sql(
+            f"SELECT s.sample, s.step, s.scores FROM tokens s {_where(self._checked(target), None)}{only} ORDER BY s.sample, s.step"
+        )
+
     def samples(self) -> pa.Table:
         """What samples are, as far as they were described."""
         return self.sql("SELECT * FROM samples")
 
     def sql(self, query: str, parameters: Iterable[Any] = ()) -> pa.Table:
-        """Any question, in DuckDB's SQL, over the views ``scores``, ``steps`` and ``samples``."""
+        """Any question, in DuckDB's SQL, over the views ``scores``, ``tokens``, ``steps`` and ``samples``."""
         return self._duck.sql(query, params=list(parameters)).to_arrow_table()
 
     @property
