@@ -23,6 +23,8 @@ _CURVES = 40  # samples at either end whose scores can be followed over steps
 _POINTS = 48  # of such a curve
 # room on the page, in bytes; what comes nearer to an end of the ranking comes first
 _TEXTS, _IMAGES = 450_000, 400_000
+_COLOURED = 40  # samples of a target whose tokens are shown
+_TOKENS = 30_000  # tokens that these may have, of all targets together
 _CUT = 60  # characters left of a text for which there is no room
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
@@ -38,11 +40,15 @@ def gather(ledger: LedgerReader, value: str, against: LedgerReader | None) -> di
     if not any(part["ids"] for part in found):
         raise ValueError(f"the ledger in {ledger.folder} holds no scores yet")
     place: dict[Hashable, int] = {}
-    for ids in _from_the_ends([part["ids"] for part in found]):
+    coloured = {row["sample"] for part in found for row in part["tokens"]}
+    for ids in _from_the_ends([part["ids"] for part in found]) + [row["sample"] for part in found for row in part["tokens"]]:
         place.setdefault(ids, len(place))
     for part in found:
         part["rows"]["sample"] = [place[i] for i in part.pop("ids")]
-    return _short({"rank": value, "samples": _describe(ledger, list(place)), "targets": found, "facts": _facts(ledger, found)})
+        part["tokens"] = [row | {"sample": place[row["sample"]]} for row in part["tokens"]]
+    return _short(
+        {"rank": value, "samples": _describe(ledger, list(place), coloured), "targets": found, "facts": _facts(ledger, found)}
+    )
 
 
 def _target(ledger: LedgerReader, target: int, value: str, count: int, against: LedgerReader | None) -> dict[str, Any]:
@@ -78,6 +84,7 @@ def _target(ledger: LedgerReader, target: int, value: str, count: int, against: 
         "audits": [{k: s[k] for k in ("step", "r", "l2", "score_sum", "loss_drop")} for s in steps if s["r"] is not None],
         "windows": any(s["horizon"] is not None for s in booked),
         "charts": charts.draw(booked, groups, binned, columns["total"]),
+        "tokens": _tokens(ledger, target, _TOKENS // len(ledger.targets)),
         "against": set_against(ledger, against, target, value),
         "books": {"samples": len(order), "booked": len(booked), "skipped": len(steps) - len(booked), **_told(steps, booked)},
     }
@@ -126,6 +133,28 @@ def _curves(scores: Any, count: int) -> dict[int, list[list[float]]]:
         x, y = step[own], np.cumsum(score[own])
         kept = charts.spread(len(x), _POINTS)
         found[i] = [x[kept].tolist(), y[kept].tolist()]
+    return found
+
+
+def _tokens(ledger: LedgerReader, target: int, room: int) -> list[dict[str, Any]]:
+    """Sums over steps of token scores, of the samples whose tokens moved the loss most, as far as there is room for ``room``.
+
+    Where a sample's tokens were cut otherwise in some steps, of those of its last length.
+    """
+    ids = ledger.sql(
+        "SELECT sample FROM tokens WHERE target = ? GROUP BY sample ORDER BY abs(sum(list_sum(scores))) DESC, sample LIMIT ?",
+        [target, _COLOURED],
+    )["sample"].to_pylist()
+    steps: dict[Hashable, list[np.ndarray]] = {}
+    for row in ledger.tokens(ids, target=target).to_pylist():
+        steps.setdefault(row["sample"], []).append(np.array(row["scores"], dtype=np.float64))
+    found = []
+    for sample in ids:
+        alike = [scores for scores in steps[sample] if len(scores) == len(steps[sample][-1])]
+        room -= len(alike[0])
+        if room < 0 and found:
+            break
+        found.append({"sample": sample, "steps": len(alike), "scores": np.sum(alike, axis=0).tolist()})
     return found
 
 
@@ -179,14 +208,14 @@ def _from_the_ends(rankings: list[list]) -> list:
     return found
 
 
-def _describe(ledger: LedgerReader, ids: list) -> dict[str, list]:
-    """Columns of what the samples are, as far as there is room."""
+def _describe(ledger: LedgerReader, ids: list, coloured: set) -> dict[str, list]:
+    """Columns of what the samples are, as far as there is room; ``coloured``: whose tokens are shown."""
     described = ledger.described(ids)
     rows = [described.get(i, {}) for i in ids]
     texts, images = _TEXTS, _IMAGES
     found: dict[str, list] = {"name": [str(i) for i in ids]}  # strings: a browser's numbers end at 53 bits
     found |= {name: [row.get(name) for row in rows] for name in ("group", "path")}
-    found |= {"text": [], "cut": [], "image": []}
+    found |= {"text": [], "cut": [], "image": [], "tokens": []}
     for row in rows:
         text, image = row.get("text") or "", _image(row.get("image"))
         size = len(text.encode())
@@ -198,6 +227,7 @@ def _describe(ledger: LedgerReader, ids: list) -> dict[str, list]:
             image = None
         found["image"].append(image)
         images -= len(image or "")
+        found["tokens"].append(row.get("tokens") if row.get("sample") in coloured else None)
     return {name: column for name, column in found.items() if name == "name" or any(x not in (None, False) for x in column)}
 
 

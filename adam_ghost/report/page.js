@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const TITLES = { total: "Sum of scores", standardized: "Standardised" };
 const OTHER = data.rank === "total" ? "standardized" : "total";
-const ENDS = 10, FOLLOWED = 4, FIRST = 25, MORE = 100;
+const ENDS = 10, FOLLOWED = 4, COLOURED = 8, FIRST = 25, MORE = 100;
 let target, rows, shown = FIRST, sort;
 
 function make(tag, text, name) {
@@ -22,10 +22,11 @@ function rowsOf(part) {
   return part.rows.sample.map((sample, place) => {
     const row = { place, curve: part.curves[place] };
     for (const [name, column] of Object.entries(part.rows)) row[name] = column[place];
-    for (const [name, column] of Object.entries(data.samples)) row[name] = column[sample];
-    return row;
+    return Object.assign(row, sampleOf(sample));
   });
 }
+
+const sampleOf = (i) => Object.fromEntries(Object.entries(data.samples).map(([name, column]) => [name, column[i]]));
 
 function interval(row, value) {
   const low = row[value + "_low"], high = row[value + "_high"];
@@ -75,6 +76,33 @@ function table(columns, rows, sorting) {
   return made;
 }
 
+// A sample's text, coloured by what each token did; where nobody said what tokens say, a character or a dot for each.
+function coloured(row, entry) {
+  const node = make("p", null, "text tokens"), most = Math.max(...entry.scores.map(Math.abs)) || 1;
+  const letters = [...(row.text ?? "")], count = entry.scores.length;
+  const said = row.tokens?.length === count ? row.tokens : letters.length === count ? letters : entry.scores.map(() => "\u00b7");
+  entry.scores.forEach((score, i) => {
+    const token = make("span", said[i], score < 0 ? "minus" : "plus");
+    token.style.setProperty("--much", (80 * Math.abs(score) / most).toFixed(0) + "%");
+    token.onpointermove = (event) => tip(`token ${i}: ${signed(score)}`, event);
+    node.append(token);
+  });
+  node.onpointerleave = () => tip(null);
+  return node;
+}
+
+function byToken() {
+  at("by-token").hidden = !target.tokens.length;
+  at("coloured").replaceChildren(...target.tokens.slice(0, COLOURED).map((entry) => {
+    const row = sampleOf(entry.sample), part = make("div"), name = make("p", null, "name");
+    const sum = entry.scores.reduce((a, b) => a + b, 0);
+    name.append(make("b", row.name), ...(present(row.group) ? [make("span", row.group, "chip")] : []),
+      make("span", ` ${signed(sum)} in ${entry.steps} step${entry.steps > 1 ? "s" : ""}`, sum < 0 ? "minus" : "plus"));
+    part.append(name, coloured(row, entry));
+    return part;
+  }));
+}
+
 // What is known of a sample, whole.
 function detail(row) {
   const found = make("div", null, "detail"), facts = make("dl");
@@ -88,7 +116,9 @@ function detail(row) {
   }
   found.append(facts);
   if (row.image) found.append(picture(row));
-  if (present(row.text)) {
+  const entry = target.tokens.find((t) => t.sample === row.sample);
+  if (entry) found.append(coloured(row, entry));
+  else if (present(row.text)) {
     found.append(make("p", row.text, "text"));
     if (row.cut) found.append(make("p", "There was no room for the rest, which `adam-ghost show` has.", "note"));
   }
@@ -236,6 +266,7 @@ function show(part) {
   at("caveat").textContent = part.headline.note;
   explained();
   against();
+  byToken();
   const k = Math.min(ENDS, rows.length), by = data.rank === "total" ? "the sum of their scores" : "the mean of their scores, standardised within steps";
   for (const id of ["helpful", "harmful"]) ends(id, { helpful: rows.slice(0, k), harmful: rows.slice(-k).reverse() });
   at("ends-note").textContent = `By ${by}; the line over a bar is the 95% interval over resampled steps. Where it crosses zero the sign is not known. Open a sample for all that is known of it.`;

@@ -1,6 +1,7 @@
 """Scores of single tokens: in which steps, of which samples, and how they come out of a step's contraction."""
 
 from collections.abc import Hashable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -74,11 +75,13 @@ def score_tokens(step: Step, P: Directions, asked: Sequence[list[int]], half: bo
         own = replace(step, recordings=step.recordings[i : i + 1], passes=step.passes[i : i + 1])
         if places:
             try:
+                own.recordings = [_in_rows(own.recordings[0])]
                 by_token = own.scores(P, per_token=True, half=half)  # [rows, T, K]
             except ValueError as error:
                 raise ValueError(f"tokens cannot be scored: {str(error).removeprefix('per_token=True ')}") from error
-            scores.append(sum_samples(by_token, own.recordings[0].packing))
-            found.append(TokenScores(places, *_in_line(by_token, own.recordings[0])))
+            packing = step.recordings[i].packing
+            scores.append(sum_samples(by_token, packing))
+            found.append(TokenScores(places, *_in_line(by_token, packing)))
         else:
             scores.append(own.scores(P, half=half))
             found.append(None)
@@ -86,8 +89,14 @@ def score_tokens(step: Step, P: Directions, asked: Sequence[list[int]], half: bo
     return torch.cat(scores), found
 
 
-def _in_line(by_token: Tensor, recording: Recording) -> tuple[Tensor, Tensor]:
-    packing: Packing | None = recording.packing
+def _in_rows(recording: Recording) -> Recording:
+    """The recording, whose rows of the batch are taken as they are, whatever samples are packed in them."""
+    found = copy(recording)
+    found.packing = None
+    return found
+
+
+def _in_line(by_token: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
     line = by_token.flatten(0, 1)
     if packing is None:
         return line, torch.arange(len(by_token) + 1) * by_token.shape[1]

@@ -184,7 +184,7 @@ def test_a_model_without_tokens_is_told_before_its_first_step(tmp_path):
     run.batch([0, 1])
     model(torch.ones(2, 3)).square().mean().backward()
     with pytest.raises(
-        ValueError, match="tokens cannot be scored: needs tokens at dimension 1 of every layer's output; '0' has none"
+        ValueError, match="tokens cannot be scored: needs tokens at dimension 1 of every layer's output; '2' has none"
     ):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
