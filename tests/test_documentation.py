@@ -6,7 +6,7 @@ import shlex
 import click
 import pytest
 import typer
-from documented import PAGES, ROOT, blocks, execute, is_said, surroundings, texts_of
+from documented import NOTEBOOKS, PAGES, ROOT, blocks, cells, execute, is_said, surroundings, texts_of
 from typer.testing import CliRunner
 
 from adam_ghost.cli import app
@@ -84,8 +84,8 @@ def frameworks(namespace: dict) -> None:
 
     def fitting(**options):
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+        made.extend(options["callbacks"])  # before Lightning adds its own to the list
         lightning.Trainer(**quiet, **options).fit(Module(), loader)
-        made.extend(options["callbacks"])
 
     hf = transformers.Trainer(gpt2, arguments, train_dataset=samples)
     namespace |= {"Trainer": fitting, "trainer": hf, "val_batch": {"input_ids": texts[:2], "labels": texts[:2]}}
@@ -121,6 +121,21 @@ def test_every_block_runs(page, tmp_path, monkeypatch, capsys):
         namespace["trainer"].train()
         (callback,) = namespace["fitted"]
         assert len(callback.run.steps) == 12 and callback.run.scores().ids[:3] == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(notebook):
+    for library in ("pandas", "sklearn"):
+        pytest.importorskip(library)
+    namespace = {}
+    for number, code in enumerate(cells(notebook), 1):
+        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), namespace)
+    if notebook.stem == "wrong_labels":
+        loss = {name: found[0] for name, found in namespace["found"].items()}
+        assert loss["lowest scores"] < 0.8 * loss["nothing"] < 0.8 * loss["at random"]
+    else:
+        assert namespace["gap"] < 0.02 and namespace["step"].audit.r > 0.999
 
 
 def test_nothing_is_indented_that_would_run():
