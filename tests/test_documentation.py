@@ -7,8 +7,10 @@ import click
 import pytest
 import typer
 from documented import NOTEBOOKS, PAGES, ROOT, blocks, cells, execute, is_said, surroundings, texts_of
+from toys.muon_and_adam import MuonAndAdam
 from typer.testing import CliRunner
 
+import adam_ghost
 from adam_ghost.cli import app
 from bench.__main__ import app as bench_app
 
@@ -110,11 +112,13 @@ def test_every_block_runs(page, tmp_path, monkeypatch, capsys):
             if page.name == "README.md" and "integrations" in block.code and "Trainer" not in namespace:
                 frameworks(namespace)
             execute(block, namespace)
-            if page.name == "optimizers.md":
-                namespace.pop("run").close()  # the page goes on with another
         elif block.language == "sh":
             for line in block.code.splitlines():
                 obey(line)
+    if page.name == "optimizers.md":
+        namespace["run"].close()
+        one = MuonAndAdam(namespace["matrices"], namespace["rest"])  # is known by now
+        adam_ghost.InRun(namespace["model"], one, namespace["val_loss"]).close()
     if page.name == "README.md":
         wrong = {i for i, _ in namespace["run"].top(50, harmful=True)} & set(range(50))
         assert len(wrong) > 25  # 2.5 by chance
