@@ -365,6 +365,8 @@ class InRun:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
+        if self._only_makes_state(optimizer):
+            return
         if self._turns.awaits(optimizer):
             with self._withdrawing():
                 return self._turns.check(optimizer)
@@ -383,6 +385,13 @@ class InRun:
         if due:
             with self._world.together():
                 self._score(micro, dropped, stepping)
+
+    def _only_makes_state(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this is no step of training: torch.distributed.checkpoint takes one by zeros to give an optimizer its state."""
+        if optimizer.state or self._schedule.pending() or any(group.get("lr") != 0 for group in optimizer.param_groups):
+            return False
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return not any(bool(g.any()) for g in self._world.parts(grads))
 
     def _score(self, micro: list[MicroBatch] | None, dropped: list[MicroBatch], stepping: set[torch.optim.Optimizer]) -> None:
         """Scores the step about to be taken, of which these micro-batches arrived, and those dropped did not."""

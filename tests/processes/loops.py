@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -120,7 +122,8 @@ def train(
 
     A step's loss is the mean over the processes of their samples' mean losses. ``evaluated``: passes without gradients come between
     the steps. ``summed``: gradients are added up over shards, not averaged, as torchtitan does. Training goes on from the
-    ``checkpoint`` where there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed.
+    ``checkpoint`` where there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed
+    in the last step, between its passes and the optimizer's step.
     """
     several = spread != "one"
     plain = Net(extra).to(dtype)
@@ -160,7 +163,8 @@ def train(
         run = ag.InRun(shown, optimizer, val_loss, schedule, val_split=split_here, **options)
     begin = 0
     if checkpoint is not None and Path(checkpoint).exists():
-        begin = load(checkpoint, plain, optimizer, run)
+        load(checkpoint, plain, optimizer, run)
+        begin = run.step
     for t in range(begin, steps):
         for k in range(micro):
             number = micro * t + k
@@ -178,15 +182,15 @@ def train(
                 model.set_requires_gradient_sync(not wait)
             with model.no_sync() if wait and spread == "ddp" else contextlib.nullcontext():
                 train_loss(given).backward()
+        if end == "kill" and t == steps - 1 and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         evaluate()
         if checkpoint is not None and t == 5:
-            save(checkpoint, plain, optimizer, run, t + 1)
-    if end == "kill" and distributed.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+            save(checkpoint, plain, optimizer, run)
     found: dict[str, Any] = {"weights": [whole(p).clone().numpy() for p in plain.parameters()]}
     if run is not None:
         run.close()
@@ -202,16 +206,24 @@ def whole(p: Tensor) -> Tensor:
     return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
 
 
-def save(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, step: int) -> None:
-    """By the first process, of all."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run.state_dict(), "step": step}
+def save(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any) -> None:
+    """By the first process, of all; or, of a sharded model, by each its shards."""
+    if isinstance(model, FSDPModule):
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments, "run": run}, checkpoint_id=path)
+        return
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run.state_dict()}
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         torch.save(state, path)
 
 
-def load(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any) -> int:
+def load(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any) -> None:
+    if Path(path).is_dir():
+        weights, moments = get_state_dict(model, optimizer)  # which steps an optimizer that has no state, to give it one
+        dcp.load({"model": weights, "optimizer": moments, "run": run}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        return
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     run.load_state_dict(state["run"])
-    return state["step"]
