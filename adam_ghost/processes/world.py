@@ -91,6 +91,10 @@ class World:
         """Those of the ``known`` names that any process has among its ``names``."""
         return names
 
+    def everywhere(self, x: bool) -> bool:
+        """Whether ``x`` holds in every process."""
+        return not self.union(set() if x else {"not"}, ["not"])
+
     def first(self, x: T) -> T:
         """Process 0's plain value."""
         return x

@@ -160,6 +160,9 @@ def refused_shards(what: str) -> str:
     try:
         options = {"schedule": "window", "train_loss": loss_of} if what in ("double", "forward", "divided_window") else {}
         options |= {"feedback": what} if what in ("double", "forward") else {}
+        options |= {"fallback": True} if what == "fallback" else {}
+        if what == "fallback_of_the_thin_layer":
+            ag.LayerCache(model, fallback=True)
         with ag.InRun(model, optimizer, validation(model, False), **options) as run:
             if what == "unaveraged":
                 model.set_requires_gradient_sync(False)

@@ -26,24 +26,50 @@ UNEVEN = ((4, 2), (1, 5))
 WITH_NONE = ((4, 2), (5, 0))
 
 
-class Net(nn.Module):
-    """Every kind of layer, the embedding tied to the head; ``extra`` serves only texts that begin with an odd token."""
+class Hidden(torch.autograd.Function):
+    """Of unknown doings, with a forward mode."""
 
-    def __init__(self, extra: bool = False):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent * 2
+
+
+class Net(nn.Module):
+    """Every kind of layer, the embedding tied to the head; ``extra`` serves only texts that begin with an odd token.
+
+    ``hidden``: after the block comes a function of unknown doings, from which on layer calls are lost, and a head of its own.
+    """
+
+    def __init__(self, extra: bool = False, hidden: bool = False):
         super().__init__()
         torch.manual_seed(1)
         self.tokens = nn.Embedding(VOCABULARY, 6)
         self.block = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 6))
         self.shift = nn.Parameter(torch.zeros(6))
         self.extra = nn.Linear(6, 6) if extra else None
+        self.head = nn.Linear(6, VOCABULARY) if hidden else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.tokens(x)  # [n, T, 6]
-        h = h + self.block(h) + self.shift
+        h = h + self.block(h)
+        h = (h if self.head is None else Hidden.apply(h)) + self.shift
         odd = x[:, :1, None] % 2  # [n, 1, 1]
         if self.extra is not None and bool(odd.any()):
             h = h + odd * torch.tanh(self.extra(h))
-        return F.linear(h.mean(1), self.tokens.weight)  # [n, VOCABULARY]
+        h = h.mean(1)
+        return F.linear(h, self.tokens.weight) if self.head is None else self.head(h)  # [n, VOCABULARY]
 
 
 def batch(step: int, n: int) -> tuple[Tensor, Tensor]:
@@ -107,6 +133,7 @@ def train(
     clip: float | None = None,
     split: bool = False,
     extra: bool = False,
+    hidden: bool = False,
     warm: bool = False,
     wrapper: dict | None = None,
     inner: bool = False,
@@ -126,7 +153,7 @@ def train(
     in the last step, between its passes and the optimizer's step.
     """
     several = spread != "one"
-    plain = Net(extra).to(dtype)
+    plain = Net(extra, hidden).to(dtype)
     model = spread_out(plain, spread, **(wrapper or {}))
     if summed and several:
         for part in (plain.block, model):
@@ -198,7 +225,7 @@ def train(
         found |= {"scores": dict(zip(sums.ids, sums.total.tolist(), strict=True))}
         found |= {"standardized": dict(zip(sums.ids, sums.standardized.tolist(), strict=True))}
         found |= {"sums": [s.score_sum for s in run.steps], "totals": [s.total for s in run.steps]}
-        found |= {"val_loss": [s.val_loss for s in run.steps]}
+        found |= {"val_loss": [s.val_loss for s in run.steps], "by_passes": [s.by_passes for s in run.steps]}
     return found
 
 

@@ -36,6 +36,22 @@ def test_scores_are_those_of_one_process(name, pair):
     check_training(pair, "ddp", CASES[name])
 
 
+LOST = {
+    "midpoint": {"schedule": "midpoint", "sizes": UNEVEN, "micro": 2, "clip": 0.05},
+    "lookahead": {"schedule": "lookahead", "sizes": WITH_NONE},
+    "window": {"schedule": "window", "sizes": UNEVEN, "micro": 2, "steps": 6},
+}
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. lost by the layer calls")
+@pytest.mark.parametrize("name", LOST)
+def test_what_layer_calls_lose_is_scored_by_passes_of_the_model(name, pair):
+    case = LOST[name] | {"hidden": True}
+    check_training(pair, "ddp", case)
+    for mine in pair.run(train, "ddp", **case):
+        assert 0 < min(mine["by_passes"]) <= max(mine["by_passes"]) < 1
+
+
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
 @pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
 def test_single_precision(schedule, spread, pair):

@@ -51,6 +51,14 @@ def test_gauss_newton_is_that_of_replicas(pair):
     assert distance(found, expected) < 1e-11 < 1e-3 < distance(without, expected)
 
 
+def test_what_layer_calls_lose_is_left_out(pair):
+    case = {"schedule": "midpoint", "hidden": True, "sizes": UNEVEN, "steps": 4}
+    found = joined(pair.run(train, "fsdp", **case))
+    with pytest.warns(UserWarning, match=r"not attributed: shift, head\.weight, head\.bias; the scores cover"):
+        expected = train("one", **case, options={"fallback": False})
+    assert distance(found, expected["scores"]) < 1e-12
+
+
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["whole", "clipped"])
 def test_the_thin_layer(clip, pair):
     check_thin_layer(pair, "fsdp", clip)
@@ -95,6 +103,8 @@ def test_an_error_in_one_process_reaches_all(where, schedule, error, pair):
         ("ignored", "'shift' is whole in every process (ignored_params)"),
         ("double", "feedback='double' is not supported where fully_shard shards the model"),
         ("forward", "feedback='forward' is not supported where fully_shard shards the model"),
+        ("fallback", "fallback=True needs the model's whole weights for a forward-mode pass, which fully_shard keeps in parts"),
+        ("fallback_of_the_thin_layer", "fallback=True needs the model's whole weights"),
         ("unaveraged", "gradients are not averaged over the 2 processes"),
         ("divided", "set_gradient_divide_factor() must be the same for the whole model, got [2, 3.0]"),
         ("divided_window", "schedule='window' takes gradients that are means over the processes"),
