@@ -56,6 +56,7 @@ class World:
     # what is done with parameters of which each process has a part
 
     sharded = False
+    rounds = False  # whether passes see the weights in half precision, whatever the optimizer has
 
     def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """This process's parts of parameters or their gradients, in the same memory."""
