@@ -129,7 +129,7 @@ class Batch:
         usual = {tag.axis} if tag.rows > 1 else {0 if tag.axis else 1}
         if tag.tokens == usual and (tag.rows > 1 or x.ndim > 2):
             return tag.axis, tag.rows
-        return self.as_rows(x, tag) if tag.tokens or self.tokens == 1 else None
+        return self.as_rows(x, tag) if tag.tokens or self.tokens <= 1 else None
 
     def in_line(self, x: Tensor, tag: Followed) -> bool:
         """Whether the rows of ``x [..., d]``, as they lie in a line, are the samples' in order; of packed rows, the tokens."""
@@ -320,18 +320,15 @@ class Batch:
         """The tag of ``x`` told by an index."""
         if isinstance(tag, Rows):
             return tag
-        axis, rows, tokens = tag
-        of, shape, per = torch.arange(x.shape[axis], device=x.device), [1] * x.ndim, rows
-        shape[axis] = x.shape[axis]
-        if self.packing is not None and axis not in tokens:  # by row of the batch, or by token
-            of, per = of.div(rows, rounding_mode="floor"), self.tokens if tokens else 1
-        of = of.view(shape)
-        if self.packing is not None and tokens and axis not in tokens:
-            counts = min(tokens)  # of a pair of tokens, which are of one sample, the first
-            shape = [1] * x.ndim
-            shape[counts] = per
-            of = of * per + torch.arange(per, device=x.device).view(shape)
-        return Rows(of, per)
+        axis, per, tokens = tag
+        place = _counted(x, axis)
+        if self.packing is None or axis in tokens:
+            return Rows(place, per)
+        row = place.div(per, rounding_mode="floor")  # of the batch
+        if not tokens:
+            return Rows(row, 1)
+        # of a pair of tokens, which are of one sample, the first
+        return Rows(row * self.tokens + _counted(x, min(tokens)), self.tokens)
 
     def certain(self, holds: Tensor) -> bool:
         """Whether ``holds``; where looking would wait for a device, it is taken for granted, and doubted until the scores come.
@@ -539,6 +536,11 @@ class Landing:
         if len(bound) > len(write.names) and bound[len(write.names)] is True:  # index_put(accumulate=True)
             return None
         return shrunk(reduce(torch.maximum, found)) if found else None
+
+
+def _counted(x: Tensor, d: int) -> Tensor:
+    """0, 1, ... along dimension ``d`` of ``x``, to broadcast to it."""
+    return torch.arange(x.shape[d], device=x.device).view([x.shape[d] if k == d else 1 for k in range(x.ndim)])
 
 
 def _holds(argument: Any, x: Tensor) -> bool:

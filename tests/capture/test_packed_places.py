@@ -125,10 +125,9 @@ def test_tokens_are_where_they_went(way, count):
 
 
 @mark
-@both
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_are_where_they_went_as_gradients_form(way, count, monkeypatch):
-    case, taken, plain = problem_of(way, count).warm(11), [], ContractingRecording.__init__
+def test_tokens_are_where_they_went_as_gradients_form(way, monkeypatch):
+    case, taken, plain = problem_of(way, T).warm(11), [], ContractingRecording.__init__
 
     def take(self, P, *args, **options):
         taken.append({name: x[0].clone() for name, x in P.items()})
@@ -141,15 +140,41 @@ def test_tokens_are_where_they_went_as_gradients_form(way, count, monkeypatch):
         case.backward()
         case.optimizer.step()
         run.flush()
-    close(torch.from_numpy(run.scores().total), wanted(problem_of(way, count).warm(11), taken[0]))
+    close(torch.from_numpy(run.scores().total), wanted(problem_of(way, T).warm(11), taken[0]))
 
 
-@pytest.mark.parametrize("way", ["channels"])
-def test_tokens_that_are_not_followed_are_named(way):
-    case = problem_of(way, T)
-    case.cache.fallback = False
+@pytest.mark.parametrize("fallback", [False, True])
+def test_tokens_that_are_not_followed_are_named(fallback):
+    """Also where the model's output may have its tokens along either of two dimensions."""
+    case = problem_of("channels", T)
+    case.cache.fallback = fallback
+    inner_forward, head = case.model.run, nn.Linear(2, T).double()
+    case.model.head = head
+    case.model.run = lambda s, x: head(inner_forward(s, x)).mT
+    case.losses, plain = lambda out: plain(out.mT), case.losses
+    case.optimizer = torch.optim.AdamW(case.model.parameters())
     case.optimizer.zero_grad()
     with case.cache.packed(OFFSETS):
-        case.backward()
-    with pytest.raises(RuntimeError, match=r"not attributed: l.weight, l.bias, b.weight, b.bias; the scores cover"):
+        case.losses(case.model(*case.inputs)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"not attributed: .*l.weight, l.bias, b.weight, b.bias"):
         case.attribute()
+
+
+@pytest.mark.parametrize("way", ["heads", "heads-of-rows", "time-first", "channels-scaled", "split-heads"])
+def test_tokens_are_where_they_went_on_a_learned_route(way):
+    case = problem_of(way, T)
+    forward, model = WAYS[way][0], case.model
+    middle = Fn(lambda s, x: forward(s, x, T), l=model.l)
+    middle.register_buffer("mask", model.mask)
+    case.model = nn.Sequential(nn.Sequential(model.a, nn.Tanh()), middle, nn.Sequential(nn.Tanh(), model.b))
+    case.optimizer = torch.optim.AdamW(case.model.parameters())
+    case.cache = ag.LayerCache(case.model, case.val_loss, strict=True, fallback=False)
+    case.warm()
+    for step in range(4):
+        case.inputs = (torch.randn(ROWS, T, D, generator=torch.Generator().manual_seed(step)).double(),)
+        case.optimizer.zero_grad()
+        with case.cache.packed(OFFSETS):
+            case.backward()
+        P = case.direction()
+        close(case.attribute(), wanted(case, P))
+    assert any(case.cache._recorder._routes.values())
