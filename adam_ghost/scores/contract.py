@@ -11,6 +11,7 @@ from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import anything, linear, lookup, norm  # noqa: F401
 from adam_ghost.scores.forms import Asked, Directions, form_of
+from adam_ghost.scores.together import score_together
 
 
 def score_call(call: Call, P: Directions, asked: Asked) -> Tensor:
@@ -37,9 +38,11 @@ def _score_recording(recording: Recording, P: Directions, per_token: bool, half:
     asked = Asked(recording.batch_size, recording.packing, per_token, half)
     some = next(iter(P.values()))
     parts = [some.new_zeros(0, len(some))] if recording.batch_size == 0 else []
-    for call in recording.calls:
-        if recording.batch_size == 0 or P.keys().isdisjoint(call.parameters()):
-            continue
+    asking = [call for call in recording.calls if not P.keys().isdisjoint(call.parameters())] if recording.batch_size else []
+    together, asking = score_together(asking, P, asked)
+    if together is not None:
+        parts.append(together)
+    for call in asking:
         part = score_call(call, P, asked)
         if parts and parts[0].shape != part.shape:
             tokens = f"'{call.name}' has {part.shape[1]}, others {parts[0].shape[1]}"
