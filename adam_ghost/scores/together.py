@@ -1,5 +1,7 @@
 """Small calls of known layers, contracted by one call of the extension: a call each would take longer than its arithmetic."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -11,9 +13,21 @@ from adam_ghost.scores import ops
 from adam_ghost.scores.forms import Asked, Directions
 
 _LINEAR, _LAYER_NORM, _RMS_NORM, _EMBEDDING = range(4)  # in the order of csrc/calls.h
+SMALL = 2**14  # elements of a linear layer's weight up to which its calls are contracted so, whatever their tokens
 LARGEST = 2**22  # multiplications of a layer from which on the threads of the library's product pay
 
 Told = tuple[int, Tensor, Tensor, Tensor | None, Tensor | None, float, int]
+
+
+def is_small(layer: nn.Module) -> bool:
+    """Whether calls of a linear layer are better contracted with those of others than where its gradient is formed."""
+    weight: Any = layer.weight  # nn.Module types its attributes as modules too
+    return bool(weight.numel() <= SMALL and weight.dtype == torch.float32 and weight.device.type == "cpu" and not extension.reason("cpu"))
+
+
+def may_wait(call: Call, grad: Tensor) -> bool:
+    """Whether a call, whose gradient ``grad`` has come, is of a kind that is contracted with others."""
+    return call.kind in ("linear", "norm", "embedding") and grad.device.type == "cpu"
 
 
 def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tensor | None, list[Call]]:
