@@ -22,7 +22,8 @@ Told = tuple[int, Tensor, Tensor, Tensor | None, Tensor | None, float, int]
 def is_small(layer: nn.Module) -> bool:
     """Whether calls of a linear layer are better contracted with those of others than where its gradient is formed."""
     weight: Any = layer.weight  # nn.Module types its attributes as modules too
-    return bool(weight.numel() <= SMALL and weight.dtype == torch.float32 and weight.device.type == "cpu" and not extension.reason("cpu"))
+    plain = weight.device.type == "cpu" and weight.element_size() >= 4
+    return bool(plain and weight.numel() <= SMALL and not extension.reason("cpu"))
 
 
 def may_wait(call: Call, grad: Tensor) -> bool:
