@@ -1,0 +1,58 @@
+"""Where scores come from: a run that goes on, what it returned, or a ledger."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from adam_ghost.inrun import InRun
+from adam_ghost.ledger.ids import Id
+from adam_ghost.run.totals import SampleScores
+
+if TYPE_CHECKING:
+    from adam_ghost.ledger.reader import LedgerReader
+
+    Source: TypeAlias = InRun | SampleScores | LedgerReader | str | os.PathLike
+
+
+@contextmanager
+def opened(of: "Source") -> Iterator["LedgerReader"]:
+    """The ledger of ``of``, as complete as its run is now: a reader, a folder, or a run that writes one.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: the run has no ledger.
+    """
+    if isinstance(of, InRun) and of.ledger is None:
+        raise ValueError("the run has no ledger: give InRun a folder, ledger=")
+    if not isinstance(of, (InRun, str, os.PathLike)) and not hasattr(of, "totals"):
+        raise TypeError(f"ledger must be a folder, an open ledger or an InRun that writes one, got {type(of).__name__}")
+    if isinstance(of, (str, os.PathLike, InRun)):
+        from adam_ghost.ledger.reader import open_ledger
+
+        if isinstance(of, InRun):
+            of.flush()
+        with open_ledger(of.ledger.folder if isinstance(of, InRun) else of) as ledger:
+            yield ledger
+    else:
+        of.refresh()
+        yield of
+
+
+def ranked(of: "Source", value: str, target: int, steps: tuple[int, int] | None) -> list[tuple[Id, float]]:
+    """Every sample that was scored, with its ``value`` for ``target``, the most helpful first; arguments as ``InRun.top``'s.
+
+    Raises:
+        TypeError: ``of`` is nothing that has scores.
+        ValueError: ``value`` or ``target`` is not there, or ``steps`` is asked of scores without a ledger.
+    """
+    if isinstance(of, InRun) and steps is None:
+        of = of.scores()
+    if isinstance(of, SampleScores):
+        if steps is not None:
+            raise ValueError(f"steps={steps} needs a ledger: scores that were summed up do not remember single steps")
+        return of.top(len(of.ids), False, target, value)
+    with opened(of) as ledger:
+        table: Any = ledger.totals(target=target, steps=steps, value=value)
+    table = table.sort_by([("value", "descending"), ("sample", "ascending")])
+    return list(zip(table["sample"].to_pylist(), table["value"].to_pylist(), strict=True))
