@@ -1,8 +1,8 @@
 """Which samples to train on again."""
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
-from adam_ghost.ledger.ids import Id
 from adam_ghost.use.read import ranked
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ def keep(
     value: str = "standardized",
     target: int = 0,
     steps: tuple[int, int] | None = None,
-) -> list[Id]:
+) -> list[Hashable]:
     """The ids of the most helpful ``fraction`` of the samples that were scored, the most helpful first.
 
     A sample that was never scored is not among them: nothing is known of it. What a score foretells is one sample's part in a

@@ -1,12 +1,12 @@
 """Where scores come from: a run that goes on, what it returned, or a ledger."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adam_ghost.inrun import InRun
-from adam_ghost.ledger.ids import Id
 from adam_ghost.run.totals import SampleScores
 
 if TYPE_CHECKING:
@@ -17,29 +17,32 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(of: "Source") -> Iterator["LedgerReader"]:
-    """The ledger of ``of``, as complete as its run is now: a reader, a folder, or a run that writes one.
+    """The ledger of ``of``, as complete as its run is now: a reader, a folder, or a run that writes one; what was opened is closed.
 
     Raises:
         TypeError: it is something else.
         ValueError: the run has no ledger.
     """
-    if isinstance(of, InRun) and of.ledger is None:
-        raise ValueError("the run has no ledger: give InRun a folder, ledger=")
-    if not isinstance(of, (InRun, str, os.PathLike)) and not hasattr(of, "totals"):
-        raise TypeError(f"ledger must be a folder, an open ledger or an InRun that writes one, got {type(of).__name__}")
-    if isinstance(of, (str, os.PathLike, InRun)):
-        from adam_ghost.ledger.reader import open_ledger
-
-        if isinstance(of, InRun):
-            of.flush()
-        with open_ledger(of.ledger.folder if isinstance(of, InRun) else of) as ledger:
-            yield ledger
+    if isinstance(of, InRun):
+        if of.ledger is None:
+            raise ValueError("the run has no ledger: give InRun a folder, ledger=")
+        of.flush()
+        folder = of.ledger.folder
+    elif isinstance(of, (str, os.PathLike)):
+        folder = Path(of)
+    elif isinstance(of, SampleScores) or not hasattr(of, "totals"):
+        raise TypeError(f"expected a ledger, open or its folder, or an InRun that writes one, got {type(of).__name__}")
     else:
         of.refresh()
         yield of
+        return
+    from adam_ghost.ledger.reader import open_ledger  # which needs the extra "ledger"
+
+    with open_ledger(folder) as ledger:
+        yield ledger
 
 
-def ranked(of: "Source", value: str, target: int, steps: tuple[int, int] | None) -> list[tuple[Id, float]]:
+def ranked(of: "Source", value: str, target: int, steps: tuple[int, int] | None) -> list[tuple[Hashable, float]]:
     """Every sample that was scored, with its ``value`` for ``target``, the most helpful first; arguments as ``InRun.top``'s.
 
     Raises:

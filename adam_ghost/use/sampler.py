@@ -1,13 +1,13 @@
 """Draws samples by their running scores, while the run that scores them goes on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from adam_ghost.ledger.ids import Id, normalise
+from adam_ghost.ledger.ids import normalise
 from adam_ghost.use.read import ranked
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class AttributionSampler(Sampler[int]):
     def __init__(
         self,
         scores: "Source",
-        ids: Sequence[Id] | Tensor,
+        ids: Sequence[Hashable] | Tensor,
         *,
         floor: float = 0.2,
         strength: float = 1.0,
@@ -55,7 +55,7 @@ class AttributionSampler(Sampler[int]):
         target: int = 0,
         generator: torch.Generator | None = None,
     ):
-        self._places = {i: place for place, i in enumerate(normalise(ids))}
+        self._places: dict[Hashable, int] = {i: place for place, i in enumerate(normalise(ids))}
         if not self._places or len(self._places) < len(ids):
             raise ValueError(f"ids must be one for each sample, all different, got {len(ids)}, {len(self._places)} different")
         if not 0 < floor <= 1:

@@ -60,7 +60,7 @@ def test_keep_of_a_ledger_is_keep_of_its_scores(tmp_path):
         ({"target": 1}, ValueError, "target must be below 1"),
         ({"steps": (1, 2)}, ValueError, "steps=.* needs a ledger"),
         ({"scores": scored([0.0] * 6)._replace(ids=[])}, ValueError, "nothing was attributed yet"),
-        ({"scores": [1, 2]}, TypeError, "must be a folder, an open ledger or an InRun that writes one, got list"),
+        ({"scores": [1, 2]}, TypeError, "expected a ledger, open or its folder, or an InRun that writes one, got list"),
     ],
 )
 def test_keep_refuses(how, error, message):
