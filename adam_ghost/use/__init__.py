@@ -2,6 +2,18 @@
 
 from adam_ghost.use.pruning import keep
 from adam_ghost.use.sampler import AttributionSampler
+from adam_ghost.use.selecting import Selection, choose, reweigh, select, weigh
 from adam_ghost.use.weighing import GroupWeight, Weights, weights
 
-__all__ = ["AttributionSampler", "GroupWeight", "Weights", "keep", "weights"]
+__all__ = [
+    "AttributionSampler",
+    "GroupWeight",
+    "Selection",
+    "Weights",
+    "choose",
+    "keep",
+    "reweigh",
+    "select",
+    "weigh",
+    "weights",
+]
