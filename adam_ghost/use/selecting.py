@@ -45,7 +45,7 @@ def select(
         opt_state: the optimizer about to step, a list of several, or its state.
         fraction: of the samples to choose, above 0 and at most 1, rounded, at least one. None: drop no quota of them, and
             weigh each by its score, those that harm by 0 (all by 1 where every sample harms).
-        redundancy: whether samples that pull alike count less. With ``fraction=None``, against the whole batch.
+        redundancy: whether, where samples are chosen, those that pull alike count less.
 
     Returns:
         The weights and the scores, on the device. ``.grad`` is ``sum_i weights_i g_i`` of the samples' shares ``g_i``, which for a
@@ -60,10 +60,10 @@ def select(
     scores = attribute(layer_cache, opt_state, at="lookahead")
     if scores.ndim != 1:
         raise ValueError(f"val_loss must return one loss to choose by, got {scores.shape[1]}")
-    products = gram(layer_cache, opt_state) if redundancy else torch.zeros_like(scores).diag()
     if fraction is None:
-        weights = weigh(scores - products.sum(1) / 2)
+        weights = weigh(scores)
     else:
+        products = gram(layer_cache, opt_state) if redundancy else torch.zeros_like(scores).diag()
         weights = choose(scores, products, max(1, round(fraction * len(scores))))
     reweigh(layer_cache, opt_state, weights)
     return Selection(weights, scores)

@@ -10,6 +10,7 @@ from adam_ghost.warn import warn
 if TYPE_CHECKING:
     from adam_ghost.use.read import Source
 
+STRENGTH = 4.0  # what a standard deviation above the mean is worth, as a logarithm, unless somebody says otherwise
 LEAST_STEPS = 10  # fewer cannot be resampled: their spread is that of too few values
 
 
@@ -54,7 +55,7 @@ def weights(
     ledger: "Source",
     by: str | Mapping[Any, str] = "group",
     *,
-    strength: float = 4.0,
+    strength: float = STRENGTH,
     target: int = 0,
     steps: tuple[int, int] | None = None,
     bootstrap: int = 1000,
