@@ -66,12 +66,6 @@ def mask(ids: Any, N: int) -> Tensor:
     return torch.zeros(N, dtype=torch.bool).index_fill(0, torch.as_tensor(ids), True)
 
 
-def trained_on(task: Task, kept: dict[str, Tensor], seed: int) -> Rows:
-    """Way -> outcome of training anew on the samples that it keeps, ``[N]`` each."""
-    found = choosing.outcome(task, [task.choosing(x, seed) for x in kept.values()])
-    return dict(zip(kept, found, strict=True))
-
-
 # finding bad data, and pruning: one scored training for both
 
 
@@ -88,17 +82,17 @@ def bad_data(seed: int) -> dict[str, Rows]:
         ways = {RANDOM: random[:k], BY_LOSS: losses.argsort()[:k], BY_SCORE: keep(scores, share)}
         return {name: mask(ids, N) for name, ids in ways.items()}
 
-    found = kept(least) | {"the right labels": ~task.bad, EVERYTHING: torch.ones(N, dtype=torch.bool)}
-    pruned = {f"{name}, {share:.0%} kept": x for share in (0.5, 0.2) for name, x in kept(share).items()}
-    rows = trained_on(task, found | pruned, seed)
-    for name, x in found.items():
-        rows[name]["wrong"] = float(task.bad[x].double().mean())
-    half = {name: rows[name] for name in pruned}
-    return {
-        "bad data": {name: rows[name] for name in found},
-        "pruning": half | {EVERYTHING: {k: rows[EVERYTHING][k] for k in ("loss", "accuracy")}},
-        "drawing": drawn_by_scores(task, seed),
+    everything = {EVERYTHING: torch.ones(N, dtype=torch.bool)}
+    sets = {
+        "bad data": kept(least) | {"the right labels": ~task.bad} | everything,
+        "pruning, half": kept(0.5) | everything,
+        "pruning, a fifth": kept(0.2) | everything,
     }
+    outcomes = iter(choosing.outcome(task, [task.choosing(x, seed) for ways in sets.values() for x in ways.values()]))
+    rows = {use: {name: next(outcomes) for name in ways} for use, ways in sets.items()}
+    for name, x in sets["bad data"].items():
+        rows["bad data"][name]["wrong"] = float(task.bad[x].double().mean())
+    return rows | {"drawing": drawn_by_scores(task, seed)}
 
 
 def drawn_by_scores(task: Task, seed: int) -> Rows:
@@ -180,7 +174,8 @@ def sources(seed: int) -> dict[str, Rows]:
     }
     kept = {name: ~torch.isin(source, x.argsort()[:LEFT_OUT]) for name, x in credit.items()}
     without = {f"without {s}": source != s for s in range(SOURCES)}
-    rows = trained_on(task, kept | {EVERYTHING: torch.ones(N, dtype=torch.bool)} | without, seed)
+    sets = kept | {EVERYTHING: torch.ones(N, dtype=torch.bool)} | without
+    rows = dict(zip(sets, choosing.outcome(task, [task.choosing(x, seed) for x in sets.values()]), strict=True))
     worth = torch.tensor([rows[name]["loss"] for name in without])
     for name, x in credit.items():
         rows[name]["foretold"] = correlation(x, worth, ranks=True)
@@ -260,3 +255,51 @@ def measure(tell: Callable[[str], None], seeds: Any = SEEDS) -> dict[str, Any]:
                 found.setdefault(name, []).append(rows)
             tell(f"seed {seed}: {use.__name__}")
     return rounded({name: compared(rows, RANDOM) for name, rows in found.items()})
+
+
+COLUMNS = {"accuracy": "test accuracy", "loss": "test loss"}
+
+
+def table(found: dict[str, Any], use: str, extra: dict[str, str] | None = None) -> str:
+    """A use's table in docs/using-scores.md; ``extra``: further measures and their columns."""
+    extra = extra or {}
+    heads = [head for name in COLUMNS.values() for head in (name, "less random's")] + list(extra.values())
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for way, measures in found[use].items():
+        cells = []
+        for name, digits_shown in (("accuracy", 3), ("loss", 2)):
+            of = measures[name]
+            cells += [f"{of['mean']:.{digits_shown}f}", _difference(of, digits_shown)]
+        cells += [f"{measures[name]['mean']:.2f}" if name in measures else "" for name in extra]
+        lines.append(f"| {' | '.join([way, *cells])} |")
+    return "\n".join(lines)
+
+
+def _difference(of: dict[str, float], digits_shown: int) -> str:
+    """The paired difference to random, with half its 95% interval; bold where that does not hold zero."""
+    if "behind" not in of:
+        return ""
+    text = f"{-of['behind']:+.{digits_shown}f} +- {of['behind_half']:.{digits_shown}f}"
+    return f"**{text}**" if abs(of["behind"]) > of["behind_half"] else text
+
+
+# marker on the page -> the table's arguments
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "bad data": ("bad data", {"wrong": "wrong among the kept"}),
+    "domains": ("domains", {"prose": "share of prose"}),
+    "pruning, half": ("pruning, half", {}),
+    "pruning, a fifth": ("pruning, a fifth", {}),
+    "drawing": ("drawing", {}),
+    "sources": ("sources", {"foretold": "rank correlation"}),
+    "spike": ("spike", {"broken left": "broken left"}),
+    "steps": ("steps", {}),
+}
+
+
+def page(text: str, found: dict[str, Any]) -> str:
+    """docs/using-scores.md with its tables made anew."""
+    for marker, (use, extra) in TABLES.items():
+        start, end = f"<!-- {marker} -->\n", f"\n<!-- end of {marker} -->"
+        before, rest = text.split(start)
+        text = before + start + table(found, use, extra) + end + rest.split(end)[1]
+    return text

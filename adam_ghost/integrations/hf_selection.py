@@ -17,9 +17,9 @@ from adam_ghost.use.selecting import Selection, select
 class SelectionCallback(TrainerCallback):
     """Calls ``select`` between a ``Trainer``'s backward pass and its clipping.
 
-    ``per_device_train_batch_size`` is then the number of candidates. ``selection/chosen`` (the share of the samples that took part),
-    ``selection/score_sum`` and ``/score_left_out`` (what all and the others would have taken off the validation loss) go where the
-    Trainer reports to. An ``AttributionCallback`` on the same Trainer refuses the steps: the gradient is no longer its batch's.
+    ``per_device_train_batch_size`` is then the number of candidates. The Trainer's logs get ``selection/chosen``, the share of the
+    samples that took part, ``selection/score_sum`` and ``selection/score_left_out``: what all of them and the others would have
+    taken off the validation loss. An ``AttributionCallback`` on the same Trainer refuses the steps, whose gradient was edited.
 
     Args:
         val_loss: called with the model; returns the validation loss, a scalar with a graph.
