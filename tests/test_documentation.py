@@ -95,6 +95,7 @@ def frameworks(namespace: dict) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:adam_ghost. the run ended", "ignore:adam_ghost. windows of", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:adam_ghost. no weight is recommended")  # of a training that is no more than an example
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page, tmp_path, monkeypatch, capsys):
     found = blocks(page)

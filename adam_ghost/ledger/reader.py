@@ -181,7 +181,7 @@ class LedgerReader:
         """Per group: ``group``, ``value``, ``n`` scores, ``samples``, ``mean`` (value per sample; per score, if standardised).
 
         ``low`` and ``high`` hold the middle 95% of ``value`` over ``bootstrap`` resamplings of the run's steps
-        (of a thousand stretches of them, where there are more).
+        (of a thousand stretches of them, where there are more); ``stretches`` says in how many of these the group occurs.
 
         Args:
             groups: id -> group; the ``group`` that samples were described with, if None. Other samples are in ``(none)``.
@@ -303,7 +303,12 @@ class LedgerReader:
             if value == "standardized":
                 drawn[i] /= np.maximum(np.bincount(column, weight * n, len(keys)), 1)
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if len(keys) else (np.empty(0), np.empty(0))
-        return found.append_column("low", pa.array(low)).append_column("high", pa.array(high))
+        met = np.bincount(column, minlength=len(keys))  # a row for each step, or stretch, in which a key occurs
+        return (
+            found.append_column("low", pa.array(low))
+            .append_column("high", pa.array(high))
+            .append_column("stretches", pa.array(met))
+        )
 
 
 def _where(target: int | None, steps: tuple[int, int] | None) -> str:

@@ -1,7 +1,8 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage, Joined
 from adam_ghost.step.fingerprint import Fingerprint
 from adam_ghost.step.whole_pass import WholePass
+
+_BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
 
 
 def plain_precision(model: nn.Module) -> torch.autocast:
@@ -56,6 +59,23 @@ class Step:
             shares = torch.cat([sample_gradients(r.calls, name, p, a, block) for r, a in zip(self.recordings, asked, strict=True)])
         shares = shares * self.scale[name] if self.scale else shares
         return shares if self.world.size == 1 else shares * self.world.share
+
+    def sample_gradient_blocks(self, name: str) -> Iterator[tuple[Any, Tensor]]:
+        """All of a parameter's ``sample_gradients``, ``[n, rows, ...]``, in blocks of rows of at most 64 MB, or one row; with the
+        index by which each is a part of the parameter.
+        """
+        p = self.params[name]
+        if not p.ndim:
+            yield ..., self.sample_gradients(name)
+            return
+        rows = max(1, _BLOCK_BYTES // max(1, 4 * self.samples * p[:1].numel()))
+        for start in range(0, len(p), rows):
+            block = slice(start, start + rows)
+            yield block, self.sample_gradients(name, block)
+
+    @property
+    def samples(self) -> int:
+        return sum(Asked(r.batch_size, r.packing).samples for r in self.recordings)
 
     def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
