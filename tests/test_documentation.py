@@ -15,7 +15,7 @@ from adam_ghost.cli import app
 from bench.__main__ import app as bench_app
 
 NEEDS = {"loops.md": ("lightning", "transformers", "accelerate"), "README.md": ("lightning", "transformers")}
-LEDGER = ("duckdb", "plotly", "pandas")  # of pages with ledgers
+LEDGER = ("duckdb", "pandas")  # of pages with ledgers
 LONG = {"demo"}  # other tests run these; here only whether they are asked for rightly
 MAKE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M))
