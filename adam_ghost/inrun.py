@@ -35,6 +35,7 @@ from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples, sha
 from adam_ghost.step.fingerprint import EDITED, GradientWatch
 from adam_ghost.step.step import Step, follow_scaling, gather_step, held_by, join, plain_precision
 from adam_ghost.step.validation import Validation
+from adam_ghost.step.whole_pass import may_pass
 from adam_ghost.warn import warn
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class InRun:
             meant. Otherwise all evaluate the same, with the same random numbers.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
         fallback: score parameters that the layer calls lose by a forward-mode pass of the whole model in each step, as
-            ``LayerCache`` does; False: leave them out, and name them.
+            ``LayerCache`` does; False: leave them out, and name them. None: where it can, which is not where ``fully_shard`` keeps
+            weights in parts.
         ledger: a folder to write every score and every step's books to (``adam_ghost.open_ledger`` reads it), or a
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
         tokens: also score every token by itself, into the ledger: of all samples in every that many attributed steps, the first
@@ -150,7 +152,7 @@ class InRun:
         half: bool | None = None,
         val_split: bool = False,
         strict: bool = False,
-        fallback: bool = True,
+        fallback: bool | None = None,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
         tokens: int | Sequence[Hashable] | None = None,
     ):
@@ -165,6 +167,7 @@ class InRun:
         model, world = find_world(model)
         if world.size > 1:
             check_processes(model, optimizer, schedule, feedback, world, audit_every)
+        fallback = may_pass(fallback, world)
         self._tokens = choose(tokens, schedule, ledger, world)
         self.model, self.optimizer = model, optimizer
         self._optimizers: list[torch.optim.Optimizer] = listed(optimizer)
@@ -178,7 +181,6 @@ class InRun:
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
         validation, watch = Validation(val_loss, model, world, val_split), GradientWatch(params, world)
-        fallback = fallback and world.size == 1
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, world, fallback)
         self._schedule_name = schedule
         if schedule == "window":
@@ -376,6 +378,8 @@ class InRun:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
+        if self._only_makes_state(optimizer):
+            return
         if self._turns.awaits(optimizer):
             with self._withdrawing():
                 return self._turns.check(optimizer)
@@ -394,6 +398,13 @@ class InRun:
         if due:
             with self._world.together():
                 self._score(micro, dropped, stepping)
+
+    def _only_makes_state(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this is no step of training: torch.distributed.checkpoint takes one by zeros to give an optimizer its state."""
+        if optimizer.state or self._schedule.pending() or any(group.get("lr") != 0 for group in optimizer.param_groups):
+            return False
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return not any(bool(g.any()) for g in self._world.parts(grads))
 
     def _score(self, micro: list[MicroBatch] | None, dropped: list[MicroBatch], stepping: set[torch.optim.Optimizer]) -> None:
         """Scores the step about to be taken, of which these micro-batches arrived, and those dropped did not."""

@@ -230,7 +230,7 @@ class LedgerReader:
         """Per group: ``group``, ``value``, ``n`` scores, ``samples``, ``mean`` (value per sample; per score, if standardised).
 
         ``low`` and ``high`` hold the middle 95% of ``value`` over ``bootstrap`` resamplings of the run's steps
-        (of a thousand stretches of them, where there are more).
+        (of a thousand stretches of them, where there are more); ``stretches`` says in how many of these the group occurs.
 
         Args:
             groups: id -> group; the ``group`` that samples were described with, if None. Other samples are in ``(none)``.
@@ -356,7 +356,12 @@ class LedgerReader:
         n = rows["n"].to_numpy() if value == "standardized" else None
         at = np.searchsorted(blocks, rows["block"].to_numpy())
         low, high = middle(resample(at, column, rows["x"].to_numpy(), n, len(blocks), len(keys), draws))
-        return found.append_column("low", pa.array(low)).append_column("high", pa.array(high))
+        met = np.bincount(column, minlength=len(keys))  # a row for each stretch in which a key occurs
+        return (
+            found.append_column("low", pa.array(low))
+            .append_column("high", pa.array(high))
+            .append_column("stretches", pa.array(met))
+        )
 
     def _stretch(self, step: str, count: int, end: str = "first") -> str:
         """In SQL: the first, or last, step of the stretch that ``step`` lies in, of at most ``count`` in the run."""
