@@ -22,7 +22,7 @@ from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS, norm, whole_norms
 from adam_ghost.run.leave_out import Trajectory, compare
 from adam_ghost.run.lookahead import ContractingRecording
-from adam_ghost.run.rerun import KeptBatch, outputs_of, slopes
+from adam_ghost.run.rerun import CALLED_ONCE, KeptBatch, outputs_of, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
 from adam_ghost.step.coverage import share_of
@@ -343,7 +343,7 @@ class Sweep:
                 loss = self.rerun.loss(batch)
                 recorder.end()  # the loss, too, was followed
                 if not heads:
-                    raise ValueError("train_loss(inputs) returned without calling the model that the run was made for")
+                    raise ValueError(CALLED_ONCE)
                 held = {name: p for p, name in recorder.names.items()}  # as they were in the pass
                 wanted = [*(get_gradient_edge(x) for x in (heads[-1], *(held[name] for name in small))), *recording.outputs]
                 recording.outputs = None

@@ -237,6 +237,18 @@ def test_random_numbers_drawn_around_the_forward_pass():
     assert run_window(model, train_loss=noisy).isfinite().all()
 
 
+@pytest.mark.parametrize("feedback", ["differences", "double"])
+def test_a_train_loss_of_another_model_is_named(feedback):
+    own, other, calls = small_network(), small_network(), []
+
+    def of_another(model, batch):  # from the first sweep on
+        calls.append(batch)
+        return mean_loss(own if len(calls) <= STEPS else other, batch)
+
+    with pytest.raises(ValueError, match=r"steps 1 to 4 have no scores: .* needs a model that train_loss calls once"):
+        run_window(own, train_loss=of_another, feedback=feedback, bounded=feedback == "differences")
+
+
 def test_inputs_changed_in_place_are_told_of():
     def reuse(step, model, optimizer, batch):
         batch[0].zero_()
