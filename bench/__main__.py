@@ -32,6 +32,7 @@ from bench import sass as sass_bench
 from bench import scaling as scaling_bench
 from bench import schedule as schedule_bench
 from bench import throughput as throughput_bench
+from bench import uses as uses_bench
 from bench.evidence import measure as evidence_bench
 from bench.evidence import page, pictures
 from bench.evidence.studies import STUDIES
@@ -148,6 +149,20 @@ def evidence(
     drawn = pictures.draw(found, docs)
     (docs / "evidence.md").write_text(page.page(found, drawn), encoding="utf-8")
     console.print(f"written: {docs / 'evidence.md'}" + ("" if drawn else " (no pictures: matplotlib is not installed)"))
+
+
+@app.command()
+def uses(
+    json: Json = Path("bench", "results", "uses-cpu.json"),
+    docs: Annotated[Path, typer.Option(help="The page whose tables are made of it.")] = Path("docs", "using-scores.md"),
+) -> None:
+    """What scores are used for: models trained with and without, beside random choices and the loss, five seeds each."""
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("measuring", total=len(uses_bench.SEEDS) * len(uses_bench.USES))
+        found = uses_bench.measure(lambda what: progress.update(task, advance=1, description=what))
+    _write(json, {"uses": found})
+    docs.write_text(uses_bench.page(docs.read_text(encoding="utf-8"), found), encoding="utf-8")
+    console.print(f"written: {docs}")
 
 
 @app.command()

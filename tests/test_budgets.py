@@ -36,6 +36,7 @@ CALLS = {"lookahead": 7.5, "midpoint": 6.6, "thin layer": 6.8}
 
 @pytest.mark.skipif(not extension.built["cpu"], reason="the extension was not built")
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.together
 def test_function_calls_of_a_step():
     bound = host.calls(host.stepper("bound"))
     for variant, times in CALLS.items():

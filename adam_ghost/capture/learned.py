@@ -7,8 +7,9 @@ say) are followed as ever, and what they call is not. Where a body orders the sa
 is followed with all that it calls: the next step's values may order them otherwise, and no graph would show it.
 
 A step on a route is verified: the layers and their order, the batch's size in every output, and, when the model's outputs are
-there, the whole autograd graph behind them: every node's kind, its dimensions and the parameters that it ends in. Where a step
-left its route it cannot be scored; ``Recording.deviation`` says so, and the kind is followed from then on.
+there, the whole autograd graph behind them: every node's kind, its dimensions and the parameters that it ends in, and of every
+reshape that samples go through, that the sizes of this step keep them apart too. Where a step left its route it cannot be scored;
+``Recording.deviation`` says so, and the kind is followed from then on.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -25,6 +26,7 @@ from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Rows
+from adam_ghost.capture.rules import RESHAPES, reshaped
 
 AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
 
@@ -56,6 +58,7 @@ class Route(NamedTuple):
     # all else that is called by these, and where samples are in what they are given and in their outputs
     parts: tuple[tuple[nn.Module, Given, Places], ...]
     graph: tuple[Any, ...]
+    reshapes: tuple[tuple[int, int], ...]  # nodes of the graph, and the dimension of the samples that they reshape
 
     def same(self, other: "Route") -> bool:
         bare = [[stop._replace(template=None) for stop in route.stops] for route in (self, other)]
@@ -80,14 +83,24 @@ class _Lesson:
         self.given: list[Given] = []  # what each of these was called with
         self.exits: list[tuple[list[nn.Module], nn.Module, Given, Places]] = []  # bodies, what they called, stops too
         self.moving: set[nn.Module] = set()  # bodies in which values decided where samples go
+        self.reshapes: dict[Any, int] = {}  # nodes of the graph, and the dimension of the samples that they reshape
         self.route: Route | None = None
         self.void = False  # whether something happened that no route foresees
 
-    def end(self, graph: tuple[Any, ...]) -> None:
-        """The model's forward pass is over: finds the bodies to be followed, with all those around them."""
+    def end(self, graph: tuple[Any, ...], nodes: Sequence[Any], names: Mapping[Tensor, str]) -> None:
+        """The model's forward pass is over: finds the bodies to be followed, with all those around them.
+
+        There is no route where the graph behind the outputs does not show all that is to be verified.
+        """
+        places = {node: i for i, node in enumerate(nodes)}
+        if not self.reshapes.keys() <= places.keys():
+            return
+        reshapes = tuple(sorted((places[node], axis) for node, axis in self.reshapes.items()))
         followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
         inside = {call.fn: call.name for _, stop, call in self.calls if stop is None and isinstance(call.fn, nn.Module)}
         stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
+        if not {names[p] for stop in stops for p in stop.layer.parameters() if p in names} <= set(graph):
+            return
         parts = tuple(exit[1:] for exit in self.exits if exit[0][-1] in followed and exit[1] not in followed)
         elsewhere = {part for bodies, part, *_ in self.exits if bodies[-1] not in followed}
         apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint(
@@ -95,7 +108,7 @@ class _Lesson:
         )
         pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
         if apart and pays:
-            self.route = Route(stops, frozenset(followed), inside, parts, graph)
+            self.route = Route(stops, frozenset(followed), inside, parts, graph, reshapes)
 
     def add(self, called: "Named", stop: Stop | None, given: Given = (), places: Places | None = None) -> None:
         """A call of a layer, or of a function that met parameters or moves samples; None where no stop tells what it does."""
@@ -180,9 +193,8 @@ class LearningRecorder(Recorder):
         if agreed >= AGREEING:
             self._routes[lesson.kind] = lesson.route
 
-    def _kind(self, leaves: list[Any], spec: Any) -> Hashable:
-        """What one route serves: how the model is called, as a pattern of sizes, and what is to become of it."""
-        n = next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), 0)
+    def _kind(self, leaves: list[Any], spec: Any, n: int) -> Hashable:
+        """What one route serves: how the model is called with ``n`` rows, as a pattern of sizes, and what is to become of it."""
         described: list[Hashable] = []
         for x in leaves:
             if isinstance(x, Tensor):
@@ -218,10 +230,11 @@ class LearningRecorder(Recorder):
         if module is self.model and torch.is_grad_enabled():
             with torch._C.DisableTorchFunction():
                 leaves, spec = pytree.tree_flatten((args, kwargs))
-                kind = self._kind(leaves, spec)
-            if kind in self._routes:
+                n = next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), 0)
+                kind = self._kind(leaves, spec, n)
+            if kind in self._routes and n:  # of no rows, nothing shows where they would be
                 route = self._routes[kind]
-            else:
+            elif n:
                 self._lesson = _Lesson(kind, leaves)
             self._kind_now, self._arguments = kind, leaves
         self._change(route)
@@ -251,13 +264,16 @@ class LearningRecorder(Recorder):
                 else:
                     lesson.exits.append((lesson.bodies[:-1], module, lesson.given[-1], tags))
             elif not self._into.unattributed:
-                lesson.end(graph_of(output, self.names))
+                lesson.end(*graph_of(output, self.names), self.names)
         elif self._route is not None and self.inside_model == 1:
             route = self._route
+            graph, nodes = graph_of(output, self.names)
             if self._stop != len(route.stops) or self._part != len(route.parts):
                 self._deviate(f"the model ended after {self._stop} of {len(route.stops)} layers")
-            elif graph_of(output, self.names) != route.graph:
+            elif graph != route.graph:
                 self._deviate("the model's autograd graph is another one")
+            elif not all(_keeps_apart(nodes[i], axis, self.batch.n) for i, axis in route.reshapes):
+                self._deviate("samples were reshaped into each other")
         if self._into.deviation and self.inside_model == 1:
             arrival = self._into.on_arrival
             for x in pytree.tree_leaves(output):
@@ -307,6 +323,10 @@ class LearningRecorder(Recorder):
         if self.batch.moved and lesson.bodies:
             lesson.moving.add(lesson.bodies[-1])
             lesson.add(Named(getattr(func, "__name__", str(func)), func), None)
+        elif func in RESHAPES and out.grad_fn is not None and not any(x is out for x in (*args, *kwargs.values())):
+            tag = self.batch[out]
+            if isinstance(tag, Blocks):
+                lesson.reshapes[out.grad_fn] = tag.axis
         return out
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
@@ -442,8 +462,10 @@ def _attributes(node: Any) -> tuple[str, ...]:
     return _READ[kind]
 
 
-def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[Any, ...]:
-    """The autograd graph behind a model's outputs: kinds of nodes, their dimensions, the parameters, and how they hang together."""
+def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[tuple[Any, ...], list[Any]]:
+    """The autograd graph behind a model's outputs: kinds of nodes, their dimensions, the parameters, and how they hang together;
+    and the nodes in their order.
+    """
     found: list[Any] = []
     places: dict[Any, int] = {}
     waiting: list[Any] = [x.grad_fn for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
@@ -467,7 +489,13 @@ def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[Any, ...]:
                 value = _which(value)
             found.append(value)
         waiting += [parent for parent, _ in node.next_functions]
-    return tuple(found)
+    return tuple(found), list(places)
+
+
+def _keeps_apart(node: Any, axis: int, n: int) -> bool:
+    """Whether a node that reshapes does so within each of ``n`` samples, which lie along dimension ``axis``."""
+    sizes = node._saved_self_sym_sizes
+    return sizes[axis] % n == 0 and reshaped(sizes, tuple(node._input_metadata[0].shape), axis, n) is not None
 
 
 def _which(indices: Any) -> tuple[bool, ...]:

@@ -56,6 +56,7 @@ class World:
     # what is done with parameters of which each process has a part
 
     sharded = False
+    rounds = False  # whether passes see the weights in half precision, whatever the optimizer has
 
     def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """This process's parts of parameters or their gradients, in the same memory."""
@@ -90,6 +91,10 @@ class World:
     def union(self, names: set[str], known: Sequence[str]) -> set[str]:
         """Those of the ``known`` names that any process has among its ``names``."""
         return names
+
+    def everywhere(self, x: bool) -> bool:
+        """Whether ``x`` holds in every process."""
+        return not self.union(set() if x else {"not"}, ["not"])
 
     def first(self, x: T) -> T:
         """Process 0's plain value."""

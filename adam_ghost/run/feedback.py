@@ -29,6 +29,7 @@ def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> 
     rerun.world.settle()
     data = rerun.world.parts(p.data for p in rerun.params)
     exact = all(batch.autocast is None for batch in batches) and all(x.element_size() > 2 for x in data)
+    exact = exact and not rerun.world.rounds
     length, size = whole_norms(torch.stack([norm(vector), norm(data)]), rerun.world).unbind()
     size = size.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in rerun.params) ** 0.5)
     c = torch.where(length > 0, (_REACH if exact else _REACH_HALF) * size / length, 0.0)

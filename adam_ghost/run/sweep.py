@@ -286,13 +286,15 @@ class Sweep:
         by_passes = by_passes and all(w.by_sample(r.batch_size, r.packing) for r, w in zip(recordings, passes, strict=True))
         whole, missing = report_coverage(given, recordings, coverage, by_passes=by_passes, world=self.world)
         if whole:
-            more = score_passes(passes, recordings, self.loop.params, {name: P[name] for name in whole})
+            lost = {name: P[name] for name in whole}
+            more = score_passes(passes, recordings, self.loop.params, lost, world=self.world)
             coverage.tell_of_passes(whole, given, more is not None)
             if more is None:
                 missing = whole
             else:
                 parts = more.split([len(x) for x in scores])
-                scores = [x + part * scale.to(part.dtype) for x, part, scale in zip(scores, parts, scales, strict=True)]
+                scales = [(scale * self.world.share).to(more.dtype) for scale in scales]
+                scores = [x + part * scale for x, part, scale in zip(scores, parts, scales, strict=True)]
                 step.entry.record.by_passes = share_of(whole, given)
                 step.entry.record.passes = len(passes) * len(directions[0])
         total = self.world.sum_parts(inner(P, dict(zip(self.names, raw, strict=True))))

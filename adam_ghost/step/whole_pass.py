@@ -17,9 +17,23 @@ from torch.utils import _pytree as pytree
 from adam_ghost.capture.calls import rng_state
 from adam_ghost.capture.rows import Packing
 from adam_ghost.capture.surroundings import Surroundings, custom_modules
+from adam_ghost.processes.world import World
 from adam_ghost.scores.anything import forward_mode
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.shapes import add, samples_of, sum_samples
+
+
+def may_pass(fallback: bool | None, world: World) -> bool:
+    """What ``fallback`` says of parameters that layer calls lose: whether whole passes score them; None: where they can.
+
+    Raises ValueError where they are asked for and cannot.
+    """
+    if fallback and world.sharded:
+        raise ValueError(
+            "fallback=True needs the model's whole weights for a forward-mode pass, which fully_shard keeps in parts: parameters"
+            " that layer calls lose are left out there, and named; leave it out or use fallback=False"
+        )
+    return not world.sharded if fallback is None else fallback
 
 
 class WholePass:

@@ -188,7 +188,7 @@ def _kept_cells(quick: bool) -> list[Cell]:
 
 
 def _step_cells(quick: bool) -> list[Cell]:
-    return [] if quick else [Cell(choosing.measure_steps, {"task": t, "seed": seed}) for t in choosing.RATES for seed in SEEDS]
+    return [] if quick else [Cell(choosing.measure_steps_of, {"task": t, "seed": seed}) for t in choosing.RATES for seed in SEEDS]
 
 
 def _domain_cells(quick: bool) -> list[Cell]:

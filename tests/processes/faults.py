@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import adam_ghost as ag
 from adam_ghost.processes import shards, world
+from adam_ghost.run.lookahead import ScoredLinears
 
 
 def wrapped(spread="ddp"):
@@ -160,6 +161,9 @@ def refused_shards(what: str) -> str:
     try:
         options = {"schedule": "window", "train_loss": loss_of} if what in ("double", "forward", "divided_window") else {}
         options |= {"feedback": what} if what in ("double", "forward") else {}
+        options |= {"fallback": True} if what == "fallback" else {}
+        if what == "fallback_of_the_thin_layer":
+            ag.LayerCache(model, fallback=True)
         with ag.InRun(model, optimizer, validation(model, False), **options) as run:
             if what == "unaveraged":
                 model.set_requires_gradient_sync(False)
@@ -174,11 +178,21 @@ def refused_shards(what: str) -> str:
     return "nothing"
 
 
-def half(steps: int) -> tuple[list, list]:
-    """Sums of scores, and what they have to add up to, where passes run in bfloat16."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    found = train("fsdp", "midpoint", dtype=torch.float32, steps=steps, warm=True, wrapper={"mp_policy": policy})
-    return found["sums"], found["totals"]
+def by_torchs_products(spread: str) -> tuple[list, list]:
+    """The weights of a training in lookahead whose linear layers are scored as all other layers are, and of a plain one."""
+    ScoredLinears._scored, ours = lambda *call: None, ScoredLinears._scored
+    try:
+        found = train(spread, "lookahead", warm=True, steps=4)
+    finally:
+        ScoredLinears._scored = ours
+    return found["weights"], train(spread, None, warm=True, steps=4)["weights"]
+
+
+def half(schedule: str | None, reshard: bool, dtype: torch.dtype = torch.bfloat16, **options) -> dict[str, Any]:
+    """A training whose passes run in bfloat16, or another ``dtype``."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    wrapper = {"mp_policy": policy, "reshard_after_forward": reshard}
+    return train("fsdp", schedule, dtype=torch.float32, steps=6, warm=True, wrapper=wrapper, options=options)
 
 
 class Counted:

@@ -1,9 +1,10 @@
 """DistributedDataParallel: scores of one process with the whole batch; weights of plain DistributedDataParallel."""
 
+import numpy as np
 import pytest
 import torch
 from compared import check_thin_layer, check_training, distance, joined
-from faults import averaging_hook, failing, random_validation, refused
+from faults import averaging_hook, by_torchs_products, failing, random_validation, refused
 from loops import UNEVEN, WITH_NONE, train
 
 # trainings end where they end, seldom with a window
@@ -34,6 +35,28 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_one_process(name, pair):
     check_training(pair, "ddp", CASES[name])
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+def test_lookahead_differs_from_training_by_linear_layers_products_alone(spread, pair):
+    for found, plain in pair.run(by_torchs_products, spread):
+        assert all(np.array_equal(w, x) for w, x in zip(found, plain, strict=True))
+
+
+LOST = {
+    "midpoint": {"schedule": "midpoint", "sizes": UNEVEN, "micro": 2, "clip": 0.05},
+    "lookahead": {"schedule": "lookahead", "sizes": WITH_NONE},
+    "window": {"schedule": "window", "sizes": UNEVEN, "micro": 2, "steps": 6},
+}
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. lost by the layer calls")
+@pytest.mark.parametrize("name", LOST)
+def test_what_layer_calls_lose_is_scored_by_passes_of_the_model(name, pair):
+    case = LOST[name] | {"hidden": True}
+    check_training(pair, "ddp", case)
+    for mine in pair.run(train, "ddp", **case):
+        assert 0 < min(mine["by_passes"]) <= max(mine["by_passes"]) < 1
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
