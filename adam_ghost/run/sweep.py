@@ -284,7 +284,8 @@ class Sweep:
         coverage = self.window.coverage
         by_passes = self.loop.fallback and coverage.forward_mode
         by_passes = by_passes and all(w.by_sample(r.batch_size, r.packing) for r, w in zip(recordings, passes, strict=True))
-        whole, missing = report_coverage(given, recordings, coverage, by_passes=by_passes, world=self.world)
+        reached = {k for k, p in self.loop.params.items() if by_passes and any(w.reaches(p) for w in passes)}
+        whole, missing = report_coverage(given, recordings, coverage, reached=reached, world=self.world)
         if whole:
             lost = {name: P[name] for name in whole}
             more = score_passes(passes, recordings, self.loop.params, lost, world=self.world)
