@@ -307,7 +307,7 @@ class LearningRecorder(Recorder):
                 lesson.void = True
                 return new_output
             found = self.batch[output]
-            tag = found if isinstance(found, Blocks) and super().leads(module, args[0]) else None
+            tag = found if args and isinstance(found, Blocks) and super().leads(module, args[0]) else None
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
             stop = Stop(module, tag.axis, tag.rows == 1, True, argument, None) if known and tag is not None else None
