@@ -25,6 +25,7 @@ from bench import kernels as kernels_bench
 from bench import launches as launches_bench
 from bench import ledger as ledger_bench
 from bench import machine
+from bench import operations as operations_bench
 from bench import ops as ops_bench
 from bench import optimizers as optimizers_bench
 from bench import predictions as predictions_bench
@@ -216,6 +217,21 @@ def throughput(
     if experts:
         found["with_experts"] = _throughput(replace(setting, experts=experts), rounds, memory, windows)
     _write(json, found)
+
+
+@app.command()
+def operations(
+    json: Json = None,
+    experts: Annotated[int, typer.Option(min=2, help="Of the mixture that the dense model is set beside.")] = 8,
+    layers: Annotated[int, typer.Option(min=1, help="All alike.")] = 1,
+) -> None:
+    """Operations of a step's products, counted: of a dense model and of a mixture of experts, two to a token."""
+    rows = operations_bench.measure(replace(throughput_bench.Setting(), layers=layers), experts)
+    table = Table("experts", "", "GFLOP", "of the bound", caption="the bound: training and the bare validation pass")
+    for row in rows:
+        table.add_row(str(row["experts"]), row["variant"], f"{row['operations'] / 1e9:.2f}", f"{row['of_bound']:.3f}")
+    console.print(table)
+    _write(json, {"rows": rows})
 
 
 def _throughput(setting: throughput_bench.Setting, rounds: int, memory: bool, windows: bool) -> dict[str, Any]:
