@@ -1,7 +1,9 @@
 // The Python binding: reads lists of tensors into plain pointers, checks them, and runs the kernels on the caller's stream.
 // What the kernels do not take is answered by a status before anything is written; adam_op.py explains or falls back.
+#include <deque>
 #include <new>
 
+#include "calls.h"
 #include "cuda.h"
 #include "read.h"
 
@@ -345,6 +347,112 @@ PyObject* adjoint(PyObject*, PyObject* args) {
   });
 }
 
+// Float32 tensors on the CPU in row-major order; copies of those that lie otherwise live as long as this.
+struct RowMajor {
+  std::deque<std::vector<float>> copies;
+
+  const float* operator()(const DLTensor& x) {
+    require(x.device.device_type == kDLCPU, DEVICE);
+    require(x.dtype.code == kDLFloat && x.dtype.bits == 32, DTYPE);
+    if (row_major(x.shape, x.strides, x.ndim)) return static_cast<const float*>(x.data);
+    std::vector<float>& copy = copies.emplace_back(size(x));
+    std::vector<int64_t> at(x.ndim, 0);
+    int64_t from = 0;
+    for (float& value : copy) {
+      value = static_cast<const float*>(x.data)[from];
+      for (int i = x.ndim - 1; i >= 0; --i) {
+        from += x.strides[i];
+        if (++at[i] < x.shape[i]) break;
+        from -= at[i] * x.strides[i];
+        at[i] = 0;
+      }
+    }
+    return copy.data();
+  }
+
+  static int64_t size(const DLTensor& x) {
+    int64_t numel = 1;
+    for (int i = 0; i < x.ndim; ++i) numel *= x.shape[i];
+    return numel;
+  }
+};
+
+// A call as together.py tells it: (kind, input, output gradient, P of the weight or None, P of the bias or None, eps, padding).
+LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, RowMajor& held) {
+  require(PyTuple_Check(told) && PyTuple_Size(told) == 7, SHAPE);
+  const auto item = [&](Py_ssize_t i) { return PyTuple_GetItem(told, i); };
+  LayerCall c;
+  c.kind = int(PyLong_AsLong(item(0)));
+  c.eps = PyFloat_AsDouble(item(5));
+  c.padding = PyLong_AsLongLong(item(6));
+  const DLTensor a = view(item(1)), b = view(item(2));
+  require(b.ndim >= 1 && b.shape[0] % n == 0, SHAPE);
+  c.d_out = b.shape[b.ndim - 1];
+  require(c.d_out > 0, SHAPE);
+  c.rows = RowMajor::size(b) / c.d_out;
+  require(c.rows % n == 0, SHAPE);
+  const bool embedding = c.kind == EMBEDDING;
+  require(a.ndim >= 1 && a.shape[0] == b.shape[0] && (embedding || a.ndim == b.ndim), SHAPE);
+  if (!embedding) c.d_in = a.shape[a.ndim - 1];
+  require(RowMajor::size(a) == c.rows * (embedding ? 1 : c.d_in), SHAPE);
+  if (item(3) != Py_None) {
+    const DLTensor P = view(item(3));
+    const bool norm = c.kind == LAYER_NORM || c.kind == RMS_NORM;
+    require(P.ndim == (norm ? 2 : 3) && P.shape[0] == K, SHAPE);
+    if (embedding) c.d_in = P.shape[1];
+    if (embedding) require(P.shape[2] == c.d_out, SHAPE);
+    if (norm) require(P.shape[1] == c.d_out && c.d_in == c.d_out, SHAPE);
+    if (c.kind == LINEAR) require(P.shape[1] == c.d_out && P.shape[2] == c.d_in && c.d_in > 0, SHAPE);
+    require(c.kind != LINEAR || c.rows * c.d_out * c.d_in <= largest / K, SHAPE);
+    c.weight = held(P);
+  }
+  if (item(4) != Py_None) {
+    const DLTensor P = view(item(4));
+    require(P.ndim == 2 && P.shape[0] == K && P.shape[1] == c.d_out, SHAPE);
+    c.bias = held(P);
+  }
+  c.b = held(b);
+  if (!embedding) return c.a = held(a), c;
+  require(a.device.device_type == kDLCPU && a.dtype.code == kDLInt && a.dtype.bits == 64, DTYPE);
+  require(row_major(a.shape, a.strides, a.ndim), LAYOUT);
+  c.indices = static_cast<const int64_t*>(a.data);
+  for (int64_t i = 0; c.weight && i < c.rows; ++i) require(c.indices[i] >= 0 && c.indices[i] < c.d_in, SHAPE);
+  return c;
+}
+
+// The numbers of those calls that are left: of other dtypes, shapes or devices, or of more than `largest` multiplications.
+PyObject* contract_calls(PyObject*, PyObject* args) {
+  PyObject *told, *scores;
+  long long largest;
+  if (!PyArg_ParseTuple(args, "O!OL", &PyList_Type, &told, &scores, &largest)) return nullptr;
+  PyObject* left = PyList_New(0);
+  if (!left) return nullptr;
+  PyObject* status = answer([&] {
+    const DLTensor s = view(scores);
+    require(s.device.device_type == kDLCPU && s.ndim == 2 && s.dtype.code == kDLFloat && s.dtype.bits == 64 && s.shape[0] > 0 &&
+                s.shape[1] > 0 && row_major(s.shape, s.strides, 2), SHAPE);
+    RowMajor held;
+    std::vector<LayerCall> calls;
+    for (Py_ssize_t i = 0; i < PyList_Size(told); ++i) {
+      try {
+        calls.push_back(read_call(PyList_GetItem(told, i), s.shape[0], s.shape[1], largest, held));
+      } catch (const Refused&) {
+        PyObject* number = PyLong_FromSsize_t(i);
+        if (number) PyList_Append(left, number);
+        Py_XDECREF(number);
+      }
+    }
+    const WithoutInterpreterLock unlocked;
+    contract_calls_cpu(calls, s.shape[0], s.shape[1], static_cast<double*>(s.data));
+  });
+  const bool done = status && PyLong_AsLong(status) == DONE;
+  Py_XDECREF(status);
+  if (done) return left;
+  Py_DECREF(left);
+  if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "scores: expected float64 [n, K] on the CPU, of at least one element");
+  return nullptr;
+}
+
 PyObject* built(PyObject*, PyObject*) {
 #ifdef ADAM_GHOST_WITH_CUDA
   const char* cuda = cuda_targets();
@@ -358,6 +466,7 @@ PyMethodDef methods[] = {{"variance_correction", variance_correction, METH_VARAR
                          {"gradient_sums", gradient_sums, METH_VARARGS, nullptr},
                          {"weight_points", weight_points, METH_VARARGS, nullptr},
                          {"adjoint", adjoint, METH_VARARGS, nullptr},
+                         {"contract_calls", contract_calls, METH_VARARGS, nullptr},
                          {"built", built, METH_NOARGS, nullptr},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

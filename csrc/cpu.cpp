@@ -3,16 +3,19 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
+#include "calls.h"
 #include "job.h"
 
 namespace adam_ghost {
 
 namespace baseline {
 #include "cpu_tiles.h"
+#include "cpu_calls.h"
 }
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -21,11 +24,13 @@ namespace baseline {
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 namespace avx2 {
 #include "cpu_tiles.h"
+#include "cpu_calls.h"
 }
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
 namespace avx512 {
 #include "cpu_tiles.h"
+#include "cpu_calls.h"
 }
 #pragma clang attribute pop
 #else
@@ -33,12 +38,14 @@ namespace avx512 {
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #include "cpu_tiles.h"
+#include "cpu_calls.h"
 }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 namespace avx512 {
 #include "cpu_tiles.h"
+#include "cpu_calls.h"
 }
 #pragma GCC pop_options
 #endif
@@ -58,6 +65,7 @@ struct Kernels {
   decltype(&baseline::sum_v_range) sum_v;
   decltype(&baseline::adjoint_range) adjoint;
   decltype(&baseline::gradient_sums_range) gradient_sums;
+  decltype(&baseline::contract_call) contract_call;
   const char* name;
 
   const StepKernels<Step>& of(const Step*) const { return adam; }
@@ -67,7 +75,7 @@ struct Kernels {
 #define AG_KERNELS(of)                                                                                            \
   {                                                                                                               \
     {of::correct_range<Step>, of::move_range<Step>}, {of::correct_range<Fraction>, of::move_range<Fraction>},     \
-        of::sum_v_range, of::adjoint_range, of::gradient_sums_range, #of                                          \
+        of::sum_v_range, of::adjoint_range, of::gradient_sums_range, of::contract_call, #of                       \
   }
 
 Kernels choose() {
@@ -222,6 +230,10 @@ void adjoint_cpu(const std::vector<Param>& params, const StepRow* rows, int64_t 
   in_chunks(params, rows, [K](const Param& p, const Step& s, int64_t begin, int64_t end) {
     kernels().adjoint(p, s, K, begin, end);
   });
+}
+
+void contract_calls_cpu(const std::vector<LayerCall>& calls, int64_t n, int64_t K, double* scores) {
+  for (const LayerCall& call : calls) kernels().contract_call(call, n, K, scores);
 }
 
 }  // namespace adam_ghost

@@ -24,6 +24,13 @@ def float64():
 
 
 @pytest.fixture(autouse=True)
+def formed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lookahead small linear layers score in their gradient's product, as large ones do; not in tests marked ``together``."""
+    if not request.node.get_closest_marker("together"):
+        monkeypatch.setattr("adam_ghost.scores.together.SMALL", 0)
+
+
+@pytest.fixture(autouse=True)
 def seeded(request: pytest.FixtureRequest) -> None:
     """Each test has random numbers of its own, the same in any order of tests and whatever folder its file lies in."""
     torch.manual_seed(zlib.crc32(f"tests/{request.node.nodeid.rsplit('/', 1)[-1]}".encode()))

@@ -13,17 +13,19 @@ reshape that samples go through, that the sizes of this step keep them apart too
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adam_ghost.capture.batch import Blocks
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.hooks import Hook
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.rows import Rows
 from adam_ghost.capture.rules import RESHAPES
 
 AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
@@ -43,8 +45,8 @@ class Stop(NamedTuple):
     template: Call | None  # None: the layer takes care of its own scores
 
 
-Places: TypeAlias = tuple[tuple[int, tuple[int, int]], ...]  # which leaves of a module's output carry samples, and their tags
-Given: TypeAlias = tuple[tuple[int, tuple[int, int] | str], ...]  # the same of its arguments, in any order and lost ones too
+Places: TypeAlias = tuple[tuple[int, Blocks], ...]  # which leaves of a module's output carry samples, and their tags
+Given: TypeAlias = tuple[tuple[int, Blocks | str], ...]  # the same of its arguments, in any order and lost ones too
 
 
 class Route(NamedTuple):
@@ -108,13 +110,13 @@ class _Lesson:
         if apart and pays:
             self.route = Route(stops, frozenset(followed), inside, parts, graph, reshapes)
 
-    def add(self, called: "Named", stop: Stop | None, given: Given = ()) -> None:
+    def add(self, called: "Named", stop: Stop | None, given: Given = (), places: Places | None = None) -> None:
         """A call of a layer, or of a function that met parameters or moves samples; None where no stop tells what it does."""
         bodies = list(self.bodies)
-        stop = stop if self.moving.isdisjoint(bodies) else None
+        stop = stop if self.moving.isdisjoint(bodies) and places is not None else None
         self.calls.append((bodies, stop, called))
-        if stop is not None:
-            self.exits.append((bodies, stop.layer, given, ((0, (stop.axis, 1 if stop.single else -1)),)))
+        if stop is not None and places is not None:
+            self.exits.append((bodies, stop.layer, given, places))
 
 
 class LearningRecorder(Recorder):
@@ -294,7 +296,7 @@ class LearningRecorder(Recorder):
         if _in_backward() or not lesson.bodies:
             lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
             return
-        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors), self._given(tensors))
+        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors), self._given(tensors), self._tags(outs))
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
@@ -305,11 +307,11 @@ class LearningRecorder(Recorder):
                 lesson.void = True
                 return new_output
             found = self.batch[output]
-            tag = found if _regular(found) else None
+            tag = found if args and isinstance(found, Blocks) and super().leads(module, args[0]) else None
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
-            stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
-            lesson.add(Named(name, module), stop, self._given(args))
+            stop = Stop(module, tag.axis, tag.rows == 1, True, argument, None) if known and tag is not None else None
+            lesson.add(Named(name, module), stop, self._given(args), self._tags(output))
         return new_output
 
     def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -323,8 +325,8 @@ class LearningRecorder(Recorder):
             lesson.add(Named(getattr(func, "__name__", str(func)), func), None)
         elif func in RESHAPES and out.grad_fn is not None and not any(x is out for x in (*args, *kwargs.values())):
             tag = self.batch[out]
-            if _regular(tag):
-                lesson.reshapes[out.grad_fn] = tag[0]
+            if isinstance(tag, Blocks):
+                lesson.reshapes[out.grad_fn] = tag.axis
         return out
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
@@ -334,16 +336,18 @@ class LearningRecorder(Recorder):
         if not isinstance(layer, nn.Module) or layer_kind(layer) is None or set(call.outputs) != {0}:
             return None
         tag, entry = call.outputs[0], self.batch[tensors[0]] if len(tensors) == 1 else None
-        if not _regular(tag) or not _regular(entry) or len(call._leaves) != 1 or isinstance(call._leaves[0], nn.Parameter):
+        if isinstance(tag, Rows) or not isinstance(entry, Blocks):
+            return None
+        if len(call._leaves) != 1 or isinstance(call._leaves[0], nn.Parameter):
             return None
         argument = lesson.arguments.get(id(tensors[0]))
         if tensors[0].grad_fn is None and argument is None:
             return None  # made where no graph shows how
-        return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, call.without_tensors())
+        return Stop(layer, tag[0], tag[1] == 1, entry.axis == 0, argument, call.without_tensors())
 
     def _given(self, arguments: Any) -> Given:
         """Where samples are in the leaves of what a module is called with."""
-        found: list[tuple[int, tuple[int, int] | str]] = []
+        found: list[tuple[int, Blocks | str]] = []
         for i, x in enumerate(pytree.tree_leaves(arguments)):
             if not isinstance(x, Tensor):
                 continue
@@ -351,7 +355,7 @@ class LearningRecorder(Recorder):
             if self.batch.lost(x):
                 found.append((i, "lost"))
             elif tag is not None:
-                found.append((i, _some(tag) if _regular(tag) else "in any order"))
+                found.append((i, _some(tag) if isinstance(tag, Blocks) else "in any order"))
         return tuple(found)
 
     def _tags(self, output: Any) -> Places | None:
@@ -361,7 +365,7 @@ class LearningRecorder(Recorder):
             if not isinstance(x, Tensor):
                 continue
             tag = self.batch[x]
-            if self.batch.lost(x) or self._is_source(x) or (tag is not None and not _regular(tag)):
+            if self.batch.lost(x) or self._is_source(x) or isinstance(tag, Rows):
                 return None
             if tag is not None:
                 found.append((i, _some(tag)))
@@ -392,13 +396,13 @@ class LearningRecorder(Recorder):
         tags = route.parts[self._part][2]
         self._part += 1
         leaves = pytree.tree_leaves(output) if tags else []
-        for i, (axis, rows) in tags:
+        for i, (axis, rows, tokens) in tags:
             x = leaves[i] if i < len(leaves) else None
             size = x.shape[axis] if isinstance(x, Tensor) and axis < x.ndim else -1
             if not isinstance(x, Tensor) or size < 0 or size % self.batch.n or (rows == 1 and size != self.batch.n):
                 self._deviate(f"{type(module).__name__} returned other sizes")
                 return
-            self.batch.tag(x, (axis, size // self.batch.n))
+            self.batch.tag(x, Blocks(axis, size // self.batch.n, tokens))
         self.mode.__enter__()
 
     def next_stop(self, layer: nn.Module) -> Stop | None:
@@ -442,18 +446,9 @@ class LearningRecorder(Recorder):
             recording.awaits(call.watch(0, output, (axis, size // n), [given[0]], recording.receive))
 
 
-def _regular(tag: Any) -> TypeGuard[tuple[int, int]]:
-    """Whether a tag is a dimension and a number of rows, which the sizes of other steps tell as well."""
-    return type(tag) is tuple and len(tag) == 2 and all(type(x) is int for x in tag)
-
-
-def _place(tag: tuple[int, int]) -> tuple[int, bool]:
-    return tag[0], tag[1] == 1
-
-
-def _some(tag: tuple[int, int]) -> tuple[int, int]:
+def _some(tag: Blocks) -> Blocks:
     """The tag, in which of several rows any number may vary."""
-    return tag[0], 1 if tag[1] == 1 else -1
+    return tag if tag.rows == 1 else tag._replace(rows=-1)
 
 
 _READ: dict[type, tuple[str, ...]] = {}  # per kind of node, which of its attributes are looked at

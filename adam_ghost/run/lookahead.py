@@ -1,8 +1,9 @@
 """Scores while gradients are formed: with ``P`` known before the backward pass, no layer call outlives its own backward.
 
-Linear layers yield weight gradient and scores in one product; every other call is contracted when its gradient arrives.
-The scores come as the gradient of ``slot``, a tensor of zeros that each linear layer takes along: autograd itself adds them
-up, over layers, checkpoints and compiled graphs.
+Linear layers yield weight gradient and scores in one product. The scores of these come as the gradient of ``slot``, a tensor of
+zeros that each linear layer takes along: autograd itself adds them up, over layers, checkpoints and compiled graphs. Every other
+call is contracted when its gradient arrives; on a CPU those of small linear layers, norms and embeddings wait until some
+megabytes have come, and are contracted together.
 """
 
 from functools import partial
@@ -17,14 +18,17 @@ from adam_ghost.capture.recorder import Recorder, unseen
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing, Rows
 from adam_ghost.processes.carried import Carried
-from adam_ghost.scores.contract import score_call
+from adam_ghost.scores.contract import score_calls
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
 from adam_ghost.scores.shapes import add, in_line, lead_rows, owners
+from adam_ghost.scores.together import is_small, may_wait
+
+WAITING = 16 << 20  # bytes of inputs and gradients that wait to be contracted together
 
 
 class ContractingRecording(Recording):
-    """Contracts each call with ``P`` on arrival and keeps only the sum, ``[n, K]``; with ``keep`` the calls as well."""
+    """Contracts calls with ``P`` soon after arrival and keeps only the sum, ``[n, K]``; with ``keep`` the calls as well."""
 
     def __init__(self, P: Directions, n: int, packing: Packing | None = None, keep: bool = False):
         super().__init__(packing)
@@ -33,6 +37,8 @@ class ContractingRecording(Recording):
         self.slot = some.new_zeros(n, len(some)).requires_grad_()
         self.slot.register_hook(lambda grad: self._tell())
         self._arrived: Tensor | None = None
+        self._waiting: list[Call] = []
+        self._bytes = 0  # of these
         self.scored: set[str] = set()  # names of the parameters that the scores cover
 
     def _tell(self) -> None:
@@ -42,6 +48,7 @@ class ContractingRecording(Recording):
     @property
     def scores(self) -> Tensor:
         """``[n, K]``, of all backward passes so far."""
+        self._contract_waiting()
         parts = [x for x in (self._arrived, self.slot.grad) if x is not None]
         return self.doubted(add(parts)) if parts else torch.zeros_like(self.slot)
 
@@ -55,31 +62,42 @@ class ContractingRecording(Recording):
         self.scored |= params
         if not self.batch_size:
             return
-        contract = partial(self._contract, call.with_gradient(index, grad))
+        call = call.with_gradient(index, grad)
         if isinstance(self.P, Carried):
-            self.P.when_whole(params, contract)
+            self.P.when_whole(params, partial(self._contract, [call]))
+        elif may_wait(call, grad):
+            self._waiting.append(call)
+            self._bytes += call.input.nbytes + grad.nbytes
+            if self._bytes > WAITING:
+                self._contract_waiting()
         else:
-            contract()
+            self._contract([call])
 
-    def _contract(self, call: Call) -> None:
+    def _contract(self, calls: list[Call]) -> None:
         with torch.no_grad():
-            scores = score_call(call, self.P, Asked(self.batch_size, self.packing))
-        self._arrived = scores if self._arrived is None else self._arrived + scores
+            parts = score_calls(calls, self.P, Asked(self.batch_size, self.packing))
+        self._arrived = add(parts if self._arrived is None else [self._arrived, *parts])
+
+    def _contract_waiting(self) -> None:
+        calls, self._waiting, self._bytes = self._waiting, [], 0
+        if calls:
+            self._contract(calls)
 
     def forget(self) -> None:
         super().forget()
         self._arrived = self.slot.grad = None
+        self._waiting, self._bytes = [], 0
 
     def touched(self) -> set[str]:
         return self.scored
 
 
 class ScoredLinears:
-    """While attached, the model's linear layers score their samples in the weight gradient's product."""
+    """While attached, the model's linear layers, but small ones, score their samples in the weight gradient's product."""
 
     def __init__(self, model: nn.Module, recorder: Recorder):
         self.recorder = recorder
-        linears = [m for m in model.modules() if layer_kind(m) == "linear"]
+        linears = [m for m in model.modules() if layer_kind(m) == "linear" and not is_small(m)]
         self.stand_ins = [StandIn(layer, partial(self._forward, layer)) for layer in linears]
 
     def attach(self) -> None:
@@ -108,7 +126,7 @@ class ScoredLinears:
         if not trained or x.ndim < 2 or any(name not in recording.P for name in trained):
             return None
         leads = recorder.leads(layer, x)
-        tag = None if leads else recorder.batch[x]
+        tag = None if leads else recorder.told(x)
         if not leads and not (isinstance(tag, Rows) and tag.of.shape[-1] == 1):
             return None
         recorder.scored = True

@@ -21,6 +21,7 @@ from adam_ghost.optim import Optimizers, OptState, read_optimizer, settings
 from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.run.tokens import TokenScores, score_tokens
 from adam_ghost.scores.forms import Directions
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
@@ -47,6 +48,7 @@ class MicroBatch:
     arrivals: Arrivals = field(init=False)  # of its gradients, from when it is opened
     whole: WholePass | None = None  # of an audited step
     views: int = 1  # rows of the model's batch that each sample has: all samples' first, then their second
+    tokens: list[int] = field(default_factory=list)  # places of the samples whose tokens are scored, too
 
     @property
     def rows(self) -> int:
@@ -92,6 +94,7 @@ class Scored(NamedTuple):
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
     at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
     unexplained: Callable[[], list[str]] | None = None  # the parameters whose calls do not explain their gradient
+    tokens: Sequence[TokenScores | None] = ()  # of each micro-batch, where they were asked for
 
 
 @dataclass
@@ -304,11 +307,15 @@ class After(Collecting):
         self._lost = {*step.whole, *step.missing}
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
-        scores = step.scores(direction.P, half=self.loop.half)
+        tokens: Sequence[TokenScores | None] = ()
+        if any(m.tokens for m in micro):
+            scores, tokens = score_tokens(step, direction.P, [m.tokens for m in micro], self.loop.half)
+        else:
+            scores = step.scores(direction.P, half=self.loop.half)
         at = 0.5 if self.loop.refreshes else None
         accounted = step.accounted(direction.P, direction.total)
         why = partial(step.unexplained, direction.P)
-        return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why)
+        return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why, tokens)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None] | None, at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters, None for what history lets expect."""

@@ -52,6 +52,11 @@ def using(impl: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The implementation asked for by ``using``."""
+    return _forced
+
+
 @functools.cache
 def _no_triton() -> str:
     try:

@@ -19,9 +19,23 @@ from adam_ghost.capture.calls import rng_state
 from adam_ghost.capture.declared import custom_function
 from adam_ghost.capture.rows import Packing
 from adam_ghost.capture.surroundings import Surroundings, custom_modules
+from adam_ghost.processes.world import World
 from adam_ghost.scores.anything import forward_mode
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.shapes import add, samples_of, sum_samples
+
+
+def may_pass(fallback: bool | None, world: World) -> bool:
+    """What ``fallback`` says of parameters that layer calls lose: whether whole passes score them; None: where they can.
+
+    Raises ValueError where they are asked for and cannot.
+    """
+    if fallback and world.sharded:
+        raise ValueError(
+            "fallback=True needs the model's whole weights for a forward-mode pass, which fully_shard keeps in parts: parameters"
+            " that layer calls lose are left out there, and named; leave it out or use fallback=False"
+        )
+    return not world.sharded if fallback is None else fallback
 
 
 class WholePass:
@@ -84,10 +98,16 @@ class WholePass:
             yield
 
     def by_sample(self, n: int, packing: Packing | None) -> bool:
-        """Whether the gradients at the outputs have the batch of ``n`` rows along dimension 0, and tokens after it where needed."""
-        least = 1 if packing is None else 2
+        """Whether the gradients at the outputs have the batch of ``n`` rows along dimension 0.
+
+        Where the rows hold several samples, with tokens along dimension 1, and no other dimension of that size.
+        """
         found = self._at_rows()
-        return bool(found) and all(g.ndim >= least and len(g) == n for g in found.values())
+        apart = bool(found) and all(g.ndim and len(g) == n for g in found.values())
+        if packing is None or n == 0:
+            return apart
+        tokens = packing.tokens // n
+        return apart and all(g.ndim > 1 and g.shape[1] == tokens and tokens not in g.shape[2:] for g in found.values())
 
     def _at_rows(self) -> dict[int, Tensor]:
         """The gradients at the outputs, or at the head's output (its key is -1) where an output is the loss itself."""

@@ -22,7 +22,8 @@ from adam_ghost.step.direction import form_direction, validation_gradient
 from adam_ghost.step.validation import Validation
 
 VOCABULARY, CONTEXT, N = 19, 8, 6
-SCHEDULES = pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
+TOGETHER = pytest.param("lookahead", marks=pytest.mark.together, id="lookahead together")
+SCHEDULES = pytest.mark.parametrize("schedule", ["midpoint", "lookahead", TOGETHER])
 
 
 def gpt(dropout=0.0, dtype=torch.float64):
@@ -128,7 +129,7 @@ class Loop:
         np.testing.assert_allclose(got.total, list(want.values()), atol=tolerance * np.linalg.norm(list(want.values())), rtol=0)
 
 
-@pytest.mark.parametrize("schedule", ["midpoint", "gauss", "lookahead"])
+@pytest.mark.parametrize("schedule", ["midpoint", "gauss", "lookahead", TOGETHER])
 def test_plain(schedule):
     loop = Loop(gpt(), schedule)
     for step in range(4):

@@ -47,7 +47,7 @@ def direction(case):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, pytest.param("nanogpt", marks=pytest.mark.together, id="nanogpt together")])
 def test_direction(name, kind):
     def warm():
         case = problem(*MODELS[name])

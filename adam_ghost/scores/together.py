@@ -1,0 +1,82 @@
+"""Small calls of known layers, contracted by one call of the extension: a call each would take longer than its arithmetic."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from adam_ghost import extension
+from adam_ghost.capture.calls import Call
+from adam_ghost.capture.kinds import is_transposed
+from adam_ghost.scores import ops
+from adam_ghost.scores.forms import Asked, Directions
+
+_LINEAR, _LAYER_NORM, _RMS_NORM, _EMBEDDING = range(4)  # in the order of csrc/calls.h
+SMALL = 2**14  # elements of a linear layer's weight up to which its calls are contracted so, whatever their tokens
+LARGEST = 2**22  # multiplications of a layer from which on the threads of the library's product pay
+
+Told = tuple[int, Tensor, Tensor, Tensor | None, Tensor | None, float, int]
+
+
+def is_small(layer: nn.Module) -> bool:
+    """Whether calls of a linear layer are better contracted with those of others than where its gradient is formed."""
+    weight: Any = layer.weight  # nn.Module types its attributes as modules too
+    plain = weight.device.type == "cpu" and weight.element_size() >= 4
+    return bool(plain and weight.numel() <= SMALL and not extension.reason("cpu"))
+
+
+def may_wait(call: Call, grad: Tensor) -> bool:
+    """Whether a call, whose gradient ``grad`` has come, is of a kind that is contracted with others."""
+    return call.kind in ("linear", "norm", "embedding") and grad.device.type == "cpu"
+
+
+def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tensor | None, list[Call]]:
+    """The scores ``[n, K]`` of those of the calls that the extension takes, summed, and the calls that are left.
+
+    It takes float32 on the CPU, samples along dimension 0. Products and sums over features are float32, over tokens and layers
+    float64, in a fixed order.
+    """
+    some = next(iter(P.values()))
+    if asked.packing is not None or asked.per_token or asked.n == 0 or some.dtype != torch.float32 or some.device.type != "cpu":
+        return None, calls
+    if extension.reason("cpu") or ops.forced() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return None, calls
+    found: list[Told] = []
+    taken: list[Call] = []
+    left: list[Call] = []
+    for call in calls:
+        told = _told(call, P)
+        if told is None:
+            left.append(call)
+        else:
+            found.append(told)
+            taken.append(call)
+    if not found:
+        return None, calls
+    sums = torch.zeros(asked.n, len(some), dtype=torch.float64)
+    refused = extension.C.contract_calls(found, sums, LARGEST)
+    if len(refused) == len(found):
+        return None, calls
+    return sums.float(), [*left, *(taken[i] for i in refused)]
+
+
+def _told(call: Call, P: Directions) -> Told | None:
+    """What the extension is told of a call: kind, input, output gradient, directions, epsilon and index of padding."""
+    tag, layer = call.outputs.get(0), call.fn
+    if type(tag) is not tuple or tag[0] != 0 or len(call.grad_output) != 1:
+        return None
+    eps, padding = 0.0, -1
+    if call.kind == "linear":
+        kind = _LINEAR
+    elif call.kind == "norm" and len(layer.normalized_shape) == 1:
+        kind = _LAYER_NORM if isinstance(layer, nn.LayerNorm) else _RMS_NORM
+        eps = torch.finfo(torch.float32).eps if layer.eps is None else layer.eps
+    elif call.kind == "embedding" and not layer.scale_grad_by_freq:
+        kind, padding = _EMBEDDING, -1 if layer.padding_idx is None else layer.padding_idx
+    else:
+        return None
+    weight, bias = call.directions(P, "weight", "bias")
+    if weight is not None and kind == _LINEAR and is_transposed(layer):
+        weight = weight.mT
+    return kind, call.input, call.grad_output[0], weight, bias, eps, padding

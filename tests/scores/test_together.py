@@ -1,0 +1,149 @@
+"""Small calls contracted by one call of the extension: the definitions' sums, whatever the layout, and what it leaves is left."""
+
+import pytest
+import torch
+from torch import nn
+
+import adam_ghost as ag
+from adam_ghost import extension
+from adam_ghost.scores import contract, definition, together
+
+pytestmark = pytest.mark.skipif(bool(extension.reason("cpu")), reason=extension.reason("cpu") or "built")
+LINEAR, LAYER, RMS, EMBEDDING = range(4)
+N, K = 3, 2
+EPS = 1e-5
+# [T, d_in, d_out]: blocks of six rows and of sixteen columns, and what is left of them
+SHAPES = {"one token": (1, 16, 8), "blocks": (4, 32, 24), "odd": (7, 17, 5), "narrow": (5, 1, 1), "no token": (0, 4, 4)}
+
+
+def normal(*shape):
+    return torch.randn(shape)
+
+
+def strided(*shape):
+    return torch.randn(*shape[:-2], shape[-1], 2 * shape[-2])[..., ::2].mT
+
+
+def expanded(*shape):
+    return torch.randn(*shape[:-1], 1).expand(shape)
+
+
+def contracted(*calls, largest=1 << 30):
+    sums = torch.zeros(N, K, dtype=torch.float64)
+    left = extension.C.contract_calls([(*call, EPS, -1)[:7] for call in calls], sums, largest)
+    return sums, left
+
+
+def close(found, exact, terms):
+    """``terms``: products in each sum, whose rounding errors are independent."""
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found, exact, rtol=0, atol=float(4 * eps * terms**0.5 * (1 + exact.abs().max())))
+
+
+def wide(x):
+    return None if x is None else x.double()
+
+
+@pytest.mark.parametrize("made", [normal, strided, expanded])
+@pytest.mark.parametrize("parts", ["both", "weight", "bias"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_linear(shape, parts, made):
+    T, d_in, d_out = shape
+    a, b = made(N, T, d_in), made(N, T, d_out)
+    P = None if parts == "bias" else made(K, d_out, d_in)
+    P_bias = None if parts == "weight" else made(K, d_out)
+    found, left = contracted((LINEAR, a, b, P, P_bias))
+    exact = definition.contract(wide(a), wide(b), torch.zeros(K, d_out, d_in).double() if P is None else wide(P), wide(P_bias))
+    close(found, exact.sum(1), T * d_in * d_out + 1)
+    assert left == []
+
+
+@pytest.mark.parametrize("kind", [LAYER, RMS])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_norm(shape, with_bias, kind):
+    T, d, _ = shape
+    x, b, P, P_bias = normal(N, T, d), normal(N, T, d), normal(K, d), normal(K, d) if with_bias else None
+    found, left = contracted((kind, x, b, P, P_bias))
+    exact = definition.norm_score(wide(x), wide(b), wide(P), wide(P_bias), EPS, ("layer", "rms")[kind - LAYER])
+    close(found, exact.sum(1), T * d + 1)
+    assert left == []
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embedding(padding):
+    indices, b, P = torch.randint(0, 5, (N, 7)), normal(N, 7, 6), normal(K, 5, 6)
+    sums = torch.zeros(N, K, dtype=torch.float64)
+    call = EMBEDDING, indices, b, P, None, 0.0, -1 if padding is None else padding
+    assert extension.C.contract_calls([call], sums, 1) == []
+    close(sums, definition.embedding_score(indices, wide(b), wide(P), padding).sum(1), 7 * 6)
+
+
+def test_calls_add_up():
+    calls = [(LINEAR, normal(N, 4, 8), normal(N, 4, 8), normal(K, 8, 8), None) for _ in range(3)]
+    together, _ = contracted(*calls)
+    assert torch.equal(together, sum(contracted(call)[0] for call in calls))
+
+
+LEFT = {
+    "float64": lambda: (LINEAR, normal(N, 4, 8).double(), normal(N, 4, 8), normal(K, 8, 8), None),
+    "bfloat16": lambda: (LINEAR, normal(N, 4, 8), normal(N, 4, 8).bfloat16(), normal(K, 8, 8), None),
+    "samples": lambda: (LINEAR, normal(N + 1, 4, 8), normal(N + 1, 4, 8), normal(K, 8, 8), None),
+    "tokens": lambda: (LINEAR, normal(N, 3, 8), normal(N, 4, 8), normal(K, 8, 8), None),
+    "features": lambda: (LINEAR, normal(N, 4, 7), normal(N, 4, 8), normal(K, 8, 8), None),
+    "targets": lambda: (LINEAR, normal(N, 4, 8), normal(N, 4, 8), normal(K + 1, 8, 8), None),
+    "bias": lambda: (LINEAR, normal(N, 4, 8), normal(N, 4, 8), normal(K, 8, 8), normal(K, 7)),
+    "norm's weight": lambda: (LAYER, normal(N, 4, 8), normal(N, 4, 8), normal(K, 7), None),
+    "a subclass": lambda: (LINEAR, nn.Buffer(normal(N, 4, 8)), normal(N, 4, 8).as_subclass(Subclass), normal(K, 8, 8), None),
+    "on no device": lambda: (LINEAR, normal(N, 4, 8), normal(N, 4, 8).to("meta"), normal(K, 8, 8), None),
+    "an index out of range": lambda: (EMBEDDING, torch.full((N, 4), 5), normal(N, 4, 8), normal(K, 5, 8), None),
+    "a negative index": lambda: (EMBEDDING, torch.full((N, 4), -1), normal(N, 4, 8), normal(K, 5, 8), None),
+    "large": lambda: (LINEAR, normal(N, 400, 8), normal(N, 400, 8), normal(K, 8, 8), None),
+}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
+def test_what_it_does_not_take_is_left(make):
+    good = LINEAR, normal(N, 4, 8), normal(N, 4, 8), normal(K, 8, 8), None
+    found, left = contracted(good, make(), good, largest=N * 4 * 8 * 8 * K)
+    assert left == [1]
+    assert torch.equal(found, 2 * contracted(good)[0])
+
+
+def test_scores_must_be_float64():
+    with pytest.raises(ValueError, match="scores: expected float64"):
+        extension.C.contract_calls([], torch.zeros(N, K), 1)
+
+
+class Model(nn.Module):
+    """All that is taken, and a layer that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.rms = nn.Embedding(9, 8, padding_idx=3), nn.LayerNorm(8), nn.RMSNorm(8)
+        self.linear, self.conv, self.out = nn.Linear(8, 8), nn.Conv1d(8, 8, 1), nn.Linear(8, 3, bias=False)
+        self.linear.weight.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.linear(self.norm(self.embed(x)))
+        return self.out(self.rms(self.conv(h.mT).mT))
+
+
+def test_the_same_scores_without_it(monkeypatch):
+    torch.manual_seed(0)
+    model, x, y = Model(), torch.randint(0, 9, (5, 6)), torch.randint(0, 3, (5, 6))
+    optimizer = torch.optim.AdamW(filter(lambda p: p.requires_grad, model.parameters()))
+    loss = lambda: nn.functional.cross_entropy(model(x).mT, y)  # noqa: E731
+    cache = ag.LayerCache(model, loss)
+    with cache:
+        loss().backward()
+    taken = []
+    monkeypatch.setattr(contract, "score_together", lambda *a: taken.append(together.score_together(*a)) or taken[-1])
+    scores = ag.attribute(cache, optimizer)
+    assert [call.name for call in taken[0][1]] == ["conv"]
+    monkeypatch.setattr(contract, "score_together", lambda calls, P, asked: (None, calls))
+    torch.testing.assert_close(scores, ag.attribute(cache, optimizer), rtol=1e-5, atol=1e-7 * float(scores.abs().max()))
