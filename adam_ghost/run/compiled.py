@@ -128,8 +128,8 @@ class CompiledLayers:
             return
         self._settled = False
         self._recording.deviation = (
-            "the compiled model ran other code than in earlier steps of its kind: this step has no scores; before later ones it runs"
-            " once in eager mode"
+            "the compiled model ran other code than in earlier steps of its kind: this step has no scores; before later ones it"
+            " runs once in eager mode"
         )
 
     def _plan(self, args: tuple, kwargs: dict) -> Plan:
