@@ -61,8 +61,13 @@ def fidelity(
     quick: Annotated[bool, typer.Option(help="One setting, two steps.")] = False,
     device: str = "cpu",
     optimizer: Annotated[list[str] | None, typer.Option(help="Others than AdamW, by name, or 'all'.")] = None,
+    costs: Annotated[
+        bool, typer.Option(help="Only what the optimizers in --json cost, on a quiet machine, written over there.")
+    ] = False,
 ) -> None:
     """Every method against the exact Shapley values of the true step (Pearson R / relative L2)."""
+    if costs:
+        return _costs_again(json)
     if optimizer:
         return _other_optimizers(optimizer, quick, json)
     table = Table()
@@ -105,6 +110,16 @@ def _other_optimizers(names: list[str], quick: bool, json: Path | None) -> None:
     console.print(table)
     _write(json, {"optimizers": found})
     console.print(optimizers_bench.exceptions(found))
+
+
+def _costs_again(path: Path | None) -> None:
+    if path is None or not path.exists():
+        raise typer.BadParameter("--costs: give the results of --optimizer all as --json")
+    found = json.loads(path.read_text())
+    for result in found["optimizers"]:
+        result |= fidelity_bench.cost_of(result["optimizer"])
+        console.print(f"{result['optimizer']}: {result['cost']:.1f} times AdamW's")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 @app.command()

@@ -116,6 +116,35 @@ def test_on_a_phone_nothing_is_wider_than_it(folder, browser, tmp_path):
     assert browser.run("document.documentElement.scrollWidth") <= PHONE
 
 
+def test_texts_are_coloured_token_by_token(browser, tmp_path):
+    """Of what tokens say, of a text with as many characters as tokens, and of a text of which neither is known."""
+    said = {0: {"tokens": ["<b>one</b>", " two", " three"]}, 1: {"text": "abc"}, 2: {"text": "longer"}}
+    writer = ag.LedgerWriter(tmp_path / "ledger", describe=said.get)
+    for step in range(1, 4):
+        writer.begin([0, 1, 2], dict)
+        scores = np.array([[-2.0], [1.0], [0.5]])
+        sums = scores.sum(0).tolist()
+        record = StepRecord(step, 3, [1e-3], [1.0], True, sums, sums, [0.0], 1.0, False, 0.01, tokens=3)
+        arrived = Arrived(record, [0, 1, 2], scores)
+        parts = np.array([[1.0], [-0.5], [0.5]]) if step < 3 else np.array([[1.0], [0.0], [0.0]])
+        arrived.tokens = [(i, (parts * x).astype(np.float32)) for i, x in enumerate(scores[:, 0])]
+        writer.add(arrived)
+    writer.close()
+    browser.open(write_report(tmp_path / "ledger", tmp_path / "report.html"))
+    assert texts(browser, "#coloured .name b") == ["0", "1", "2"]  # by how much their tokens did
+    assert texts(browser, "#coloured .tokens") == ["<b>one</b> two three", "abc", "\u00b7\u00b7\u00b7"]
+    deep = "[...document.querySelectorAll('#coloured .tokens')]"
+    deep += ".map(p => [...p.children].map(t => t.className + t.style.getPropertyValue('--much')))"
+    # sums over steps: 3, -1, 1 of what the sample did
+    assert browser.run(deep) == [["minus80%", "plus27%", "minus27%"], *[["plus80%", "minus27%", "plus27%"]] * 2]
+    colours = "[...document.querySelectorAll('#coloured .tokens span')].slice(0, 2).map(t => getComputedStyle(t).backgroundColor)"
+    assert len(set(browser.run(colours))) == 2
+    browser.run("document.querySelector('#coloured .tokens span').dispatchEvent(new PointerEvent('pointermove'))")
+    assert texts(browser, "#tip") == ["token 0: \u22126"]
+    browser.run("[...document.querySelectorAll('#table .opens')].find(b => b.textContent === '1').click()")
+    assert texts(browser, "#table .detail .tokens") == ["abc"]
+
+
 def several(folder, *, steps=40, targets=2, group=None, text=None, image=None, ids=range(50), seed=0):
     """A ledger of ``steps`` steps of 8 samples; sample 7 harms target 1, sample 3 target 0."""
 
