@@ -148,7 +148,7 @@ def _tokens(ledger: LedgerReader, target: int, room: int) -> list[dict[str, Any]
     steps: dict[Hashable, list[np.ndarray]] = {}
     for row in ledger.tokens(ids, target=target).to_pylist():
         steps.setdefault(row["sample"], []).append(np.array(row["scores"], dtype=np.float64))
-    found = []
+    found: list[dict[str, Any]] = []
     for sample in ids:
         alike = [scores for scores in steps[sample] if len(scores) == len(steps[sample][-1])]
         room -= len(alike[0])
