@@ -406,8 +406,7 @@ class Landing:
         if self.func is Tensor.__setitem__:
             return self._written(*self.args)
         if self.func in rules.RESHAPES and x is self.args[0]:
-            each = rules.reshaped(x.shape, self.out.shape, axis, self.batch.n)
-            return None if each is None else (axis, each)
+            return self._reshaped(x, axis)
         place = self.place(x, axis)
         return None if place is None else (place, rows)
 
@@ -446,6 +445,13 @@ class Landing:
         first = torch.empty(target.shape, device="meta")[index].ndim - value.ndim
         wanted = {d + first for d in tag.tokens}
         return {d for d in range(target.ndim) if rules.getitem(target, d, target, index) in wanted}
+
+    def _reshaped(self, x: Tensor, axis: int) -> tuple[int, int] | None:
+        """Row-major reshapes keep a sample's elements together as long as the dimensions before the batch stay."""
+        out, n = self.out, max(self.batch.n, 1)  # of an empty batch everything is a multiple
+        if out.numel() != x.numel() or out.shape[:axis] != x.shape[:axis] or out.ndim <= axis or out.shape[axis] % n:
+            return None
+        return axis, out.shape[axis] // n
 
     def _written(self, target: Tensor, index: Any, value: Any) -> tuple[int, int] | None:
         """The one dimension of ``target`` that its part at ``index`` shows where ``value`` has its samples."""
