@@ -349,7 +349,8 @@ class LedgerReader:
             f"SELECT {block} AS block, {key.sql} AS k, sum({EACH[value]}) AS x, count(*) AS n FROM scores s {key.join}"
             f" {_statistics(value, target, steps)} {_where(target, steps)}{only} GROUP BY ALL"
         )
-        blocks = self._blocks(target, steps)
+        # a part that is written meanwhile may have its scores before its books
+        blocks = np.union1d(self._blocks(target, steps), rows["block"].to_numpy())
         keys = found[name].to_pylist()
         place = {k: i for i, k in enumerate(keys)}
         column = np.array([place[k] for k in rows["k"].to_pylist()], dtype=np.int64)

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("pyarrow")
 pytest.importorskip("duckdb")
 import made
+import numpy as np
 
 import adam_ghost as ag
 from adam_ghost.ledger import books
@@ -68,3 +69,16 @@ def test_what_tokens_say_is_described(tmp_path):
         assert {i: row["tokens"] for i, row in told.items()} == {1: ["a", " 1"], 2: None, 3: ["a", " 3"]}
     with pytest.raises(TypeError, match="must return tokens as a list of strings, got str"):
         ag.describe_samples(tmp_path / "ledger", lambda i: {"tokens": "text"})
+
+
+def test_intervals_while_a_part_is_written(tmp_path):
+    """Its scores are there before its books."""
+    made.write(tmp_path / "ledger")
+    (tmp_path / "ledger/steps/r0-00000003.parquet").unlink()
+    with ag.open_ledger(tmp_path / "ledger") as ledger:
+        found = ledger.top(30, value="total", bootstrap=50)
+        low, value, high = (found[name].to_numpy() for name in ("low", "value", "high"))
+        assert found.num_rows > 10 and (low <= value + 1e-9).mean() > 0.8 and (value <= high + 1e-9).mean() > 0.8
+        scores = ledger.scores_of(found["sample"].to_pylist())
+        draws = ledger.draws(scores, found.num_rows, bootstrap=50)
+        assert draws["total"].shape == (50, found.num_rows) and np.isfinite(draws["total"]).all()
