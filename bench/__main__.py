@@ -223,15 +223,16 @@ def throughput(
 def operations(
     json: Json = None,
     experts: Annotated[int, typer.Option(min=2, help="Of the mixture that the dense model is set beside.")] = 8,
-    layers: Annotated[int, typer.Option(min=1, help="All alike.")] = 1,
 ) -> None:
     """Operations of a step's products, counted: of a dense model and of a mixture of experts, two to a token."""
-    rows = operations_bench.measure(replace(throughput_bench.Setting(), layers=layers), experts)
-    table = Table("experts", "", "GFLOP", "of the bound", caption="the bound: training and the bare validation pass")
+    setting = operations_bench.SETTING
+    rows = operations_bench.measure(setting, experts)
+    caption = f"r = {setting.val_batch}:{setting.batch}; the bound: training and the bare validation pass"
+    table = Table("experts", "", "GFLOP", "of the bound", caption=caption)
     for row in rows:
         table.add_row(str(row["experts"]), row["variant"], f"{row['operations'] / 1e9:.2f}", f"{row['of_bound']:.3f}")
     console.print(table)
-    _write(json, {"rows": rows})
+    _write(json, {"setting": asdict(setting), "rows": rows})
 
 
 def _throughput(setting: throughput_bench.Setting, rounds: int, memory: bool, windows: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import adam_ghost
+from adam_ghost import use
 from adam_ghost.demo.data import VOCABULARY, load_corpus
 from adam_ghost.demo.model import GPT
 
@@ -39,16 +40,8 @@ with adam_ghost.InRun(model, optimizer, lambda: loss_of(corpus.target), "lookahe
         optimizer.zero_grad()
 
 # early steps teach what all texts have in common: the later half tells the domains apart
-half = (options.steps // 2, options.steps)
-groups = adam_ghost.open_ledger(options.ledger).groups(steps=half, value="standardized").to_pylist()
-for g in groups:
-    print(
-        f"{g['group']:10} standardised score {g['value']:+.3f}  (95%: {g['low']:+.3f} to {g['high']:+.3f}), {g['samples']} samples"
-    )
-unclear = [g["group"] for g in groups if g["low"] <= 0 <= g["high"]]
-if unclear:
-    print(f"no weights suggested: the interval of {', '.join(unclear)} holds zero; train for more steps")
-else:
-    weights = torch.tensor([max(g["value"], 0.0) for g in groups])
-    weights = weights / weights.sum() if weights.sum() > 0 else torch.full_like(weights, 1 / len(groups))
-    print("suggested weights:", ", ".join(f"{g['group']} {w:.2f}" for g, w in zip(groups, weights.tolist(), strict=True)))
+found = use.weights(options.ledger, steps=(options.steps // 2, options.steps))
+for row in found.rows:
+    interval = f"standardised score {row.value:+.3f}  (95%: {row.low:+.3f} to {row.high:+.3f})"
+    what = f"no weight suggested: {row.reason}" if row.reason else f"suggested weight {row.weight:.2f}"
+    print(f"{row.group:10} {interval}, {row.samples} samples; {what}")

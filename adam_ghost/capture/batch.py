@@ -244,8 +244,7 @@ class Batch:
 
     def _counting(self, out: Tensor, landed: tuple[int, int], dims: set[int]) -> frozenset[int]:
         """Those of ``dims`` that have as many elements, or rows to a block, as there are tokens."""
-        sizes = {d: landed[1] if d == landed[0] else out.shape[d] for d in dims}
-        return frozenset(d for d, size in sizes.items() if size == self.tokens)
+        return frozenset(d for d in dims if (landed[1] if d == landed[0] else out.shape[d]) == self.tokens)
 
     def _by_index(self, call: "Landing", tagged: list[tuple[Tensor, Followed]]) -> Followed | None:
         """The result's tag by the rows' index, which each argument's tag can be told by."""
