@@ -12,6 +12,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed
 
+from adam_ghost.scores import together
+
 # what processes share that are forked off the one that has it: loading it takes longer than most checks
 LOADED = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "adam_ghost.inrun", "adam_ghost.ledger.writer"]
 # seconds that a check may take, and that an exchange waits for another process
@@ -72,6 +74,7 @@ class Ranks:
 
 def _work(rank: int, size: int, store: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
+    together.SMALL = 0  # as tests/conftest.py says of the process that tests
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE))
     while True:
         function, args, kwargs = tasks.get()

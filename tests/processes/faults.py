@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import adam_ghost as ag
 from adam_ghost.processes import shards, world
-from adam_ghost.run.lookahead import ScoredLinears
+from adam_ghost.scores import together
 
 
 def wrapped(spread="ddp"):
@@ -71,9 +71,9 @@ def failing(where: str, schedule: str, spread: str = "ddp") -> str:
         said = f"{type(error).__name__}: {error}"
     with contextlib.suppress(RuntimeError):
         run.close()
-    together = torch.ones(1)
-    distributed.all_reduce(together)
-    return f"{said} {int(together)}"
+    alike = torch.ones(1)
+    distributed.all_reduce(alike)
+    return f"{said} {int(alike)}"
 
 
 def refused(what: str) -> str:
@@ -180,14 +180,14 @@ def refused_shards(what: str) -> str:
     return "nothing"
 
 
-def by_torchs_products(spread: str) -> tuple[list, list]:
-    """The weights of a training in lookahead whose linear layers are scored as all other layers are, and of a plain one."""
-    ScoredLinears._scored, ours = lambda *call: None, ScoredLinears._scored
+def with_small_layers(spread: str) -> tuple[dict, list]:
+    """A training in lookahead whose linear layers are small, and the weights of a plain one."""
+    together.SMALL, before = 1 << 20, together.SMALL
     try:
         found = train(spread, "lookahead", warm=True, steps=4)
     finally:
-        ScoredLinears._scored = ours
-    return found["weights"], train(spread, None, warm=True, steps=4)["weights"]
+        together.SMALL = before
+    return found, train(spread, None, warm=True, steps=4)["weights"]
 
 
 def half(schedule: str | None, reshard: bool, dtype: torch.dtype = torch.bfloat16, **options) -> dict[str, Any]:
