@@ -132,7 +132,7 @@ def show(
 ) -> None:
     """Everything about one sample: what it is, its values, and its score in every step it was part of."""
     found = _read(folder, lambda ledger: ledger.show(sample, target))
-    description = {k: v for k, v in found.pop("description").items() if k not in ("sample", "image") and v is not None}
+    description = {k: v for k, v in found.pop("description").items() if k not in ("sample", "image", "tokens") and v is not None}
     steps = found.pop("steps").select(["step", "epoch", "score", "loss"]).to_pylist()
     if as_json:
         _print({**found, **description, "steps": steps}, True)
@@ -148,17 +148,18 @@ def report(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="The page to write; report.html beside DIR's files, if not given.")] = None,
     value: Value = "standardized",
-    target: Target = 0,
+    against: Annotated[Path | None, typer.Option(help="Another run's ledger, to set beside this one.", metavar="OTHER")] = None,
     title: Annotated[str | None, typer.Option(help="The page's title.")] = None,
 ) -> None:
-    """Write one self-contained HTML page: groups over steps, distribution, extremes, completeness, audits, throughput, a table."""
+    """Write one self-contained HTML page: who helped and who harmed, with their noise, what is explained, and what is not."""
 
-    def write(ledger: Any) -> Path:
+    def write(ledger: Any, other: Any = None) -> Path:
         from adam_ghost.report import write_report
 
-        return write_report(ledger, out or folder / "report.html", value=value, target=target, title=title)
+        return write_report(ledger, out or folder / "report.html", value=value, against=other, title=title)
 
-    _console().print(Text(f"Report: {_read(folder, write)}"))
+    page = _read(folder, lambda a: _read(against, lambda b: write(a, b)) if against else write(a))
+    _console().print(Text(f"Report: {page}"))
 
 
 @app.command()
@@ -254,7 +255,7 @@ def compare(
 
     found = _read(folder, lambda a: _read(other, lambda b: ask(a, b)))
     if as_json:
-        _print(found._asdict(), True)
+        _print({name: x for name, x in found._asdict().items() if name != "values"}, True)
         return
     console = _console()
     console.print(Text(f"{found.both} samples in both, {found.only_a} only in {folder}, {found.only_b} only in {other}."))

@@ -20,9 +20,10 @@ from adam_ghost.processes.world import World
 from adam_ghost.run.arguments import check_arguments, check_held, check_processes, window_options
 from adam_ghost.run.attached import claim, weakly
 from adam_ghost.run.compiled import is_compiled
-from adam_ghost.run.readback import Books, Pending, Readback
+from adam_ghost.run.readback import Books, Pending, PendingTokens, Readback
 from adam_ghost.run.schedules import After, Ahead, AheadCompiled, Entry, Loop, MicroBatch, Schedule, Scored
 from adam_ghost.run.steps import Steps
+from adam_ghost.run.tokens import choose
 from adam_ghost.run.totals import SampleScores, Totals
 from adam_ghost.run.turns import Turns
 from adam_ghost.run.window import Window
@@ -34,6 +35,7 @@ from adam_ghost.step.coverage import Coverage, Joined, refuse_mixed_samples, sha
 from adam_ghost.step.fingerprint import EDITED, GradientWatch
 from adam_ghost.step.step import Step, follow_scaling, gather_step, held_by, join, plain_precision
 from adam_ghost.step.validation import Validation
+from adam_ghost.step.whole_pass import may_pass
 from adam_ghost.warn import warn
 
 if TYPE_CHECKING:
@@ -112,9 +114,13 @@ class InRun:
             meant. Otherwise all evaluate the same, with the same random numbers.
         strict: raise where a parameter's gradient cannot be attributed, instead of warning once.
         fallback: score parameters that the layer calls lose by a forward-mode pass of the whole model in each step, as
-            ``LayerCache`` does; False: leave them out, and name them.
+            ``LayerCache`` does; False: leave them out, and name them. None: where it can, which is not where ``fully_shard`` keeps
+            weights in parts.
         ledger: a folder to write every score and every step's books to (``adam_ghost.open_ledger`` reads it), or a
             ``LedgerWriter`` with more choices. ``run.epoch`` is written beside each step, if set.
+        tokens: also score every token by itself, into the ledger: of all samples in every that many attributed steps, the first
+            among them, or of the samples of these ids whenever they come. For ``midpoint`` and ``gauss``, and models whose
+            layers all have tokens at dimension 1.
 
     Raises:
         TypeError, ValueError: on construction, naming the argument, before anything is changed. A ledger of an earlier run is
@@ -146,8 +152,9 @@ class InRun:
         half: bool | None = None,
         val_split: bool = False,
         strict: bool = False,
-        fallback: bool = True,
+        fallback: bool | None = None,
         ledger: "str | os.PathLike | LedgerWriter | None" = None,
+        tokens: int | Sequence[Hashable] | None = None,
     ):
         rule = check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
         if schedule == "window":
@@ -160,6 +167,8 @@ class InRun:
         model, world = find_world(model)
         if world.size > 1:
             check_processes(model, optimizer, schedule, feedback, world, audit_every)
+        fallback = may_pass(fallback, world)
+        self._tokens = choose(tokens, schedule, ledger, world)
         self.model, self.optimizer = model, optimizer
         self._optimizers: list[torch.optim.Optimizer] = listed(optimizer)
         self.audit_every, self.audit_permutations = audit_every, audit_permutations
@@ -172,7 +181,6 @@ class InRun:
         params = {name: p for name, p in self._named.items() if p.requires_grad}
         half = multiplies_bfloat16() if half is None else half
         validation, watch = Validation(val_loss, model, world, val_split), GradientWatch(params, world)
-        fallback = fallback and world.size == 1
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, world, fallback)
         self._schedule_name = schedule
         if schedule == "window":
@@ -230,8 +238,7 @@ class InRun:
         self._closed = True
         try:
             self._end_step()
-            with self._sweeping(), plain_precision(self.model):
-                self._finish(self._schedule.finish())
+            self._take(self._schedule.finish)
             self._books.drain(self._book, wait=True)
         finally:
             self._finalizer()
@@ -284,6 +291,8 @@ class InRun:
     def _announce(
         self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None, samples: Tensor | None, views: int, inputs: Any
     ) -> AbstractContextManager[None]:
+        if self._world.apart and not self._schedule.per_step:
+            raise RuntimeError("a process failed, others may have kept other steps than it: close this run, build a new one")
         ids = normalise(ids)
         packing = find_packing(offsets, samples, next(iter(self._loop.params.values())).device, len(ids))
         if not isinstance(views, int) or views < 1:
@@ -299,13 +308,18 @@ class InRun:
             what = "audit_every" if audit else "a compiled model" if packing is None else "offsets or samples"
             what = what if self._schedule.per_step else "schedule='window'"
             raise ValueError(f"{what} cannot be used with samples of several rows, got views={views}")
+        tokens = self._tokens.places(ids, self._loop.attributed)
+        if tokens and views > 1:
+            raise ValueError(f"tokens cannot be used with samples of several rows, got views={views}")
         if self.ledger is not None:
             self.ledger.begin(ids, self._settings)
         refuse_mixed_samples(self._loop.validation.tree.modules())
         self._settle()
         self._follow_freezing()
         with plain_precision(self.model):  # which may take a validation gradient
-            self._schedule.open(MicroBatch(ids, packing, audit, inputs, views=views), first=not self._schedule.pending())
+            self._schedule.open(
+                MicroBatch(ids, packing, audit, inputs, views=views, tokens=tokens), first=not self._schedule.pending()
+            )
         self._seconds += time.perf_counter() - started
         return self._schedule.followed()
 
@@ -329,6 +343,7 @@ class InRun:
         # passes before the last of a step leave nothing in .grad where parameters are sharded
         gone = not self._world.sharded or watch.fingerprint is not None
         if gone and self._schedule.pending() and (watch.fingerprint is None or watch.fingerprint.cleared(watch.grads())):
+            self._world.meet("a step that is skipped")
             self._schedule.forget()
             watch.fingerprint = None
             dropped += self._schedule.drop()
@@ -365,6 +380,8 @@ class InRun:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):
             raise ValueError("optimizer.step(closure) computes gradients inside the step: call backward() before step()")
+        if self._only_makes_state(optimizer):
+            return
         if self._turns.awaits(optimizer):
             with self._withdrawing():
                 return self._turns.check(optimizer)
@@ -383,6 +400,13 @@ class InRun:
         if due:
             with self._world.together():
                 self._score(micro, dropped, stepping)
+
+    def _only_makes_state(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this is no step of training: torch.distributed.checkpoint takes one by zeros to give an optimizer its state."""
+        if optimizer.state or self._schedule.pending() or any(group.get("lr") != 0 for group in optimizer.param_groups):
+            return False
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return not any(bool(g.any()) for g in self._world.parts(grads))
 
     def _score(self, micro: list[MicroBatch] | None, dropped: list[MicroBatch], stepping: set[torch.optim.Optimizer]) -> None:
         """Scores the step about to be taken, of which these micro-batches arrived, and those dropped did not."""
@@ -435,12 +459,15 @@ class InRun:
             self._sweep()
 
     def _sweep(self) -> None:
-        with self._sweeping(), plain_precision(self.model):
-            self._finish(self._schedule.swept())
+        self._take(self._schedule.swept)
 
-    def _sweeping(self) -> AbstractContextManager[None]:
-        """All processes sweep a window, or none."""
-        return nullcontext() if self._schedule.per_step else self._world.together()
+    def _take(self, scored: Callable[[], list[tuple[Entry, Scored | None]]]) -> None:
+        """Enters what is ``scored`` of earlier steps: all processes sweep a window, or none."""
+        if self._schedule.per_step or not self._world.apart:
+            with nullcontext() if self._schedule.per_step else self._world.together(), plain_precision(self.model):
+                self._finish(scored())
+        elif self._closed and (waiting := self._schedule.waiting()) is not None:
+            warn(f"steps {waiting} to {self.step} have no scores: a process failed before their window was swept")
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop
@@ -498,7 +525,12 @@ class InRun:
             game, apart = audit
             r, error = game.compare(found.scores if found.val_loss.ndim else found.scores.squeeze(-1))
             entry.record.audit = Audit(r, error, game.total.reshape(-1).tolist(), apart)
-        self._enter(entry, found, void)
+        tokens = [
+            PendingTokens(m.ids, part.places, Readback(part.line.detach()), Readback(part.offsets))
+            for m, part in zip(micro, found.tokens, strict=False)
+            if part is not None
+        ]
+        self._enter(entry, found, void, tokens)
 
     def _play(self, step: Step, micro: list[MicroBatch]) -> tuple[ShapleyValues, float | None]:
         """The step's exact game, and how far recorded gradients are from those of samples alone, of the first micro-batch."""
@@ -527,7 +559,7 @@ class InRun:
         self._book_skipped(self._schedule.waiting())
         self._books.drain(self._book)
 
-    def _enter(self, entry: Entry, found: Scored, void: Tensor) -> None:
+    def _enter(self, entry: Entry, found: Scored, void: Tensor, tokens: Sequence[PendingTokens] = ()) -> None:
         self._squeeze = found.val_loss.ndim == 0
         like = found.total
         accounted = like if found.accounted is None else found.accounted
@@ -536,7 +568,7 @@ class InRun:
         told = None if entry.losses is None else Readback(entry.losses)
         joined = None if self._world.size == 1 else Readback(join(self._world, found.scores, found.val_loss))
         read = Readback(found.scores.detach()), Readback(numbers), joined, Readback(found.edited)
-        self._books.add(Pending(entry.ids, entry.record, *read, found.accounted is not None, told, found.at))
+        self._books.add(Pending(entry.ids, entry.record, *read, found.accounted is not None, told, found.at, tokens))
 
     # the books
 

@@ -19,7 +19,7 @@ from adam_ghost.step.fingerprint import EDITED, Fingerprint
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
-from adam_ghost.step.whole_pass import WholePass
+from adam_ghost.step.whole_pass import WholePass, may_pass
 
 
 class LayerCache:
@@ -41,7 +41,8 @@ class LayerCache:
         strict: raise instead of warning where a parameter's gradient cannot be attributed.
         fallback: score parameters that the layer calls lose by the derivative of the whole model along ``P``, one forward-mode
             pass of about two forward passes' cost, and say so once: a sample's share is then what comes through its rows of the
-            model's output. False: leave them out, and name them.
+            model's output. False: leave them out, and name them. None: where it can, which is not where
+            ``fully_shard`` keeps weights in parts.
 
     Raises:
         TypeError: the model is spread over processes or devices in a way that is not followed, or has complex parameters.
@@ -56,7 +57,7 @@ class LayerCache:
         *,
         val_split: bool = False,
         strict: bool = False,
-        fallback: bool = True,
+        fallback: bool | None = None,
     ):
         refuse_unfollowed(model)
         if not isinstance(model, nn.Module):
@@ -65,7 +66,7 @@ class LayerCache:
             raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
         refuse_unsupported(model)
         self.model, world = find_world(model)
-        self.coverage, self.fallback = Coverage(strict), fallback and world.size == 1
+        self.coverage, self.fallback = Coverage(strict), may_pass(fallback, world)
         self.validation = Validation(val_loss, self.model, world, val_split)
         self._recorder = recorder_of(self.model, alone=world.size == 1)
         self._recording = False

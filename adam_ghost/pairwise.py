@@ -15,8 +15,6 @@ from adam_ghost.scores.forms import Asked
 from adam_ghost.scores.shapes import add, in_line, samples_first, samples_of
 from adam_ghost.step.step import Step, plain_precision
 
-_BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
-
 
 def gram(layer_cache: LayerCache, opt_state: Optimizers | OptState, *, preconditioner: str | None = "exact") -> Tensor:
     """``< D * g_i , g_j >`` for all pairs of the recorded batch, ``[n, n]``, at least float32.
@@ -56,18 +54,14 @@ def _products(step: Step, preconditioner: str | None) -> Iterator[Tensor]:
             scale = (step.scale[name] if step.scale else 1.0) * step.world.share
             yield from _factored(calls, D * scale**2, asked)
         else:
-            yield from _exact(step, name, D, asked.samples)
+            yield from _exact(step, name, D)
 
 
-def _exact(step: Step, name: str, D: Tensor | None, n: int) -> Iterator[Tensor]:
-    p = step.params[name]
-    per_row = max(1, n * p[:1].numel() * 4) if p.ndim else 1
-    rows = max(1, _BLOCK_BYTES // per_row)
-    for start in range(0, p.shape[0] if p.ndim else 1, rows):
-        block = slice(start, start + rows)
-        G = step.sample_gradients(name, block).reshape(n, -1)
-        scaled = G if D is None else G * (D[block] if p.ndim else D).reshape(-1)
-        yield scaled @ G.mT
+def _exact(step: Step, name: str, D: Tensor | None) -> Iterator[Tensor]:
+    for block, G in step.sample_gradient_blocks(name):
+        flat = G.flatten(1) if G.ndim > 1 else G[:, None]
+        scaled = flat if D is None else flat * D[block].reshape(-1)
+        yield scaled @ flat.mT
 
 
 def _factored(calls: list[Call], D: Tensor, asked: Asked) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """The code of README and of the documentation, as a reader meets it: a page's blocks one after another."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import adam_ghost
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^ *```$", re.M | re.S)
 # said in the text, where readers see it, in the line before the block
 _LEFT_OUT = re.compile(r"\*Not run by the tests: .{10,}\*\.?$")
@@ -34,6 +36,13 @@ def blocks(page: Path) -> list[Block]:
         line = text[: m.start("code")].count("\n") + 1
         found.append(Block(page, line, m["language"], m["code"], not _LEFT_OUT.search(before)))
     return found
+
+
+def cells(notebook: Path) -> list[str]:
+    """The code of a notebook, cell by cell; outputs are not kept."""
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in found), f"{notebook.name}: clear its outputs"
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
 
 
 def surroundings() -> dict:

@@ -12,6 +12,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed
 
+# what processes share that are forked off the one that has it: loading it takes longer than most checks
+LOADED = ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "adam_ghost.inrun", "adam_ghost.ledger.writer"]
 # seconds that a check may take, and that an exchange waits for another process
 TIMEOUT, PATIENCE = 60, 10
 
@@ -24,7 +26,8 @@ class Ranks:
         self.processes: list[Any] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(LOADED)
         self._started += 1
         store = f"file://{self._folder}/store{self._started}"
         self._tasks, self._results = [context.Queue() for _ in range(self.size)], context.Queue()

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import adam_ghost as ag
-from adam_ghost import pairwise
+from adam_ghost.step import step
 
 
 def prepared(name="nanogpt", **options):
@@ -123,7 +123,7 @@ def test_gram(name, preconditioner):
 def test_gram_in_blocks(monkeypatch):
     case = prepared()
     whole = ag.gram(case.cache, case.optimizer)
-    monkeypatch.setattr(pairwise, "_BLOCK_BYTES", 300)
+    monkeypatch.setattr(step, "_BLOCK_BYTES", 300)
     close(ag.gram(case.cache, case.optimizer), whole, 1e-13)
 
 

@@ -6,14 +6,16 @@ import shlex
 import click
 import pytest
 import typer
-from documented import PAGES, ROOT, blocks, execute, is_said, surroundings, texts_of
+from documented import NOTEBOOKS, PAGES, ROOT, blocks, cells, execute, is_said, surroundings, texts_of
+from toys.muon_and_adam import MuonAndAdam
 from typer.testing import CliRunner
 
+import adam_ghost
 from adam_ghost.cli import app
 from bench.__main__ import app as bench_app
 
 NEEDS = {"loops.md": ("lightning", "transformers", "accelerate"), "README.md": ("lightning", "transformers")}
-LEDGER = ("duckdb", "plotly", "pandas")  # of pages with ledgers
+LEDGER = ("duckdb", "pandas")  # of pages with ledgers
 LONG = {"demo"}  # other tests run these; here only whether they are asked for rightly
 MAKE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M))
@@ -84,8 +86,8 @@ def frameworks(namespace: dict) -> None:
 
     def fitting(**options):
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+        made.extend(options["callbacks"])  # before Lightning adds its own to the list
         lightning.Trainer(**quiet, **options).fit(Module(), loader)
-        made.extend(options["callbacks"])
 
     hf = transformers.Trainer(gpt2, arguments, train_dataset=samples)
     namespace |= {"Trainer": fitting, "trainer": hf, "val_batch": {"input_ids": texts[:2], "labels": texts[:2]}}
@@ -93,6 +95,7 @@ def frameworks(namespace: dict) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:adam_ghost. the run ended", "ignore:adam_ghost. windows of", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:adam_ghost. no weight is recommended")  # of a training that is no more than an example
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page, tmp_path, monkeypatch, capsys):
     found = blocks(page)
@@ -110,17 +113,34 @@ def test_every_block_runs(page, tmp_path, monkeypatch, capsys):
             if page.name == "README.md" and "integrations" in block.code and "Trainer" not in namespace:
                 frameworks(namespace)
             execute(block, namespace)
-            if page.name == "optimizers.md":
-                namespace.pop("run").close()  # the page goes on with another
         elif block.language == "sh":
             for line in block.code.splitlines():
                 obey(line)
+    if page.name == "optimizers.md":
+        namespace["run"].close()
+        one = MuonAndAdam(namespace["matrices"], namespace["rest"])  # is known by now
+        adam_ghost.InRun(namespace["model"], one, namespace["val_loss"]).close()
     if page.name == "README.md":
         wrong = {i for i, _ in namespace["run"].top(50, harmful=True)} & set(range(50))
         assert len(wrong) > 25  # 2.5 by chance
         namespace["trainer"].train()
         (callback,) = namespace["fitted"]
         assert len(callback.run.steps) == 12 and callback.run.scores().ids[:3] == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(notebook):
+    for library in ("pandas", "sklearn"):
+        pytest.importorskip(library)
+    namespace = {}
+    for number, code in enumerate(cells(notebook), 1):
+        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), namespace)
+    if notebook.stem == "wrong_labels":
+        loss = {name: found[0] for name, found in namespace["found"].items()}
+        assert loss["lowest scores"] < 0.8 * loss["nothing"] < 0.8 * loss["at random"]
+    else:
+        assert namespace["gap"] < 0.02 and namespace["step"].audit.r > 0.999
 
 
 def test_nothing_is_indented_that_would_run():

@@ -28,8 +28,8 @@ def test_demo(tmp_path):
     assert "Completeness" in out and "summed training loss" in out and "scores.csv" in out
     assert " ".join(out.split("Take-away: ")[1].split()).endswith(").")  # the last words
     assert "\x1b" not in out
-    if importlib.util.find_spec("plotly") and importlib.util.find_spec("duckdb"):
-        assert str(tmp_path / "report.html") in out and (tmp_path / "report.html").stat().st_size > 1e6
+    if importlib.util.find_spec("duckdb"):
+        assert str(tmp_path / "report.html") in out and 5e4 < (tmp_path / "report.html").stat().st_size < 1.5e6
         for name in ("ledger", "windows"):
             assert list((tmp_path / name / "scores").glob("*.parquet"))
         with adam_ghost.open_ledger(tmp_path / "ledger") as ledger:

@@ -8,7 +8,8 @@ over the batch, a flip of it, a product of samples with samples), loses its tag 
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,22 @@ from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.pointwise import POINTWISE, POINTWISE_IF_TWO
 from adam_ghost.capture.rows import JOINS, MOVES, NOBODY, WRITES, Packing, Rows, shrunk
 
-Tag = tuple[int, int] | Rows  # (axis, rows): size(axis) == n * rows, sample i at rows i*rows .. (i+1)*rows
+
+class Blocks(NamedTuple):
+    """Samples in blocks, in order: ``size(axis) == n * rows``, sample ``i`` at ``i * rows`` to ``(i + 1) * rows``.
+
+    ``tokens``: where samples are packed in rows, the dimensions that count a row's tokens, ``axis`` itself where its blocks do.
+    A pair of tokens, as attention has it, has two.
+    """
+
+    axis: int
+    rows: int
+    tokens: frozenset[int] = frozenset()
+
+
+Followed = Blocks | Rows
+# what a call tells of its outputs: (axis, rows), as above; packed tokens are the first dimension but the rows', or their blocks
+Tag = tuple[int, int] | Rows
 
 _FIRST = ("input", "tensor", "tensors", "self", "A", "logits", "x")  # what torch calls the first argument
 _UNKNOWN = (-1, -1)
@@ -56,7 +72,7 @@ class Batch:
             return rows.samples
         return self.packing.sample_of(rows.of.contiguous())
 
-    def __getitem__(self, x: Tensor) -> Tag | None:
+    def __getitem__(self, x: Tensor) -> Followed | None:
         return None if self.lost(x) else self._tags.get(x)
 
     def __contains__(self, x: Tensor) -> bool:
@@ -76,30 +92,54 @@ class Batch:
             return True
         return tag is not _UNKNOWN and is_opaque(x.grad_fn)
 
-    def seen_through(self, view: Tensor, base: Tensor) -> Tag | None:
+    def seen_through(self, view: Tensor, base: Tensor) -> Followed | None:
         """Where the samples that ``view`` has in blocks are in ``base``, of which it is a view; None where they are elsewhere."""
         tag = self[view]
-        if not isinstance(tag, tuple):
+        if not isinstance(tag, Blocks):
             return None
-        axis, rows = tag
+        axis = tag.axis
         step, size = view.stride(axis), view.shape[axis]
         others = [(view.stride(d), view.shape[d]) for d in range(view.ndim) if d != axis and view.shape[d] > 1]
         offset = view.storage_offset() - base.storage_offset()
         within = offset % max(step, 1) + sum(stride * (count - 1) for stride, count in others if stride < step)
         beyond = [stride for stride, _ in others if stride >= step]
+        counting = {(view.stride(d), view.shape[d]) for d in tag.tokens}
         for d in range(base.ndim):
             if base.stride(d) != step or base.shape[d] != size or size == 1 or not base.is_contiguous():
                 continue
             if within < step and offset // step % size == 0 and all(stride % (step * size) == 0 for stride in beyond):
-                return d, rows
+                return Blocks(d, tag.rows, frozenset(d for d in range(base.ndim) if (base.stride(d), base.shape[d]) in counting))
         return None
 
-    def fits(self, x: Tensor, tag: Tag) -> bool:
+    def fits(self, x: Tensor, tag: Followed) -> bool:
         if isinstance(tag, Rows):
             return tag.of.ndim == x.ndim and all(s in (1, size) for s, size in zip(tag.of.shape, x.shape, strict=True))
-        return tag[0] < x.ndim and x.shape[tag[0]] == self.n * tag[1]
+        return tag.axis < x.ndim and x.shape[tag.axis] == self.n * tag.rows
 
-    def tag(self, x: Tensor, tag: Tag | None) -> None:
+    def argument(self, x: Tensor) -> Blocks:
+        """The tag of an argument of the model, ``[n, ...]``, or ``[n, tokens, ...]`` of packed rows."""
+        return Blocks(0, 1, frozenset({1}) if self.tokens > 1 and x.ndim > 1 and x.shape[1] == self.tokens else frozenset())
+
+    def told(self, x: Tensor, tag: Followed) -> Tag | None:
+        """What a call tells of its output ``x``; None where the tokens of packed rows cannot be told."""
+        if isinstance(tag, Rows):
+            return tag if self.packing is None or tag.per == self.tokens else None
+        if self.packing is None:
+            return tag.axis, tag.rows
+        usual = {tag.axis} if tag.rows > 1 else {0 if tag.axis else 1}
+        if tag.tokens == usual and (tag.rows > 1 or x.ndim > 2):
+            return tag.axis, tag.rows
+        return self.as_rows(x, tag) if tag.tokens or self.tokens <= 1 else None
+
+    def in_line(self, x: Tensor, tag: Followed) -> bool:
+        """Whether the rows of ``x [..., d]``, as they lie in a line, are the samples' in order; of packed rows, the tokens."""
+        if not isinstance(tag, Blocks) or tag.axis != 0:
+            return False
+        if self.packing is None or x[..., 0].numel() == self.n == self.packing.tokens:
+            return True
+        return tag.tokens == ({0} if tag.rows > 1 else {1}) and x[..., 0].numel() == self.packing.tokens
+
+    def tag(self, x: Tensor, tag: Followed | None) -> None:
         """Tags ``x`` if the tag fits its shape. Without one ``x`` is lost, unless it is a constant for good."""
         if tag is not None and self.fits(x, tag):
             self._tags[x] = tag
@@ -147,7 +187,9 @@ class Batch:
             found += [parent for parent, _ in node.next_functions]
         return False
 
-    def infer(self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor, index: int = 0) -> Tag | None:
+    def infer(
+        self, func: Callable, args: tuple, kwargs: dict, tensors: list[Tensor], out: Tensor, index: int = 0
+    ) -> Followed | None:
         """The tag of ``out``, the ``index``-th result of ``func(*args, **kwargs)``, of which ``tensors`` are all arguments that
         may carry samples."""
         if any(self.lost(t) for t in tensors):
@@ -164,41 +206,48 @@ class Batch:
         tagged, self._constant = self.tagged(tensors), torch.is_grad_enabled() and not out.requires_grad
         try:
             tag = self._in_blocks(call, tagged)
-            if tag is None or self._picks_tokens(call, tagged):
-                tag = self._by_index(call, tagged)
-                self.moved |= tag is not None
+            if tag is None or self._moves_tokens(call, tagged):
+                rows = self._by_index(call, tagged)
+                self.moved |= rows is not None
+                return tag if rows is None else rows
             return tag
         except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):  # called in a way that no rule foresees
             return None
 
-    def tagged(self, tensors: list[Tensor]) -> list[tuple[Tensor, Tag]]:
+    def tagged(self, tensors: list[Tensor]) -> list[tuple[Tensor, Followed]]:
         """Those whose tags count: a constant may have been taken for a batch by its size, a tensor with a graph was not."""
         tagged = [(t, tag) for t in tensors if (tag := self[t])]
         return [(t, tag) for t, tag in tagged if t.requires_grad] or tagged
 
-    def _picks_tokens(self, call: "Landing", tagged: list[tuple[Tensor, Tag]]) -> bool:
-        """Whether some tokens of packed rows are taken, after which only an index tells whose they are."""
-        out = call.out
-        return call.func in MOVES and any(self._has_tokens(x, tag) and out.shape[:2] != x.shape[:2] for x, tag in tagged)
+    def _moves_tokens(self, call: "Landing", tagged: list[tuple[Tensor, Followed]]) -> bool:
+        """Whether tokens of packed rows are taken, moved or joined, after which only an index tells whose they are."""
+        moves = call.func in MOVES or call.func in JOINS or call.func in WRITES
+        return moves and any(isinstance(tag, Blocks) and len(call.tokens(x, tag)) < len(tag.tokens) for x, tag in tagged)
 
-    def _has_tokens(self, x: Tensor, tag: Tag) -> bool:
-        """Whether ``x [rows, tokens, ...]`` is of samples that are packed in rows."""
-        return tag == (0, 1) and x.ndim == 3 and self.tokens > 0 and x.shape[1] == self.tokens
-
-    def _in_blocks(self, call: "Landing", tagged: list[tuple[Tensor, Tag]]) -> Tag | None:
+    def _in_blocks(self, call: "Landing", tagged: list[tuple[Tensor, Followed]]) -> Blocks | None:
         """The result's tag where all arguments have their samples in blocks of rows, in order, and it has them so too."""
-        found: set[Tag | None] = set()
+        found: set[tuple[int, int] | None] = set()
+        tokens: set[int] = set()
         for x, tag in tagged:
             if isinstance(tag, Rows):
                 return None
             try:
                 found.add(call.block(x, tag))
+                tokens |= call.tokens(x, tag)
             except (TypeError, ValueError, IndexError, RuntimeError, AttributeError):
                 return None
         landed = found.pop() if len(found) == 1 else None
-        return landed if landed is not None and self.fits(call.out, landed) else None
+        if landed is None:
+            return None
+        tag = Blocks(*landed, self._counting(call.out, landed, tokens))
+        return tag if self.fits(call.out, tag) else None
 
-    def _by_index(self, call: "Landing", tagged: list[tuple[Tensor, Tag]]) -> Tag | None:
+    def _counting(self, out: Tensor, landed: tuple[int, int], dims: set[int]) -> frozenset[int]:
+        """Those of ``dims`` that have as many elements, or rows to a block, as there are tokens."""
+        sizes = {d: landed[1] if d == landed[0] else out.shape[d] for d in dims}
+        return frozenset(d for d, size in sizes.items() if size == self.tokens)
+
+    def _by_index(self, call: "Landing", tagged: list[tuple[Tensor, Followed]]) -> Followed | None:
         """The result's tag by the rows' index, which each argument's tag can be told by."""
         out = call.out
         if out.ndim == 0:
@@ -220,18 +269,26 @@ class Batch:
 
     def through(
         self,
-        tags: Mapping[int, Tag],
+        tags: Mapping[int, Followed],
         tensors: Sequence[Tensor],
         out: Tensor,
         land: Callable[[dict[int, int]], int | None],
-    ) -> Tag | None:
-        """The tag of ``out``, which a layer made of ``tensors`` with ``tags``; ``land`` tells where the axes of some lie in it."""
-        blocks = {i: tag for i, tag in tags.items() if isinstance(tag, tuple)}
+        land_token: Callable[[int, int], int | None],
+    ) -> Followed | None:
+        """The tag of ``out``, which a layer made of ``tensors`` with ``tags``; ``land`` tells where the axes of some lie in it.
+
+        ``land_token(i, d)``: where tokens along dimension ``d`` of the ``i``-th do.
+        """
+        blocks = {i: tag for i, tag in tags.items() if isinstance(tag, Blocks)}
         self._constant = False
         if len(blocks) == len(tags):
-            rows = {rows for _, rows in blocks.values()}
-            axis = land({i: axis for i, (axis, _) in blocks.items()}) if len(rows) == 1 else None
-            return None if axis is None else (axis, rows.pop())
+            rows = {tag.rows for tag in blocks.values()}
+            axis = land({i: tag.axis for i, tag in blocks.items()}) if len(rows) == 1 else None
+            if axis is None:
+                return None
+            landed = axis, rows.pop()
+            places = {axis if d == tag.axis else land_token(i, d) for i, tag in blocks.items() for d in tag.tokens}
+            return Blocks(*landed, self._counting(out, landed, {d for d in places if d is not None}))
         if len(tags) > 1:
             return None
         ((i, tag),) = tags.items()
@@ -259,15 +316,19 @@ class Batch:
         of = rows.of.permute([*order, *(d for d in range(rows.of.ndim) if d not in places)])
         return Rows(of.reshape(shape), rows.per)
 
-    def as_rows(self, x: Tensor, tag: Tag) -> Rows:
+    def as_rows(self, x: Tensor, tag: Followed) -> Rows:
         """The tag of ``x`` told by an index."""
         if isinstance(tag, Rows):
             return tag
-        axis, rows = tag
-        if self._has_tokens(x, tag):
-            return Rows(torch.arange(self.n * self.tokens, device=x.device).view(self.n, self.tokens, 1), self.tokens)
-        shape = [x.shape[axis] if d == axis else 1 for d in range(x.ndim)]
-        return Rows(torch.arange(x.shape[axis], device=x.device).view(shape), rows)
+        axis, per, tokens = tag
+        place = _counted(x, axis)
+        if self.packing is None or axis in tokens:
+            return Rows(place, per)
+        row = place.div(per, rounding_mode="floor")  # of the batch
+        if not tokens:
+            return Rows(row, 1)
+        # of a pair of tokens, which are of one sample, the first
+        return Rows(row * self.tokens + _counted(x, min(tokens)), self.tokens)
 
     def certain(self, holds: Tensor) -> bool:
         """Whether ``holds``; where looking would wait for a device, it is taken for granted, and doubted until the scores come.
@@ -291,6 +352,8 @@ class Batch:
 
     def _merged(self, a: Rows, b: Rows) -> Rows | None:
         """Of a tensor that has something of the rows of both; None where these are of different samples."""
+        if self.packing is not None and a.per != b.per:
+            return None  # the number of a row tells nothing of its tokens
         nobody = (a.of == NOBODY) | (b.of == NOBODY)
         if not self.alone and not self.certain(((self.owners(a) == self.owners(b)) | nobody).all()):
             return None
@@ -300,7 +363,7 @@ class Batch:
         # another number of rows to a sample: of those that the finer one leaves open, the first
         return Rows(torch.where(fine.of == NOBODY, coarse.samples * fine.per, fine.of), fine.per)
 
-    def _simplest(self, rows: Rows, out: Tensor, reshaped: bool) -> Tag | None:
+    def _simplest(self, rows: Rows, out: Tensor, reshaped: bool) -> Followed | None:
         """The tag in its simplest form: in blocks, if they are."""
         if any(s not in (1, size) for s, size in zip(rows.of.shape, out.shape, strict=True)):
             return None
@@ -318,7 +381,7 @@ class Batch:
             blocks = torch.arange(self.n, device=out.device).repeat_interleave(size // self.n, output_size=size)
             same = rows.samples == blocks.view([size if k == d else 1 for k in range(out.ndim)])
             if self.certain((same | (rows.of == NOBODY) if again else same).all()):
-                return d, size // self.n
+                return Blocks(d, size // self.n)
         return rows
 
 
@@ -335,11 +398,11 @@ class Landing:
 
     # samples in blocks along one dimension
 
-    def block(self, x: Tensor, tag: tuple[int, int]) -> Tag | None:
+    def block(self, x: Tensor, tag: Blocks) -> tuple[int, int] | None:
         """Where the blocks of ``x`` are in the result."""
-        axis, rows = tag
+        axis, rows, _ = tag
         if self.func in DECLARED:
-            return tag
+            return axis, rows
         if self.func is Tensor.__setitem__:
             return self._written(*self.args)
         if self.func in rules.RESHAPES and x is self.args[0]:
@@ -347,21 +410,57 @@ class Landing:
         place = self.place(x, axis)
         return None if place is None else (place, rows)
 
-    def _reshaped(self, x: Tensor, axis: int) -> Tag | None:
+    def tokens(self, x: Tensor, tag: Blocks) -> set[int]:
+        """Along which dimensions of the result the tokens of packed rows lie that ``x`` has."""
+        if not tag.tokens:
+            return set()
+        names = attention.names_of(self.func)
+        if names is not None:  # a result is its query's
+            query = rules.bind(names, self.args, self.kwargs)[0][0] is x and self.result == 0
+            return {d + self.out.ndim - x.ndim for d in tag.tokens} if query else set()
+        if self.func in rules.RESHAPES:
+            return self._reshaped_tokens(x, tag) if x is self.args[0] else set()
+        if self.func is Tensor.__setitem__:
+            return self._written_tokens(x, tag)
+        landed = self.block(x, tag)
+        places = {None if landed is None else landed[0] if d == tag.axis else self.place(x, d) for d in tag.tokens}
+        return {d for d in places if d is not None}
+
+    def _reshaped_tokens(self, x: Tensor, tag: Blocks) -> set[int]:
+        """The dimensions of as many elements, with as many behind each: row-major, they count the same."""
+        out, size = self.out.shape, self.batch.tokens
+        found: set[int] = set()
+        for d in tag.tokens:
+            behind = prod(x.shape[d + 1 :])
+            found |= {e for e in range(len(out)) if e != tag.axis and out[e] == size and prod(out[e + 1 :]) == behind}
+            row = size * behind if d == tag.axis else tag.rows * prod(x.shape[tag.axis + 1 :])  # elements to a row of the batch
+            if row == size * behind and prod(out[tag.axis + 1 :]) == behind:
+                found.add(tag.axis)
+        return found
+
+    def _written_tokens(self, x: Tensor, tag: Blocks) -> set[int]:
+        target, index, value = self.args
+        if x is target:
+            return set(tag.tokens)
+        first = torch.empty(target.shape, device="meta")[index].ndim - value.ndim
+        wanted = {d + first for d in tag.tokens}
+        return {d for d in range(target.ndim) if rules.getitem(target, d, target, index) in wanted}
+
+    def _reshaped(self, x: Tensor, axis: int) -> tuple[int, int] | None:
         """Row-major reshapes keep a sample's elements together as long as the dimensions before the batch stay."""
         out, n = self.out, max(self.batch.n, 1)  # of an empty batch everything is a multiple
         if out.numel() != x.numel() or out.shape[:axis] != x.shape[:axis] or out.ndim <= axis or out.shape[axis] % n:
             return None
         return axis, out.shape[axis] // n
 
-    def _written(self, target: Tensor, index: Any, value: Any) -> Tag | None:
+    def _written(self, target: Tensor, index: Any, value: Any) -> tuple[int, int] | None:
         """The one dimension of ``target`` that its part at ``index`` shows where ``value`` has its samples."""
         own, tag = self.batch[target], self.batch[value] if isinstance(value, Tensor) else None
-        if tag is None:
-            return own
         if isinstance(tag, Rows) or isinstance(own, Rows):
             return None
-        axis, rows = tag
+        if tag is None:
+            return None if own is None else own[:2]
+        axis, rows, _ = tag
         axis += torch.empty(target.shape, device="meta")[index].ndim - value.ndim
         places = range(target.ndim) if own is None else [own[0]]
         size = self.batch.n * rows
@@ -443,6 +542,11 @@ class Landing:
         if len(bound) > len(write.names) and bound[len(write.names)] is True:  # index_put(accumulate=True)
             return None
         return shrunk(reduce(torch.maximum, found)) if found else None
+
+
+def _counted(x: Tensor, d: int) -> Tensor:
+    """0, 1, ... along dimension ``d`` of ``x``, to broadcast to it."""
+    return torch.arange(x.shape[d], device=x.device).view([x.shape[d] if k == d else 1 for k in range(x.ndim)])
 
 
 def _holds(argument: Any, x: Tensor) -> bool:

@@ -109,6 +109,18 @@ def output_axis(module: nn.Module, index: int, tensors: Sequence[Tensor], axes: 
     )
 
 
+def token_axis(module: nn.Module, index: int, tensors: Sequence[Tensor], i: int, axis: int) -> int | None:
+    """Where output ``index`` of a known module has the tokens of packed rows that argument ``i`` has along dimension ``axis``.
+
+    None if they are mixed; attention's are its queries', and what runs along a sequence has one result to each.
+    """
+    if isinstance(module, nn.RNNBase):
+        return axis if i == index == 0 else None
+    if isinstance(module, nn.MultiheadAttention):
+        return (1 if index else axis) if i == 0 else None  # the attention weights are [n, T, T]
+    return output_axis(module, index, tensors, {i: axis})
+
+
 def _keeps_apart(module: nn.Module, x: Tensor, axis: int) -> bool:
     if isinstance(module, _ConvNd):
         return axis == 0 and x.ndim == module.weight.ndim  # with one less, the first are channels

@@ -7,22 +7,26 @@ say) are followed as ever, and what they call is not. Where a body orders the sa
 is followed with all that it calls: the next step's values may order them otherwise, and no graph would show it.
 
 A step on a route is verified: the layers and their order, the batch's size in every output, and, when the model's outputs are
-there, the whole autograd graph behind them: every node's kind, its dimensions and the parameters that it ends in. Where a step
-left its route it cannot be scored; ``Recording.deviation`` says so, and the kind is followed from then on.
+there, the whole autograd graph behind them: every node's kind, its dimensions and the parameters that it ends in, and of every
+reshape that samples go through, that the sizes of this step keep them apart too. Where a step left its route it cannot be scored;
+``Recording.deviation`` says so, and the kind is followed from then on.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from adam_ghost.capture.batch import Blocks
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.hooks import Hook, Told
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.rows import Rows
+from adam_ghost.capture.rules import RESHAPES
 
 AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
 
@@ -41,8 +45,8 @@ class Stop(NamedTuple):
     template: Call | None  # None: the layer takes care of its own scores
 
 
-Places: TypeAlias = tuple[tuple[int, tuple[int, int]], ...]  # which leaves of a module's output carry samples, and their tags
-Given: TypeAlias = tuple[tuple[int, tuple[int, int] | str], ...]  # the same of its arguments, in any order and lost ones too
+Places: TypeAlias = tuple[tuple[int, Blocks], ...]  # which leaves of a module's output carry samples, and their tags
+Given: TypeAlias = tuple[tuple[int, Blocks | str], ...]  # the same of its arguments, in any order and lost ones too
 
 
 class Route(NamedTuple):
@@ -54,6 +58,7 @@ class Route(NamedTuple):
     # all else that is called by these, and where samples are in what they are given and in their outputs
     parts: tuple[tuple[nn.Module, Given, Places], ...]
     graph: tuple[Any, ...]
+    reshapes: tuple[tuple[int, int], ...]  # nodes of the graph, and the dimension of the samples that they reshape
 
     def same(self, other: "Route") -> bool:
         bare = [[stop._replace(template=None) for stop in route.stops] for route in (self, other)]
@@ -78,14 +83,24 @@ class _Lesson:
         self.given: list[Given] = []  # what each of these was called with
         self.exits: list[tuple[list[nn.Module], nn.Module, Given, Places]] = []  # bodies, what they called, stops too
         self.moving: set[nn.Module] = set()  # bodies in which values decided where samples go
+        self.reshapes: dict[Any, int] = {}  # nodes of the graph, and the dimension of the samples that they reshape
         self.route: Route | None = None
         self.void = False  # whether something happened that no route foresees
 
-    def end(self, graph: tuple[Any, ...]) -> None:
-        """The model's forward pass is over: finds the bodies to be followed, with all those around them."""
+    def end(self, graph: tuple[Any, ...], nodes: Sequence[Any], names: Mapping[Tensor, str]) -> None:
+        """The model's forward pass is over: finds the bodies to be followed, with all those around them.
+
+        There is no route where the graph behind the outputs does not show all that is to be verified.
+        """
+        places = {node: i for i, node in enumerate(nodes)}
+        if not self.reshapes.keys() <= places.keys():
+            return
+        reshapes = tuple(sorted((places[node], axis) for node, axis in self.reshapes.items()))
         followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
         inside = {call.fn: call.name for _, stop, call in self.calls if stop is None and isinstance(call.fn, nn.Module)}
         stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
+        if not {names[p] for stop in stops for p in stop.layer.parameters() if p in names} <= set(graph):
+            return
         parts = tuple(exit[1:] for exit in self.exits if exit[0][-1] in followed and exit[1] not in followed)
         elsewhere = {part for bodies, part, *_ in self.exits if bodies[-1] not in followed}
         apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint(
@@ -93,15 +108,15 @@ class _Lesson:
         )
         pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
         if apart and pays:
-            self.route = Route(stops, frozenset(followed), inside, parts, graph)
+            self.route = Route(stops, frozenset(followed), inside, parts, graph, reshapes)
 
-    def add(self, called: "Named", stop: Stop | None, given: Given = ()) -> None:
+    def add(self, called: "Named", stop: Stop | None, given: Given = (), places: Places | None = None) -> None:
         """A call of a layer, or of a function that met parameters or moves samples; None where no stop tells what it does."""
         bodies = list(self.bodies)
-        stop = stop if self.moving.isdisjoint(bodies) else None
+        stop = stop if self.moving.isdisjoint(bodies) and places is not None else None
         self.calls.append((bodies, stop, called))
-        if stop is not None:
-            self.exits.append((bodies, stop.layer, given, ((0, (stop.axis, 1 if stop.single else -1)),)))
+        if stop is not None and places is not None:
+            self.exits.append((bodies, stop.layer, given, places))
 
 
 class LearningRecorder(Recorder):
@@ -194,9 +209,8 @@ class LearningRecorder(Recorder):
         if agreed >= AGREEING:
             self._routes[lesson.kind] = lesson.route
 
-    def _kind(self, leaves: list[Any], spec: Any) -> Hashable:
-        """What one route serves: how the model is called, as a pattern of sizes, and what is to become of it."""
-        n = next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), 0)
+    def _kind(self, leaves: list[Any], spec: Any, n: int) -> Hashable:
+        """What one route serves: how the model is called with ``n`` rows, as a pattern of sizes, and what is to become of it."""
         described: list[Hashable] = []
         for x in leaves:
             if isinstance(x, Tensor):
@@ -232,10 +246,11 @@ class LearningRecorder(Recorder):
         if module is self.model and torch.is_grad_enabled():
             with torch._C.DisableTorchFunction():
                 leaves, spec = pytree.tree_flatten((args, kwargs))
-                kind = self._kind(leaves, spec)
-            if kind in self._routes:
+                n = next((len(x) for x in leaves if isinstance(x, Tensor) and x.ndim), 0)
+                kind = self._kind(leaves, spec, n)
+            if kind in self._routes and n:  # of no rows, nothing shows where they would be
                 route = self._routes[kind]
-            else:
+            elif n:
                 self._lesson = _Lesson(kind, leaves)
             self._kind_now, self._arguments = kind, leaves
         self._listen(False)
@@ -267,13 +282,16 @@ class LearningRecorder(Recorder):
                 else:
                     lesson.exits.append((lesson.bodies[:-1], module, lesson.given[-1], tags))
             elif not self._into.unattributed:
-                lesson.end(graph_of(output, self.names))
+                lesson.end(*graph_of(output, self.names), self.names)
         elif self._route is not None and self.inside_model == 1:
             route = self._route
+            graph, nodes = graph_of(output, self.names)
             if self._stop != len(route.stops) or self._part != len(route.parts):
                 self._deviate(f"the model ended after {self._stop} of {len(route.stops)} layers")
-            elif graph_of(output, self.names) != route.graph:
+            elif graph != route.graph:
                 self._deviate("the model's autograd graph is another one")
+            elif not _keep_apart(nodes, route.reshapes, self.batch.n):
+                self._deviate("samples were reshaped into each other")
         if self._into.deviation and self.inside_model == 1:
             arrival = self._into.on_arrival
             for x in pytree.tree_leaves(output):
@@ -298,7 +316,7 @@ class LearningRecorder(Recorder):
         if _in_backward() or not lesson.bodies:
             lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
             return
-        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors), self._given(tensors))
+        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors), self._given(tensors), self._tags(outs))
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
@@ -309,11 +327,11 @@ class LearningRecorder(Recorder):
                 lesson.void = True
                 return new_output
             found = self.batch[output]
-            tag = found if _regular(found) else None
+            tag = found if args and isinstance(found, Blocks) and super().leads(module, args[0]) else None
             argument = lesson.arguments.get(id(args[0])) if len(args) == 1 and not kwargs else None
             known = tag is not None and len(args) == 1 and not kwargs and (args[0].grad_fn is not None or argument is not None)
-            stop = Stop(module, *_place(tag), True, argument, None) if known and tag is not None else None
-            lesson.add(Named(name, module), stop, self._given(args))
+            stop = Stop(module, tag.axis, tag.rows == 1, True, argument, None) if known and tag is not None else None
+            lesson.add(Named(name, module), stop, self._given(args), self._tags(output))
         return new_output
 
     def _follow(self, func: Callable, args: tuple, kwargs: dict) -> Any:
@@ -325,6 +343,10 @@ class LearningRecorder(Recorder):
         if self.batch.moved and lesson.bodies:
             lesson.moving.add(lesson.bodies[-1])
             lesson.add(Named(getattr(func, "__name__", str(func)), func), None)
+        elif func in RESHAPES and out.grad_fn is not None and not any(x is out for x in (*args, *kwargs.values())):
+            tag = self.batch[out]
+            if isinstance(tag, Blocks):
+                lesson.reshapes[out.grad_fn] = tag.axis
         return out
 
     def _as_stop(self, call: Call, tensors: list[Tensor]) -> Stop | None:
@@ -334,16 +356,18 @@ class LearningRecorder(Recorder):
         if not isinstance(layer, nn.Module) or layer_kind(layer) is None or set(call.outputs) != {0}:
             return None
         tag, entry = call.outputs[0], self.batch[tensors[0]] if len(tensors) == 1 else None
-        if not _regular(tag) or not _regular(entry) or len(call._leaves) != 1 or isinstance(call._leaves[0], nn.Parameter):
+        if isinstance(tag, Rows) or not isinstance(entry, Blocks):
+            return None
+        if len(call._leaves) != 1 or isinstance(call._leaves[0], nn.Parameter):
             return None
         argument = lesson.arguments.get(id(tensors[0]))
         if tensors[0].grad_fn is None and argument is None:
             return None  # made where no graph shows how
-        return Stop(layer, *_place(tag), entry is not None and entry[0] == 0, argument, call.without_tensors())
+        return Stop(layer, tag[0], tag[1] == 1, entry.axis == 0, argument, call.without_tensors())
 
     def _given(self, arguments: Any) -> Given:
         """Where samples are in the leaves of what a module is called with."""
-        found: list[tuple[int, tuple[int, int] | str]] = []
+        found: list[tuple[int, Blocks | str]] = []
         for i, x in enumerate(pytree.tree_leaves(arguments)):
             if not isinstance(x, Tensor):
                 continue
@@ -351,7 +375,7 @@ class LearningRecorder(Recorder):
             if self.batch.lost(x):
                 found.append((i, "lost"))
             elif tag is not None:
-                found.append((i, _some(tag) if _regular(tag) else "in any order"))
+                found.append((i, _some(tag) if isinstance(tag, Blocks) else "in any order"))
         return tuple(found)
 
     def _tags(self, output: Any) -> Places | None:
@@ -361,7 +385,7 @@ class LearningRecorder(Recorder):
             if not isinstance(x, Tensor):
                 continue
             tag = self.batch[x]
-            if self.batch.lost(x) or self._is_source(x) or (tag is not None and not _regular(tag)):
+            if self.batch.lost(x) or self._is_source(x) or isinstance(tag, Rows):
                 return None
             if tag is not None:
                 found.append((i, _some(tag)))
@@ -392,13 +416,13 @@ class LearningRecorder(Recorder):
         tags = route.parts[self._part][2]
         self._part += 1
         leaves = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output) if tags else []
-        for i, (axis, rows) in tags:
+        for i, (axis, rows, tokens) in tags:
             x = leaves[i] if i < len(leaves) else None
             size = x.shape[axis] if isinstance(x, Tensor) and axis < x.ndim else -1
             if not isinstance(x, Tensor) or size < 0 or size % self.batch.n or (rows == 1 and size != self.batch.n):
                 self._deviate(f"{type(module).__name__} returned other sizes")
                 return
-            self.batch.tag(x, (axis, size // self.batch.n))
+            self.batch.tag(x, Blocks(axis, size // self.batch.n, tokens))
         self.mode.__enter__()
 
     def next_stop(self, layer: nn.Module) -> Stop | None:
@@ -442,18 +466,9 @@ class LearningRecorder(Recorder):
             recording.awaits(call.watch(0, output, (axis, size // n), [given[0]], recording.receive))
 
 
-def _regular(tag: Any) -> TypeGuard[tuple[int, int]]:
-    """Whether a tag is a dimension and a number of rows, which the sizes of other steps tell as well."""
-    return type(tag) is tuple and len(tag) == 2 and all(type(x) is int for x in tag)
-
-
-def _place(tag: tuple[int, int]) -> tuple[int, bool]:
-    return tag[0], tag[1] == 1
-
-
-def _some(tag: tuple[int, int]) -> tuple[int, int]:
+def _some(tag: Blocks) -> Blocks:
     """The tag, in which of several rows any number may vary."""
-    return tag[0], 1 if tag[1] == 1 else -1
+    return tag if tag.rows == 1 else tag._replace(rows=-1)
 
 
 _READ: dict[type, tuple[str, ...]] = {}  # per kind of node, which of its attributes are looked at
@@ -467,8 +482,10 @@ def _attributes(node: Any) -> tuple[str, ...]:
     return _READ[kind]
 
 
-def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[Any, ...]:
-    """The autograd graph behind a model's outputs: kinds of nodes, their dimensions, the parameters, and how they hang together."""
+def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[tuple[Any, ...], list[Any]]:
+    """The autograd graph behind a model's outputs: kinds of nodes, their dimensions, the parameters, and how they hang together;
+    and the nodes in their order.
+    """
     found: list[Any] = []
     places: dict[Any, int] = {}
     waiting: list[Any] = [x.grad_fn for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
@@ -493,7 +510,19 @@ def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[Any, ...]:
             found.append(value)
         for parent, _ in node.next_functions:
             waiting.append(parent)
-    return tuple(found)
+    return tuple(found), list(places)
+
+
+def _keep_apart(nodes: Sequence[Any], reshapes: Sequence[tuple[int, int]], n: int) -> bool:
+    """Whether ``reshapes``, nodes and the dimension of ``n`` samples in each, are made within every sample.
+
+    As ``Batch`` knows reshapes, but in a loop that calls nothing: every step pays for it.
+    """
+    for i, axis in reshapes:
+        before, after = [*nodes[i]._saved_self_sym_sizes], [*nodes[i]._input_metadata[0].shape]
+        if before[:axis] != after[:axis] or before[axis] % n or not after[axis:] or after[axis] % n:
+            return False
+    return True
 
 
 def _which(indices: Any) -> tuple[bool, ...]:

@@ -12,12 +12,12 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adam_ghost.capture.attention import declare_attention
-from adam_ghost.capture.batch import Batch, Tag
+from adam_ghost.capture.batch import Batch, Blocks, Followed, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, declare_known
 from adam_ghost.capture.heads import HEADS, declare_heads
 from adam_ghost.capture.hooks import FunctionMode, Hook
-from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis
+from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis, token_axis
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing
@@ -180,8 +180,8 @@ class Recorder:
         self.aside = WeakIdKeyDictionary()  # the same again, made in a way that nothing shows: no call leads to them
         self.constants = WeakIdKeyDictionary()  # tensors made of nothing else while gradients were off
         # where the batch was, or that it was lost, in a layer's i-th argument and result
-        self.entries: dict[tuple[nn.Module, int], set[Tag | None]] = {}
-        self.exits: dict[tuple[nn.Module, int], set[Tag | None]] = {}
+        self.entries: dict[tuple[nn.Module, int], set[Followed | None]] = {}
+        self.exits: dict[tuple[nn.Module, int], set[Followed | None]] = {}
         self.follow = False  # whether the layer now running is followed function by function
         self.buffers: dict[str, Tensor] = {}
         self.surroundings: Surroundings | None = None
@@ -250,7 +250,7 @@ class Recorder:
             )
             if alone and x in self.sources:
                 call = Call("output", Tensor.clone, (self.sources[x],), {}, {}, self.names)
-                self._watch(call, 0, x, (0, 1))
+                self._watch(call, 0, x, self.batch.argument(x))
 
     def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.inside_model -= self.in_forward
@@ -273,7 +273,7 @@ class Recorder:
             self.batch.n = self._into.batch_size = tensors[0].shape[0]
         for x in tensors:
             passed = x.grad_fn is not None and self.batch.reached_from(x)[0]  # samples came to it in a way that nothing shows
-            self.batch.tag(x, None if passed else (0, 1))
+            self.batch.tag(x, None if passed else self.batch.argument(x))
 
     def _is_source(self, x: Tensor) -> bool:
         return x.requires_grad and (x in self.names or x in self.sources or x in self.inner)
@@ -295,9 +295,14 @@ class Recorder:
             self._into.unattributed.update(self.names[p] for p in leaves if p in self.names)
 
     def leads(self, layer: nn.Module, x: Tensor) -> bool:
-        """Whether the samples are the leading dimension of ``x``, the input of ``layer``."""
+        """Whether the samples are the leading dimension of ``x [..., d]``, the input of ``layer``; of packed rows, the tokens."""
         tag = self.batch[x]
-        return isinstance(tag, tuple) and tag[0] == 0
+        return tag is not None and self.batch.in_line(x, tag)
+
+    def told(self, x: Tensor) -> Tag | None:
+        """Where samples are in ``x``, as calls tell it."""
+        tag = self.batch[x]
+        return None if tag is None else self.batch.told(x, tag)
 
     # layers
 
@@ -328,13 +333,15 @@ class Recorder:
             self.surroundings = Surroundings(module.modules())
         self.inner = WeakIdKeyDictionary()
 
-    def _remember(self, places: dict[tuple[nn.Module, int], set[Tag | None]], module: nn.Module, leaves: list[Any]) -> None:
+    def _remember(self, places: dict[tuple[nn.Module, int], set[Followed | None]], module: nn.Module, leaves: list[Any]) -> None:
         if self.in_forward:
             for i, x in enumerate(leaves):
                 if isinstance(x, Tensor) and x in self.batch:
                     places.setdefault((module, i), set()).add(self.batch[x])
 
-    def _as_before(self, places: dict[tuple[nn.Module, int], set[Tag | None]], module: nn.Module, i: int, x: Tensor) -> Tag | None:
+    def _as_before(
+        self, places: dict[tuple[nn.Module, int], set[Followed | None]], module: nn.Module, i: int, x: Tensor
+    ) -> Followed | None:
         """Where the batch was when a checkpoint first ran; it runs again out of the function mode's sight."""
         tags = [tag for tag in places.get((module, i), ()) if tag is None or self.batch.fits(x, tag)]
         return tags[0] if len(tags) == 1 else None
@@ -357,8 +364,8 @@ class Recorder:
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         first = next((x for x in tensors if self.batch[x]), None)
         tag = None if first is None else self.batch[first]
-        if isinstance(tag, tuple) and tag[0] != batch_axis(module, tag[0]):
-            raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag[0]}")
+        if isinstance(tag, Blocks) and tag.axis != batch_axis(module, tag.axis):
+            raise ValueError(f"'{name}' ({type(module).__name__}) has batch_first=False, but its batch is dimension {tag.axis}")
         if self.scored:
             self.batch.tag(output, tag)
             return None
@@ -373,12 +380,13 @@ class Recorder:
             outs = [self._alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in outs]
             new_output = pytree.tree_unflatten(outs, spec)
 
-        def place(i: int, out: Tensor) -> Tag | None:
+        def place(i: int, out: Tensor) -> Followed | None:
             if not is_known(module):
                 return self._as_before(self.exits, module, i, out) if _in_backward() else self.batch[out]
             tagged = self.batch.tagged(tensors)
             tags = {i: found for i, x in enumerate(tensors) for y, found in tagged if x is y}
-            return self.batch.through(tags, tensors, out, lambda axes: output_axis(module, i, tensors, axes))
+            land = partial(output_axis, module, i, tensors)
+            return self.batch.through(tags, tensors, out, land, partial(token_axis, module, i, tensors))
 
         whole = layer_kind(module) is None
         own = {k: p for k, p in module.named_parameters(recurse=whole) if p.requires_grad}
@@ -428,7 +436,7 @@ class Recorder:
         blank = base is not None and (base in self.batch or not base.requires_grad)
         if func in DECLARED:
             tags = {i: tag for i, x in enumerate(args) if isinstance(x, Tensor) and (tag := self.batch[x])}
-            axes = {i: tag[0] for i, tag in tags.items() if isinstance(tag, tuple)}
+            axes = {i: tag.axis for i, tag in tags.items() if isinstance(tag, Blocks)}
             if len(axes) == len(tags):
                 DECLARED[func].try_out(args, kwargs, axes, self.batch.n)
         if meets_parameters and not self.inside_layer:
@@ -447,7 +455,7 @@ class Recorder:
             return out
         outs = pytree.tree_leaves(args[0] if out is None else out)
 
-        def place(i: int, x: Tensor) -> Tag | None:
+        def place(i: int, x: Tensor) -> Followed | None:
             if call is not None and func in HEADS:
                 return self._rows_of_head(call, tensors[0], tensors[1])
             return self.batch.infer(func, args, kwargs, tensors, x, i) if tagged else None
@@ -465,14 +473,14 @@ class Recorder:
             self._written_through(args[0], base, blank)
         return out
 
-    def _rows_of_head(self, call: Call, hidden: Tensor, weight: Tensor) -> Tag | None:
+    def _rows_of_head(self, call: Call, hidden: Tensor, weight: Tensor) -> Followed | None:
         """The tag of the rows ``[N]`` of a head's definition, of hidden rows ``[N, d]``."""
         tag = self.batch[hidden]
         if tag is None or hidden.ndim != 2 or weight.ndim != 2:
             return None
         call.rows = len(hidden)
         axis = lambda axes: 0 if set(axes.values()) == {0} else None  # noqa: E731
-        return self.batch.through({0: tag}, [hidden], hidden.detach()[:, 0], axis)
+        return self.batch.through({0: tag}, [hidden], hidden.detach()[:, 0], axis, lambda i, d: None)
 
     def _written_through(self, view: Tensor, base: Tensor, blank: bool) -> None:
         """Samples were written into ``base`` through a view of it, or mixed; ``blank``: it held nothing but samples before."""
@@ -499,7 +507,7 @@ class Recorder:
         call: Call,
         tensors: list[Tensor],
         outs: list[Any],
-        place: Callable[[int, Tensor], Tag | None],
+        place: Callable[[int, Tensor], Followed | None],
         aliased: Sequence[Tensor] = (),
     ) -> None:
         """Samples met parameters: the outputs are watched. Parameters alone: they are sources. What is lost is given up.
@@ -530,16 +538,18 @@ class Recorder:
         else:
             self._keep_constants(tensors, [x for _, x in outs])
 
-    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None, inputs: Sequence[Tensor] = ()) -> None:
+    def _watch(self, call: Call, index: int, out: Tensor, tag: Followed | None, inputs: Sequence[Tensor] = ()) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
         if not out.requires_grad:
             return
-        if tag is None:
+        rows = out if call.rows is None else out.detach().new_empty(call.rows)
+        told = None if tag is None else self.batch.told(rows, tag)
+        if told is None:
             self._give_up(call)
             return
         recording = self._into
-        recording.awaits(call.watch(index, out, tag, inputs, recording.receive))
+        recording.awaits(call.watch(index, out, told, inputs, recording.receive))
 
     def _lose(self, x: Tensor) -> None:
         self.sources.pop(x, None)

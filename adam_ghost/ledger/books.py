@@ -51,6 +51,7 @@ class StepRecord:
     # share of the parameters with a gradient that layer calls lost, and that passes of the whole model score instead
     by_passes: float = 0.0
     passes: int = 0  # how many such passes the step took: each costs about two forward passes, and fallback=False saves it
+    tokens: int = 0  # of the samples, how many had their tokens scored one by one
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Arrived:
     ids: Sequence[Hashable] = ()
     scores: np.ndarray | None = None  # [n, K], float64
     losses: np.ndarray | None = None  # [n]: each sample's share of the training loss, where the loop told it
+    tokens: Sequence[tuple[Hashable, np.ndarray]] = ()  # of some samples: id, [T, K] scores of its tokens in the batch's order
     # [K], [K]: mean and standard deviation of all processes' scores of the step; None: all scores are here
     moments: tuple[np.ndarray, np.ndarray] | None = None
 

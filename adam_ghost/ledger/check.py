@@ -60,26 +60,35 @@ class Checker:
     def _check_rows(self, rank: int, found: dict[str, list[Path]]) -> None:
         """Every part of the books has its predecessor, its own steps and the scores that it counts."""
         booked = {n: p for p in found["steps"] for r, n in [layout.rank_and_number(p)] if r == rank}
-        scored = {n: p for p in found["scores"] for r, n in [layout.rank_and_number(p)] if r == rank}
+        parts = {
+            table: {n: p for p in found[table] for r, n in [layout.rank_and_number(p)] if r == rank}
+            for table in ("scores", "tokens")
+        }
         seen: set[tuple[int, int]] = set()
         for number in range(1, max(booked) + 1):
             if number not in booked:
                 raise DamagedLedger(f"{layout.part_path(self.folder, 'steps', rank, number)} is missing")
-            rows = _read(booked[number], ["step", "target", "samples", "skipped"]).to_pylist()
+            rows = _read(booked[number], ["step", "target", "samples", "tokens", "skipped"]).to_pylist()
             steps = {(row["step"], row["target"]) for row in rows}
             if len(steps) < len(rows) or steps & seen:
                 raise DamagedLedger(f"{booked[number]} has steps that another part has: it was copied")
             seen |= steps
-            expected = sum(row["samples"] for row in rows if not row["skipped"])
-            part = scored.get(number, layout.part_path(self.folder, "scores", rank, number))
-            if expected and number not in scored:
-                raise DamagedLedger(f"{part} is missing: {booked[number].name} of steps counts {expected} scores in it")
-            there = pq.read_metadata(part).num_rows if number in scored else 0
-            if there != expected:
-                raise DamagedLedger(f"{part} has {there} scores, but {booked[number].name} of steps counts {expected}")
-            scored_steps = [row["step"] for row in rows if not row["skipped"] and row["samples"]]
-            if scored_steps and _range_of_steps(part) != (min(scored_steps), max(scored_steps)):
-                raise DamagedLedger(f"{part} has other steps than {booked[number].name} of steps: it was copied")
+            scored = [row for row in rows if not row["skipped"]]
+            for table, counted in (("scores", "samples"), ("tokens", "tokens")):
+                self._check_counted(booked[number], table, parts[table].get(number), [r for r in scored if r[counted]], counted)
+
+    def _check_counted(self, books: Path, table: str, part: Path | None, rows: list[dict], counted: str) -> None:
+        """The ``part`` of ``table`` holds what the ``rows`` of ``books`` count, of their steps."""
+        expected = sum(row[counted] for row in rows)
+        named = part or layout.part_path(self.folder, table, *layout.rank_and_number(books))
+        if expected and part is None:
+            raise DamagedLedger(f"{named} is missing: {books.name} of steps counts {expected} {table} in it")
+        there = 0 if part is None else pq.read_metadata(part).num_rows
+        if there != expected:
+            raise DamagedLedger(f"{named} has {there} {table}, but {books.name} of steps counts {expected}")
+        steps = [row["step"] for row in rows]
+        if part is not None and steps and _range_of_steps(part) != (min(steps), max(steps)):
+            raise DamagedLedger(f"{part} has other steps than {books.name} of steps: it was copied")
 
 
 def read_settings(path: Path) -> dict:

@@ -7,6 +7,8 @@ import numpy as np
 from adam_ghost.ledger.layout import pa
 from adam_ghost.ledger.reader import LedgerReader
 
+import pyarrow.compute as pc  # isort: skip  (after layout, which says what to install where pyarrow is missing)
+
 
 class Comparison(NamedTuple):
     """Of the samples that both ledgers have; ``a`` and ``b`` are values, places count from 1, the most helpful."""
@@ -17,6 +19,7 @@ class Comparison(NamedTuple):
     rank_correlation: float  # Spearman's; NaN where fewer than two samples, or equal values
     movers: list[dict[str, Any]]  # sample, a, b, place_a, place_b, and what the first ledger says of the sample
     groups: list[dict[str, Any]]  # group, a, b: over all samples of each ledger; empty where no group was described
+    values: np.ndarray  # [both, 2]
 
 
 def compare(a: LedgerReader, b: LedgerReader, *, k: int = 10, target: int = 0, value: str = "standardized") -> Comparison:
@@ -28,17 +31,19 @@ def compare(a: LedgerReader, b: LedgerReader, *, k: int = 10, target: int = 0, v
     if first.num_rows and second.num_rows and first["sample"].type != second["sample"].type:
         kinds = ("integers" if t["sample"].type == pa.int64() else "strings" for t in (first, second))
         raise ValueError("samples cannot be matched: ids are {} in the first ledger, {} in the second".format(*kinds))
-    x, y = (dict(zip(t["sample"].to_pylist(), t["value"].to_pylist(), strict=True)) for t in (first, second))
-    both = sorted(x.keys() & y.keys())
-    values = np.array([[x[i], y[i]] for i in both]).reshape(-1, 2)
+    there = first.filter(pc.is_in(first["sample"], second["sample"].combine_chunks())).sort_by("sample")
+    place = pc.index_in(there["sample"], second["sample"].combine_chunks())
+    values = np.stack([there["value"].to_numpy(), second["value"].take(place).to_numpy()], 1)  # [both, 2]
     places = np.stack([ranks(-values[:, j]) for j in (0, 1)], 1)
     order = np.argsort(-np.abs(places[:, 0] - places[:, 1]), kind="stable")[:k]
-    said = {row["sample"]: row for row in a.samples().to_pylist()}
+    names = there["sample"].take(order).to_pylist()
+    said = a.described(names)
     movers = []
-    for i in order.tolist():
-        found = {"sample": both[i], "a": values[i, 0], "b": values[i, 1], "place_a": places[i, 0], "place_b": places[i, 1]}
-        movers.append(found | {name: said.get(both[i], {}).get(name) for name in ("group", "text", "path")})
-    return Comparison(len(both), len(x) - len(both), len(y) - len(both), _correlation(places), movers, _groups(a, b, target, value))
+    for i, sample in zip(order.tolist(), names, strict=True):
+        found = {"sample": sample, "a": values[i, 0], "b": values[i, 1], "place_a": places[i, 0], "place_b": places[i, 1]}
+        movers.append(found | {name: said.get(sample, {}).get(name) for name in ("group", "text", "path")})
+    only = first.num_rows - len(values), second.num_rows - len(values)
+    return Comparison(len(values), *only, _correlation(places), movers, _groups(a, b, target, value), values)
 
 
 def ranks(x: np.ndarray) -> np.ndarray:

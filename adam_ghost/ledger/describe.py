@@ -17,7 +17,7 @@ def describe_samples(folder: str | Path, what: Mapping[Any, Any] | Callable[[Any
 
     Args:
         folder: of the ledger.
-        what: id -> any of ``group``, ``text``, ``path``, ``image``, as ``LedgerWriter(describe=...)`` returns them.
+        what: id -> any of ``group``, ``text``, ``path``, ``image``, ``tokens``, as ``LedgerWriter(describe=...)`` returns them.
 
     Raises:
         FileNotFoundError: there is no ledger.

@@ -3,7 +3,8 @@
     run.json                      the run's id, settings and versions, and whether a checkpoint of it was made
     scores/r<rank>-<number>.parquet    one row per step, sample and target
     steps/r<rank>-<number>.parquet     one row per step and target: the books
-    samples/r<rank>-<number>.parquet   what a sample is: group, text, path, image; only where somebody described them
+    tokens/r<rank>-<number>.parquet    one row per step, sample and target: the scores of the sample's tokens; where asked for
+    samples/r<rank>-<number>.parquet   what a sample is: group, text, path, image, tokens; only where somebody described them
     r<rank>.lock                  held by the process that writes
 
 A part appears under its name by one rename, when it is complete, samples first and steps last. Parts are never changed;
@@ -32,7 +33,7 @@ except ImportError as error:
     raise ImportError(f"adam_ghost: a ledger needs pyarrow and duckdb: {how_to_install('ledger')}") from error
 
 FORMAT = 1
-TABLES = ("scores", "steps", "samples")
+TABLES = ("scores", "tokens", "steps", "samples")
 METADATA = b"adam_ghost"  # key of the run's settings in every part's schema
 ID_TYPES = {int: pa.int64(), str: pa.string()}
 # of a record's fields; a value per target is a column of numbers, since each target has a row
@@ -73,6 +74,18 @@ def steps_schema() -> pa.Schema:
     return pa.schema(whose + booked)
 
 
+def tokens_schema(ids: pa.DataType) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("step", pa.int64(), nullable=False),
+            pa.field("rank", pa.int32(), nullable=False),
+            pa.field("sample", ids, nullable=False),
+            pa.field("target", pa.int32(), nullable=False),
+            pa.field("scores", pa.list_(pa.float32()), nullable=False),  # in the order of the batch's row
+        ]
+    )
+
+
 def samples_schema(ids: pa.DataType) -> pa.Schema:
     return pa.schema(
         [
@@ -81,6 +94,7 @@ def samples_schema(ids: pa.DataType) -> pa.Schema:
             pa.field("text", pa.string()),
             pa.field("path", pa.string()),
             pa.field("image", pa.binary()),
+            pa.field("tokens", pa.list_(pa.string())),  # what its tokens say, in the order of its row
         ]
     )
 

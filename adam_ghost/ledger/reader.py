@@ -1,7 +1,7 @@
 """The reading side: tables, and aggregations that DuckDB streams over the parts, whatever fits in memory."""
 
 import tempfile
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from adam_ghost.extras import how_to_install
 from adam_ghost.ledger import layout
 from adam_ghost.ledger.check import Checker, read_settings
 from adam_ghost.ledger.layout import pa, pq
+from adam_ghost.ledger.resampling import middle, resample
 
 import pyarrow.dataset  # isort: skip  (after layout, which says what to install where pyarrow is missing)
 
@@ -86,12 +87,13 @@ class LedgerReader:
             DamagedLedger: naming the part that is wrong.
         """
         # books first: a part that is written meanwhile has no books yet, and its scores do not count as missing
-        found = {table: layout.parts(self.folder, table) for table in ("steps", "scores", "samples")}
+        found = {table: layout.parts(self.folder, table) for table in ("steps", "scores", "tokens", "samples")}
         if self._checker is not None:
             self._checker.check(found)
         ids = pq.read_schema(found["scores"][0]).field("sample").type if found["scores"] else pa.int64()
         self._integer_ids = ids == pa.int64()
-        schemas = {"scores": layout.scores_schema(ids), "steps": layout.steps_schema(), "samples": layout.samples_schema(ids)}
+        schemas = {"scores": layout.scores_schema(ids), "tokens": layout.tokens_schema(ids)}
+        schemas |= {"steps": layout.steps_schema(), "samples": layout.samples_schema(ids)}
         for table, schema in schemas.items():
             # Arrow takes paths as they are; DuckDB would read patterns and partitions into a folder's name
             self._duck.register(f"all_{table}", _dataset(found[table], schema))
@@ -125,12 +127,26 @@ class LedgerReader:
         """The books: a row per step, target and rank. Numbers are those of the whole step, but ``samples`` and ``seconds``."""
         return self.sql(f"SELECT * FROM steps s {_where(None, steps)} ORDER BY step, target, rank")
 
+    def tokens(self, samples: Sequence[Hashable] | None = None, *, target: int = 0) -> pa.Table:
+        """Scores of single tokens: ``sample``, ``step``, ``scores`` (a list, in the order of the sample's tokens in the batch).
+
+        ``samples``: of these alone. Empty where the run had no ``tokens=``, or did not choose them. A sample's add up to its
+        score in that step.
+        """
+        only = ""
+        if samples is not None:
+            self._want(samples)
+            only = " AND s.sample IN (SELECT sample FROM wanted)"
+        return self.sql(
+            f"SELECT s.sample, s.step, s.scores FROM tokens s {_where(self._checked(target), None)}{only} ORDER BY s.sample, s.step"
+        )
+
     def samples(self) -> pa.Table:
         """What samples are, as far as they were described."""
         return self.sql("SELECT * FROM samples")
 
     def sql(self, query: str, parameters: Iterable[Any] = ()) -> pa.Table:
-        """Any question, in DuckDB's SQL, over the views ``scores``, ``steps`` and ``samples``."""
+        """Any question, in DuckDB's SQL, over the views ``scores``, ``tokens``, ``steps`` and ``samples``."""
         return self._duck.sql(query, params=list(parameters)).to_arrow_table()
 
     @property
@@ -143,6 +159,39 @@ class LedgerReader:
     def totals(self, *, target: int = 0, steps: tuple[int, int] | None = None, value: str = "total") -> pa.Table:
         """Per sample: ``sample``, ``value``, and ``n``, how many scores went into it."""
         return self.sql(self._aggregate(_SAMPLE, "sample", target, steps, value))
+
+    def values(self, *, target: int = 0, steps: tuple[int, int] | None = None) -> pa.Table:
+        """Per sample: ``sample``, ``standardized``, ``total``, and ``n``, how many scores went into them."""
+        query = self._aggregate(_SAMPLE, "sample", target, steps, "standardized", also="sum(s.score) AS total")
+        return self.sql(f"SELECT sample, value AS standardized, total, n FROM ({query})")
+
+    def draws(self, scores: pa.Table, samples: int, *, target: int = 0, bootstrap: int = 200) -> dict[str, np.ndarray]:
+        """Both values of the ``samples`` in ``bootstrap`` resamplings of the run's steps, each ``[bootstrap, samples]``.
+
+        ``scores`` are those that ``scores_of`` found. The resamplings are the same for all samples: sums over some of them are
+        resampled sums.
+        """
+        blocks = self._blocks(target, None)
+        at = np.searchsorted(blocks, scores["step"].to_numpy(), side="right") - 1
+        place, sizes = scores["place"].to_numpy(), (len(blocks), samples, bootstrap)
+        return {
+            "total": resample(at, place, scores["score"].to_numpy(), None, *sizes),
+            "standardized": resample(at, place, scores["standardized"].to_numpy(), np.ones(len(at)), *sizes),
+        }
+
+    def scores_of(self, samples: Sequence[Hashable], *, target: int = 0) -> pa.Table:
+        """Every score of ``samples``: ``place`` (in ``samples``), ``step``, ``score``, ``standardized``, in the order of steps."""
+        self._want(samples)
+        return self.sql(
+            f"SELECT w.place, s.step, s.score, {_Z} AS standardized FROM scores s JOIN wanted w ON w.sample = s.sample"
+            f" {_statistics('standardized', target, None)} {_where(self._checked(target), None)} ORDER BY s.step"
+        )
+
+    def described(self, samples: Sequence[Hashable]) -> dict[Any, dict[str, Any]]:
+        """What ``samples`` are, by id, as far as they were described."""
+        self._want(samples)
+        query = "SELECT DISTINCT ON (sample) * FROM all_samples WHERE sample IN (SELECT sample FROM wanted) ORDER BY sample"
+        return {row["sample"]: row for row in self.sql(query).to_pylist()}
 
     def top(
         self,
@@ -165,7 +214,7 @@ class LedgerReader:
             f" LEFT JOIN samples d USING (sample) ORDER BY t.value {order}, sample"
         )
         if bootstrap:
-            self._duck.register("wanted", found.select(["sample"]))
+            self._want(found["sample"].to_pylist())
             return self._with_intervals(found, "sample", _SAMPLE, target, steps, value, bootstrap)
         return found
 
@@ -181,7 +230,7 @@ class LedgerReader:
         """Per group: ``group``, ``value``, ``n`` scores, ``samples``, ``mean`` (value per sample; per score, if standardised).
 
         ``low`` and ``high`` hold the middle 95% of ``value`` over ``bootstrap`` resamplings of the run's steps
-        (of a thousand stretches of them, where there are more).
+        (of a thousand stretches of them, where there are more); ``stretches`` says in how many of these the group occurs.
 
         Args:
             groups: id -> group; the ``group`` that samples were described with, if None. Other samples are in ``(none)``.
@@ -199,14 +248,19 @@ class LedgerReader:
 
     def by_step(self, groups: Mapping[Any, str] | None = None, *, target: int = 0, bins: int = 200) -> pa.Table:
         """Sums of scores by group over at most ``bins`` stretches of steps: ``step`` (the stretch's last), ``group``, ``value``."""
-        first, last = self._first_and_last()
-        width = max(1, -(-(last - first + 1) // bins))
         key = self._group_key(groups)
+        last = self._first_and_last()[1]
         return self.sql(
-            f'SELECT least({last}, {first} + (step - {first}) // {width} * {width} + {width - 1})::BIGINT AS step, "group",'
-            f' sum(score) AS value FROM (SELECT s.step, s.score, {key.sql} AS "group" FROM scores s {key.join}'
+            f'SELECT least({last}, {self._stretch("step", bins, "last")})::BIGINT AS step, "group", sum(score) AS value'
+            f' FROM (SELECT s.step, s.score, {key.sql} AS "group" FROM scores s {key.join}'
             f" {_where(self._checked(target), None)}) GROUP BY ALL ORDER BY step"
         )
+
+    def group_sizes(self, samples: Sequence[Hashable] | pa.ChunkedArray) -> dict[str, int]:
+        """How many of ``samples`` were described as of each group."""
+        self._want(samples)
+        found = self.sql(f'SELECT {_DESCRIBED.sql} AS "group", count(*) AS n FROM wanted s {_DESCRIBED.join} GROUP BY 1')
+        return dict(zip(found["group"].to_pylist(), found["n"].to_pylist(), strict=True))
 
     def show(self, sample: Hashable, target: int = 0) -> dict[str, Any]:
         """Everything about one sample: ``description``, ``steps`` (its scores) and the values.
@@ -257,6 +311,13 @@ class LedgerReader:
             raise ValueError(f"target must be one of {', '.join(map(str, known))}, got {target}")
         return target
 
+    def _want(self, samples: Sequence[Hashable] | pa.ChunkedArray) -> None:
+        """Makes ``samples`` the table ``wanted``; a column of ids is taken as it is."""
+        ids: Any = samples
+        if not isinstance(samples, pa.ChunkedArray):
+            ids = pa.array([self._as_id(i) for i in samples], pa.int64() if self._integer_ids else pa.string())
+        self._duck.register("wanted", pa.table({"sample": ids, "place": pa.array(range(len(ids)), pa.int64())}))
+
     def _first_and_last(self) -> tuple[int, int]:
         ((first, last),) = self._duck.sql("SELECT min(step), max(step) FROM steps").fetchall()
         return (0, 0) if first is None else (first, last)
@@ -283,27 +344,35 @@ class LedgerReader:
     ) -> pa.Table:
         """Adds the middle 95% of each row's value over resamplings of the steps."""
         only = " AND s.sample IN (SELECT sample FROM wanted)" if name == "sample" else ""
-        first, last = self._first_and_last()
-        block = f"s.step // {max(1, -(-(last - first + 1) // BLOCKS))}"
+        block = self._stretch("s.step", BLOCKS)
         rows = self.sql(
-            f"SELECT {block} AS step, {key.sql} AS k, sum({EACH[value]}) AS x, count(*) AS n FROM scores s {key.join}"
+            f"SELECT {block} AS block, {key.sql} AS k, sum({EACH[value]}) AS x, count(*) AS n FROM scores s {key.join}"
             f" {_statistics(value, target, steps)} {_where(target, steps)}{only} GROUP BY ALL"
         )
-        all_steps = self.sql(f"SELECT DISTINCT {block} AS step FROM scores s {_where(target, steps)}")["step"].to_numpy()
+        blocks = self._blocks(target, steps)
         keys = found[name].to_pylist()
         place = {k: i for i, k in enumerate(keys)}
-        step = np.searchsorted(np.sort(all_steps), rows["step"].to_numpy())
         column = np.array([place[k] for k in rows["k"].to_pylist()], dtype=np.int64)
-        x, n = rows["x"].to_numpy(), rows["n"].to_numpy()
-        generator = np.random.default_rng(0)
-        drawn = np.empty((draws, len(keys)))
-        for i in range(draws):
-            weight = np.bincount(generator.integers(len(all_steps), size=len(all_steps)), minlength=len(all_steps))[step]
-            drawn[i] = np.bincount(column, weight * x, len(keys))
-            if value == "standardized":
-                drawn[i] /= np.maximum(np.bincount(column, weight * n, len(keys)), 1)
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if len(keys) else (np.empty(0), np.empty(0))
-        return found.append_column("low", pa.array(low)).append_column("high", pa.array(high))
+        n = rows["n"].to_numpy() if value == "standardized" else None
+        at = np.searchsorted(blocks, rows["block"].to_numpy())
+        low, high = middle(resample(at, column, rows["x"].to_numpy(), n, len(blocks), len(keys), draws))
+        met = np.bincount(column, minlength=len(keys))  # a row for each stretch in which a key occurs
+        return (
+            found.append_column("low", pa.array(low))
+            .append_column("high", pa.array(high))
+            .append_column("stretches", pa.array(met))
+        )
+
+    def _stretch(self, step: str, count: int, end: str = "first") -> str:
+        """In SQL: the first, or last, step of the stretch that ``step`` lies in, of at most ``count`` in the run."""
+        first, last = self._first_and_last()
+        width = max(1, -(-(last - first + 1) // count))
+        return f"({first} + ({step} - {first}) // {width} * {width}" + (f" + {width - 1})" if end == "last" else ")")
+
+    def _blocks(self, target: int, steps: tuple[int, int] | None) -> np.ndarray:
+        """The first steps of the stretches that have scores, in their order: what is resampled."""
+        query = f"SELECT DISTINCT {self._stretch('s.step', BLOCKS)} AS block FROM steps s {_where(target, steps)}"
+        return np.sort(self.sql(query + " AND NOT s.skipped AND s.samples > 0")["block"].to_numpy())
 
 
 def _where(target: int | None, steps: tuple[int, int] | None) -> str:

@@ -23,7 +23,7 @@ from adam_ghost.ledger.layout import pa, pq
 from adam_ghost.ledger.lock import Lock
 from adam_ghost.warn import warn
 
-DESCRIPTION = ("group", "text", "path", "image")
+DESCRIPTION = ("group", "text", "path", "image", "tokens")
 _TEXT = 2000  # characters kept of a sample's text
 _BEHIND = 4  # buffers that may wait for the disk before training does
 
@@ -41,7 +41,8 @@ class LedgerWriter:
         flush_rows: how many rows of scores the buffer holds.
         on_error: what a full or failing disk does: ``warn`` once, stop the ledger and go on training, or ``raise`` in training.
         describe: called with an id before its first batch, on the training thread; returns a mapping with any of ``group``,
-            ``text``, ``path`` (strings) and ``image`` (bytes of a PNG, JPEG, GIF or WebP), which tables and the report show.
+            ``text``, ``path`` (strings), ``image`` (bytes of a PNG, JPEG, GIF or WebP) and ``tokens`` (a list of strings: what
+            each token of its row of the batch says), which tables and the report show.
             ``adam_ghost.describe_samples(folder, ...)`` does the same after the run.
         restart: throw away what the folder holds of an earlier run, instead of refusing it.
         rank: of this process among those that share the folder; ``torch.distributed``'s, if None.
@@ -299,6 +300,7 @@ class LedgerWriter:
         # steps last: a step that has its books has its scores
         for table, made in (
             ("samples", _samples_table(samples, self._id_type)),
+            ("tokens", _tokens_table(steps, self.rank, self._id_type)),
             ("scores", _scores_table(steps, self.rank, self._id_type)),
             ("steps", _steps_table(steps, self.rank)),
         ):
@@ -339,7 +341,7 @@ class LedgerWriter:
         numbers = {layout.rank_and_number(p) for p in self._parts(*layout.TABLES)}
         for rank, number in sorted(numbers, reverse=True):
             if number > _last_of(rank, last) or _last_of(rank, last) == 0:
-                for table in ("steps", "scores", "samples"):
+                for table in ("steps", "scores", "tokens", "samples"):
                     layout.part_path(self.folder, table, rank, number).unlink(missing_ok=True)
 
 
@@ -348,7 +350,7 @@ def clean_description(sample: Hashable, found: Mapping[str, Any] | None) -> dict
 
     Raises:
         ValueError: it names something else than ``DESCRIPTION``.
-        TypeError: the image is not bytes.
+        TypeError: the image is not bytes, or the tokens are not strings.
     """
     found = dict(found or {})
     if unknown := set(found) - set(DESCRIPTION):
@@ -361,6 +363,10 @@ def clean_description(sample: Hashable, found: Mapping[str, Any] | None) -> dict
     image = found.get("image")
     if image is not None and not isinstance(image, (bytes, bytearray, memoryview)):
         raise TypeError(f"describe({sample!r}) must return image as bytes, got {type(image).__name__}")
+    tokens = found.get("tokens")
+    if tokens is not None and (isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens)):
+        raise TypeError(f"describe({sample!r}) must return tokens as a list of strings, got {type(tokens).__name__}")
+    row["tokens"] = None if tokens is None else [clean(token) for token in tokens]
     return {**row, "image": None if image is None else bytes(image)}
 
 
@@ -370,7 +376,7 @@ def _last_of(rank: int, last: Sequence[int]) -> int:
 
 
 def _size(step: Arrived) -> int:
-    return 0 if step.scores is None else step.scores.size
+    return 0 if step.scores is None else step.scores.size + sum(scores.size for _, scores in step.tokens)
 
 
 def _samples_table(rows: list[dict[str, Any]], ids: type | None) -> pa.Table:
@@ -400,6 +406,16 @@ def _scores_table(steps: list[Arrived], rank: int, ids: type | None) -> pa.Table
         pa.array(loss, mask=np.isnan(loss)),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _tokens_table(steps: list[Arrived], rank: int, ids: type | None) -> pa.Table:
+    rows = [
+        {"step": s.record.step, "rank": rank, "sample": sample, "target": k, "scores": column}
+        for s in steps
+        for sample, scores in s.tokens
+        for k, column in enumerate(scores.T)
+    ]
+    return pa.Table.from_pylist(rows, schema=layout.tokens_schema(layout.ID_TYPES[ids or str]))
 
 
 def _steps_table(steps: list[Arrived], rank: int) -> pa.Table:

@@ -39,6 +39,8 @@ class Shards(Processes):
         super().__init__(first.device_mesh.get_group())
         self._modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self.units = _units(model, self._whole)
+        seen_as = [group.mp_policy.param_dtype for group, _ in self.units]
+        self.rounds = any(dtype is not None and dtype.itemsize <= 2 for dtype in seen_as)
         self._carried: Carried | None = None
         self._broken = False  # whether a pass broke off, in which the others wait for this process
 

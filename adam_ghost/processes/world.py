@@ -23,6 +23,7 @@ class World:
 
     rank, size = 0, 1
     share = 1.0  # of a local gradient in the one that the optimizer uses
+    apart = False  # whether a process failed: the others may have taken other steps than it
 
     def follow(self, model: nn.Module) -> list[Any]:
         """Watches the model's forward passes; returns the hooks' handles."""
@@ -56,6 +57,7 @@ class World:
     # what is done with parameters of which each process has a part
 
     sharded = False
+    rounds = False  # whether passes see the weights in half precision, whatever the optimizer has
 
     def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """This process's parts of parameters or their gradients, in the same memory."""
@@ -90,6 +92,10 @@ class World:
     def union(self, names: set[str], known: Sequence[str]) -> set[str]:
         """Those of the ``known`` names that any process has among its ``names``."""
         return names
+
+    def everywhere(self, x: bool) -> bool:
+        """Whether ``x`` holds in every process."""
+        return not self.union(set() if x else {"not"}, ["not"])
 
     def first(self, x: T) -> T:
         """Process 0's plain value."""
@@ -130,7 +136,7 @@ class Processes(World):
             raise
         except Exception as error:
             if error is not self._told:
-                self._told = error
+                self._told, self.apart = error, True
                 self._agree("an error", error)
             raise
         self._agree("the end of a step")
@@ -144,6 +150,7 @@ class Processes(World):
         word = torch.tensor([int(error is not None), code, -code], dtype=torch.int32)
         distributed.all_reduce(word, distributed.ReduceOp.MAX, group=self._host)
         ill, last, first = word.tolist()
+        self.apart = self.apart or bool(ill) or last != -first
         if ill:
             said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
             if error is None:

@@ -133,7 +133,7 @@ class ScoredLinears:
         if not trained or x.ndim < 2 or any(name not in recording.P for name in trained):
             return None
         leads = recorder.leads(layer, x)
-        tag = None if leads else recorder.batch[x]
+        tag = None if leads else recorder.told(x)
         if not leads and not (isinstance(tag, Rows) and tag.of.shape[-1] == 1):
             return None
         recorder.scored = True

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from adam_ghost.capture.batch import Tag
+from adam_ghost.capture.batch import Blocks, Followed
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.recorder import Recorder
 from adam_ghost.capture.recording import Recording
@@ -62,17 +62,17 @@ class Plan(Recorder):
         call: Call,
         tensors: list[Tensor],
         outs: list[Any],
-        place: Callable[[int, Tensor], Tag | None],
+        place: Callable[[int, Tensor], Followed | None],
         aliased: Sequence[Tensor] = (),
     ) -> None:
         super()._classify(call, tensors, outs, place, aliased)
         tags = [self.batch[x] for x in (tensors[0], *outs) if isinstance(x, Tensor)]
         if isinstance(call.fn, nn.Module):
-            self.led[call.fn] = self.led.get(call.fn, True) and set(tags) == {(0, 1)}
+            self.led[call.fn] = self.led.get(call.fn, True) and set(tags) == {Blocks(0, 1)}
         else:
             self.unattributed.update(call.parameters())
 
-    def _watch(self, call: Call, index: int, out: Tensor, tag: Tag | None, inputs: Sequence[Tensor] = ()) -> None:
+    def _watch(self, call: Call, index: int, out: Tensor, tag: Followed | None, inputs: Sequence[Tensor] = ()) -> None:
         self.batch.tag(out, tag)
         self.sources.pop(out, None)
 

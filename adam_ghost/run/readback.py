@@ -50,6 +50,21 @@ class Pending:
     checked: bool  # whether it is known what the scores must add up to
     losses: Readback | None = None  # [n]
     at: float | None = None  # where val_loss was taken: 0 after history alone, 1 at the step's end; None: in another step
+    tokens: Sequence["PendingTokens"] = ()
+
+
+class PendingTokens(NamedTuple):
+    """Scores of tokens of some samples on their way."""
+
+    ids: Sequence[Hashable]  # of their micro-batch
+    places: list[int]  # of the samples among these
+    line: Readback  # [N, K]
+    offsets: Readback  # [len(ids) + 1], into it
+
+    def by_sample(self) -> list[tuple[Hashable, np.ndarray]]:
+        """Each sample's ``[T, K]``."""
+        line, offsets = self.line.get(), self.offsets.get()
+        return [(self.ids[i], line[offsets[i] : offsets[i + 1]]) for i in self.places]
 
 
 class Mark(NamedTuple):
@@ -132,7 +147,9 @@ class Books:
         if step.joined is not None:
             mean = joined.sum / joined.samples
             moments = mean, np.sqrt(np.maximum(joined.squares / joined.samples - np.square(mean), 0.0))
-        return Arrived(record, step.ids, scores, losses, moments)
+        tokens = [sample for part in step.tokens for sample in part.by_sample()]
+        record.tokens = len(tokens)
+        return Arrived(record, step.ids, scores, losses, tokens, moments)
 
     def state_dict(self) -> tuple | None:
         return None if self._last is None else tuple(self._last)

@@ -17,10 +17,11 @@ from adam_ghost.capture.learned import recorder_of
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing
 from adam_ghost.ledger.books import StepRecord
-from adam_ghost.optim import Optimizers, OptState, read_optimizer
+from adam_ghost.optim import Optimizers, OptState, read_optimizer, settings
 from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
+from adam_ghost.run.tokens import TokenScores, score_tokens
 from adam_ghost.scores.forms import Directions
 from adam_ghost.step.direction import Direction, ValidationGradient, form_direction, validation_gradient
 from adam_ghost.step.fingerprint import Arrivals, GradientWatch
@@ -47,6 +48,7 @@ class MicroBatch:
     arrivals: Arrivals = field(init=False)  # of its gradients, from when it is opened
     whole: WholePass | None = None  # of an audited step
     views: int = 1  # rows of the model's batch that each sample has: all samples' first, then their second
+    tokens: list[int] = field(default_factory=list)  # places of the samples whose tokens are scored, too
 
     @property
     def rows(self) -> int:
@@ -92,6 +94,7 @@ class Scored(NamedTuple):
     edited: Tensor  # bool: a gradient was changed in a way that the scores do not follow
     at: float | None = None  # where val_loss was taken in this step: 0 after history alone, 1 at its end; None: in another one
     unexplained: Callable[[], list[str]] | None = None  # the parameters whose calls do not explain their gradient
+    tokens: Sequence[TokenScores | None] = ()  # of each micro-batch, where they were asked for
 
 
 @dataclass
@@ -304,11 +307,15 @@ class After(Collecting):
         self._lost = {*step.whole, *step.missing}
         grads = {name: step.grads.get(name) for name in self.loop.params}
         direction = self._form(step.opt_state, step.params, grads, self.place)
-        scores = step.scores(direction.P, half=self.loop.half)
+        tokens: Sequence[TokenScores | None] = ()
+        if any(m.tokens for m in micro):
+            scores, tokens = score_tokens(step, direction.P, [m.tokens for m in micro], self.loop.half)
+        else:
+            scores = step.scores(direction.P, half=self.loop.half)
         at = 0.5 if self.loop.refreshes else None
         accounted = step.accounted(direction.P, direction.total)
         why = partial(step.unexplained, direction.P)
-        return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why)
+        return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why, tokens)
 
     def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None] | None, at: str) -> Direction:
         """``P`` for ``params``; ``grads`` are those of all trainable parameters, None for what history lets expect."""
@@ -343,6 +350,7 @@ class Ahead(After):
         super().__init__(loop, "midpoint")
         self._direction: Direction | None = None
         self._P: Directions = {}  # of it, what layers are contracted with
+        self._settings: list[dict[str, Any]] = []  # of the optimizers, which it was foreseen by
         self._opened = 0  # the step that was announced last, counted from 1
         self._layers: ScoredLinears | CompiledLayers = ScoredLinears(loop.model, self.recorder)
 
@@ -389,6 +397,7 @@ class Ahead(After):
         opt_state = read_optimizer(loop.optimizer)
         if not self._foreseeable(opt_state):
             return None
+        self._settings = settings(loop.optimizer)
         return self._form(opt_state, loop.params, None, "lookahead")
 
     def _foreseeable(self, opt_state: OptState) -> bool:
@@ -400,6 +409,12 @@ class Ahead(After):
         self.loop.world.carry(None)
         if direction is None:
             return super().score(step, micro, edited, entry, void)
+        pairs = zip(self._settings, settings(self.loop.optimizer), strict=True)
+        if changed := sorted({name for before, now in pairs for name in now if before.get(name) != now[name]}):
+            raise ValueError(
+                f"{', '.join(changed)} of the optimizer changed between run.batch and the step: schedule='lookahead' foresees the"
+                " step in run.batch; change it before (a scheduler steps after the optimizer), or use schedule='midpoint'"
+            )
         scale = step.factors()
         # the layers' scores are added up already: one factor has to serve all
         edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())

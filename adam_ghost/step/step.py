@@ -1,7 +1,8 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage, Joined
 from adam_ghost.step.fingerprint import Fingerprint
 from adam_ghost.step.whole_pass import WholePass
+
+_BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
 
 
 def plain_precision(model: nn.Module) -> torch.autocast:
@@ -51,10 +54,28 @@ class Step:
             passes = zip(self.recordings, self.passes, strict=True)
             shares = torch.cat([whole.sample_gradients({name: p}, Asked(r.batch_size, r.packing))[name] for r, whole in passes])
             shares = shares[:, block] if p.ndim else shares
-            return shares * self.scale[name] if self.scale else shares
-        shares = torch.cat([sample_gradients(r.calls, name, p, Asked(r.batch_size, r.packing), block) for r in self.recordings])
+        else:
+            asked = [Asked(r.batch_size, r.packing) for r in self.recordings]
+            shares = torch.cat([sample_gradients(r.calls, name, p, a, block) for r, a in zip(self.recordings, asked, strict=True)])
         shares = shares * self.scale[name] if self.scale else shares
         return shares if self.world.size == 1 else shares * self.world.share
+
+    def sample_gradient_blocks(self, name: str) -> Iterator[tuple[Any, Tensor]]:
+        """All of a parameter's ``sample_gradients``, ``[n, rows, ...]``, in blocks of rows of at most 64 MB, or one row; with the
+        index by which each is a part of the parameter.
+        """
+        p = self.params[name]
+        if not p.ndim:
+            yield ..., self.sample_gradients(name)
+            return
+        rows = max(1, _BLOCK_BYTES // max(1, 4 * self.samples * p[:1].numel()))
+        for start in range(0, len(p), rows):
+            block = slice(start, start + rows)
+            yield block, self.sample_gradients(name, block)
+
+    @property
+    def samples(self) -> int:
+        return sum(Asked(r.batch_size, r.packing).samples for r in self.recordings)
 
     def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
         """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
@@ -72,7 +93,7 @@ class Step:
         """The part of the parameters that whole passes score; None where there are none, or the model has no forward mode."""
         if not P:
             return None
-        found = score_passes(self.passes, self.recordings, self.params, P, per_token)
+        found = score_passes(self.passes, self.recordings, self.params, P, per_token, self.world)
         if self.coverage is not None:
             self.coverage.tell_of_passes(self.whole, self.grads, found is not None)
         if found is None:
@@ -130,15 +151,19 @@ def score_passes(
     params: Mapping[str, Tensor],
     P: Directions,
     per_token: bool = False,
+    world: World | None = None,
 ) -> Tensor | None:
-    """``[n, K]``, or ``[n, T, K]``: by the whole passes of all recordings; None where the model has no forward mode."""
+    """``[n, K]``, or ``[n, T, K]``: by the whole passes of all recordings; None where the model has no forward mode, in any
+    process.
+    """
     params, found = {name: params[name] for name in P}, []
     for recording, whole in zip(recordings, passes, strict=True):
         scores = whole.scores(params, P, recording.packing, per_token)
         if scores is None:
-            return None
+            break
         found.append(scores)
-    return torch.cat(found)
+    complete = (world or World()).everywhere(len(found) == len(passes))
+    return torch.cat(found) if complete else None
 
 
 def join(world: World, scores: Tensor, val_loss: Tensor) -> Tensor:
@@ -194,7 +219,8 @@ def gather_step(
         step.passes = [whole for whole in passes if whole is not None]
         usable = coverage.forward_mode and len(step.passes) == len(recordings)
         usable = usable and all(whole.by_sample(r.batch_size, r.packing) for r, whole in zip(recordings, step.passes, strict=True))
-        step.whole, step.missing = report_coverage(grads, recordings, coverage, outside, usable, world)
+        reached = {name for name, p in params.items() if any(whole.reaches(p) for whole in step.passes)} if usable else None
+        step.whole, step.missing = report_coverage(grads, recordings, coverage, outside, reached, world)
     return step
 
 
@@ -203,12 +229,13 @@ def report_coverage(
     recordings: Sequence[Recording],
     coverage: Coverage,
     outside: Sequence[Tensor] = (),
-    by_passes: bool = False,
+    reached: Collection[str] | None = None,
     world: World | None = None,
 ) -> tuple[list[str], list[str]]:
     """Tells ``coverage`` which gradients no recorded call explains: the names of those that whole passes do, and of the others.
 
-    ``outside``: trained parameters that are not the model's; ``by_passes``: whether there are such passes.
+    ``outside``: trained parameters that are not the model's; ``reached``: those that whole
+    passes have a part in, None where there are no such passes.
     """
     world, known = world or World(), list(grads)
     covered = world.union({name for r in recordings for name in r.touched()}, known)
@@ -222,8 +249,10 @@ def report_coverage(
     total = sum(x.numel() for x in (*grads.values(), *outside))
     # what was contracted as it came is in the scores already, in part
     contracted = {name for r in recordings if not r.calls for name in r.touched()}
-    if missing and by_passes and contracted.isdisjoint(missing):
-        whole, missing = missing, []
+    if missing and world.everywhere(reached is not None and contracted.isdisjoint(missing)):
+        by_passes = world.union(set(reached or ()), known)
+        whole = [name for name in missing if name in by_passes]
+        missing = [name for name in missing if name not in by_passes]
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
     return whole, missing

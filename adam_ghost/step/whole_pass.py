@@ -5,7 +5,7 @@ outputs does: right wherever samples stay apart in the loss, whatever becomes of
 passes for each validation target, however few the parameters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,13 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from adam_ghost.capture.calls import rng_state
+from adam_ghost.capture.declared import custom_function
 from adam_ghost.capture.rows import Packing
 from adam_ghost.capture.surroundings import Surroundings, custom_modules
+from adam_ghost.processes.world import World
 from adam_ghost.scores.anything import forward_mode
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.shapes import add, samples_of, sum_samples
+
+
+def may_pass(fallback: bool | None, world: World) -> bool:
+    """What ``fallback`` says of parameters that layer calls lose: whether whole passes score them; None: where they can.
+
+    Raises ValueError where they are asked for and cannot.
+    """
+    if fallback and world.sharded:
+        raise ValueError(
+            "fallback=True needs the model's whole weights for a forward-mode pass, which fully_shard keeps in parts: parameters"
+            " that layer calls lose are left out there, and named; leave it out or use fallback=False"
+        )
+    return not world.sharded if fallback is None else fallback
 
 
 class WholePass:
@@ -33,6 +49,7 @@ class WholePass:
         kind = self.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.outputs: list[Tensor] = []
+        self._leaves: set[Tensor] | None = set()  # that the outputs were made of; None: a checkpoint hides some
         self.grads: dict[int, Tensor] = {}
         # a model that returns its loss has its samples apart at its output embeddings
         self.head: Any = getattr(model, "get_output_embeddings", lambda: None)()
@@ -52,6 +69,7 @@ class WholePass:
         if self._handle is not None:
             self._handle.remove()
         self.outputs = _tensors(output)
+        self._leaves = _leaves_of(self.outputs)
         for i, x in enumerate(self.outputs):
             if x.requires_grad:
                 x.register_hook(lambda grad, i=i: self._receive(i, grad.detach()))
@@ -60,6 +78,10 @@ class WholePass:
     def _receive(self, i: int, grad: Tensor) -> None:
         if not torch.is_grad_enabled():  # not a pass for higher derivatives
             self.grads[i] = self.grads[i] + grad if i in self.grads else grad
+
+    def reaches(self, p: Tensor) -> bool:
+        """Whether the outputs were made of a parameter, so that this pass has a part in its gradient."""
+        return self._leaves is None or p in self._leaves
 
     @contextmanager
     def _as_then(self) -> Iterator[None]:
@@ -76,10 +98,16 @@ class WholePass:
             yield
 
     def by_sample(self, n: int, packing: Packing | None) -> bool:
-        """Whether the gradients at the outputs have the batch of ``n`` rows along dimension 0, and tokens after it where needed."""
-        least = 1 if packing is None else 2
+        """Whether the gradients at the outputs have the batch of ``n`` rows along dimension 0.
+
+        Where the rows hold several samples, with tokens along dimension 1, and no other dimension of that size.
+        """
         found = self._at_rows()
-        return bool(found) and all(g.ndim >= least and len(g) == n for g in found.values())
+        apart = bool(found) and all(g.ndim and len(g) == n for g in found.values())
+        if packing is None or n == 0:
+            return apart
+        tokens = packing.tokens // n
+        return apart and all(g.ndim > 1 and g.shape[1] == tokens and tokens not in g.shape[2:] for g in found.values())
 
     def _at_rows(self) -> dict[int, Tensor]:
         """The gradients at the outputs, or at the head's output (its key is -1) where an output is the loss itself."""
@@ -157,3 +185,19 @@ def _by_row(change: Tensor, grad: Tensor, by_token: bool) -> Tensor:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _leaves_of(outputs: Sequence[Tensor]) -> set[Tensor] | None:
+    """The tensors in which the graph of ``outputs`` ends; None where a reentrant checkpoint keeps its part of it to itself."""
+    found, leaves, visited = [x.grad_fn for x in outputs], set(), set()
+    while found:
+        node = found.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if custom_function(node) is CheckpointFunction:
+            return None
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(leaf)
+        found += [parent for parent, _ in node.next_functions]
+    return leaves

@@ -10,6 +10,7 @@ from sklearn.preprocessing import PolynomialFeatures
 from torch import Tensor
 
 import adam_ghost as ag
+from adam_ghost import use
 from bench.evidence import scoring
 from bench.evidence.tasks import TASKS, Task
 
@@ -19,7 +20,7 @@ COMPARED = ("one step, SGD rule", scoring.STANDARDISED, scoring.SUMMED_LOSS, "EK
 RANDOM, EVERYTHING = "random", "everything"
 
 
-def _outcome(task: Task, batches: list[list[Tensor]]) -> list[dict[str, float]]:
+def outcome(task: Task, batches: list[list[Tensor]]) -> list[dict[str, float]]:
     """Loss and accuracy on the test samples after training on each of ``M`` lists of batches, as many steps as the task's."""
     single = task.single()
     states = single.train(
@@ -40,7 +41,7 @@ def measure_kept(task: str, seed: int) -> dict[str, Any]:
         order = scores.argsort(descending=True)
         for share in KEPT:
             chosen[name, share] = torch.zeros(len(t.bad), dtype=torch.bool).index_fill(0, order[: round(share * len(order))], True)
-    found = _outcome(t, [t.choosing(keep, seed) for keep in chosen.values()])
+    found = outcome(t, [t.choosing(keep, seed) for keep in chosen.values()])
     return {"rows": [{"way": name, "kept": share} | x for (name, share), x in zip(chosen, found, strict=True)]}
 
 
@@ -82,7 +83,7 @@ def measure_domains(seed: int) -> dict[str, Any]:
         better = torch.stack([scored[name][index].mean() for index in of_domain]) - scored[name].mean()
         shares[name] = (better.clamp(min=0) / better.clamp(min=0).sum()).float()
     shares = {name: (x.clamp(min=LEAST) / x.clamp(min=LEAST).sum()) for name, x in shares.items()}
-    found = _outcome(t, [drawn(x, len(t.batches), 0) for x in shares.values()])
+    found = outcome(t, [drawn(x, len(t.batches), 0) for x in shares.values()])
     return {"rows": [{"way": n, "shares": x.tolist()} | o for (n, x), o in zip(shares.items(), found, strict=True)]}
 
 
@@ -93,54 +94,60 @@ def _stacked(batches: list[list[Tensor]]) -> Callable[[int], Tensor]:
 CANDIDATES = 2  # times what a step takes
 
 
-def measure_steps(task: str, seed: int) -> dict[str, Any]:
-    """Half of each step's candidates, chosen before the optimizer moves; ``without redundancy`` takes what the chosen already do
-    off a candidate's score, by the Gram under the optimizer's preconditioner (greedily, after GREATS)."""
-    t = TASKS[task](seed, RATES[task])
+def measure_steps(t: Task, seed: int) -> dict[str, Any]:
+    """Half of each step's candidates, chosen before the optimizer moves, by ``adam_ghost.use``."""
     size = len(t.batches[0])
     generator = torch.Generator().manual_seed(seed)
     pools = [torch.randperm(len(t.bad), generator=generator)[: CANDIDATES * size] for _ in t.batches]
     rows = []
     for name, choose in STEP_WAYS.items():
-        task_ = scoring.copied(t)
-        optimizer, cache = task_.optimizer(), ag.LayerCache(task_.model, task_.val_loss)
+        task = scoring.copied(t)
+        optimizer, cache = task.optimizer(), ag.LayerCache(task.model, task.val_loss)
         for pool in pools:
             batch = t.take(pool)
             with cache:
-                losses = task_.losses(task_.model(batch[0]), *batch[1:])
+                losses = task.losses(task.model(batch[0]), *batch[1:])
                 losses.mean().backward()
-            kept = choose(cache, optimizer, losses.detach(), size, generator)
-            optimizer.zero_grad()
-            task_.losses(task_.model(batch[0][kept]), *(x[kept] for x in batch[1:])).mean().backward()
+            choose(cache, optimizer, losses.detach(), size, generator)
             optimizer.step()
             optimizer.zero_grad()
-        with torch.no_grad():
-            out = task_.model(t.test[0])
-            loss, right = task_.losses(out, *t.test[1:]).mean(), (out.argmax(-1) == t.test[1]).double().mean()
-        rows.append({"way": name, "loss": float(loss), "accuracy": float(right)})
+        rows.append({"way": name} | tested(task))
     return {"rows": rows}
 
 
-def _greedy(cache: Any, optimizer: Any, losses: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """The validation samples' gradients are among the Gram's: what two candidates share they count once."""
-    scores = ag.attribute(cache, optimizer)
-    products = ag.gram(cache, optimizer)  # what i's share of the step takes off j's share of the batch's loss
-    kept, left = [], scores.clone()
-    for _ in range(size):
-        best = int(left.argmax())
-        kept.append(best)
-        left = left - products[best] * scores[best].sign()
-        left[kept] = -torch.inf
-    return torch.tensor(kept)
+def measure_steps_of(task: str, seed: int) -> dict[str, Any]:
+    return measure_steps(TASKS[task](seed, RATES[task]), seed)
 
 
-STEP_WAYS: dict[str, Callable[..., Tensor]] = {
-    RANDOM: lambda cache, optimizer, losses, size, generator: torch.randperm(len(losses), generator=generator)[:size],
-    "highest loss": lambda cache, optimizer, losses, size, generator: losses.topk(size).indices,
-    "lowest loss": lambda cache, optimizer, losses, size, generator: (-losses).topk(size).indices,
-    "SGD rule": lambda cache, optimizer, losses, size, generator: (
-        ag.attribute(cache, optimizer, rule="sgd", at="current").topk(size).indices
-    ),
-    "midpoint": lambda cache, optimizer, losses, size, generator: ag.attribute(cache, optimizer).topk(size).indices,
-    "midpoint, without redundancy": _greedy,
+def tested(task: Task) -> dict[str, float]:
+    """Loss and accuracy of the task's own model on the test samples."""
+    with torch.no_grad():
+        out = task.model(task.test[0])
+        loss, right = task.losses(out, *task.test[1:]).mean(), (out.argmax(-1) == task.test[1]).double().mean()
+    return {"loss": float(loss), "accuracy": float(right)}
+
+
+def _only(rank: Callable[..., Tensor]) -> Callable[..., None]:
+    """Has the step taken by the samples that ``rank`` gives the highest numbers."""
+
+    def choose(cache: Any, optimizer: Any, losses: Tensor, size: int, generator: torch.Generator) -> None:
+        best = rank(cache, optimizer, losses, generator).topk(size).indices
+        weights = torch.zeros_like(losses).index_fill(0, best, len(losses) / size)
+        use.reweigh(cache, optimizer, weights)
+
+    return choose
+
+
+def _select(**options: Any) -> Callable[..., Any]:
+    return lambda cache, optimizer, losses, size, generator: use.select(cache, optimizer, **options)
+
+
+STEP_WAYS: dict[str, Callable[..., Any]] = {
+    RANDOM: _only(lambda cache, optimizer, losses, generator: torch.rand(len(losses), generator=generator)),
+    "highest loss": _only(lambda cache, optimizer, losses, generator: losses),
+    "lowest loss": _only(lambda cache, optimizer, losses, generator: -losses),
+    "SGD rule": _only(lambda cache, optimizer, losses, generator: ag.attribute(cache, optimizer, rule="sgd", at="current")),
+    "scores alone": _select(fraction=1 / CANDIDATES, redundancy=False),
+    "scores and redundancy": _select(fraction=1 / CANDIDATES),
+    "weighed by scores": _select(fraction=None),
 }

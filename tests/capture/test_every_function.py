@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adam_ghost.capture import rules
-from adam_ghost.capture.batch import Batch
+from adam_ghost.capture.batch import Batch, Blocks
 from adam_ghost.capture.names import functions
 from adam_ghost.capture.pointwise import FACTORIES, POINTWISE, POINTWISE_IF_TWO
 from adam_ghost.capture.rows import JOINS, MOVES, WRITES, Rows
@@ -34,7 +34,7 @@ def test_what_is_in_no_table_loses_the_batch(axis):
         batch = Batch()
         batch.n = n
         x = torch.ones(n, n, n, requires_grad=True)
-        batch.tag(x, (axis, 1))
+        batch.tag(x, Blocks(axis, 1))
         for args in [(x,), (x, x), (x, 0), (x, 1)]:
             assert batch.infer(f, args, {}, [x], x * 1) is None, f
 
@@ -178,7 +178,7 @@ def verify(f, args, wrong, refused):
             batch = Batch()
             batch.n = n
             for i in carriers:
-                batch.tag(flat(mine)[i], permuted(axis, found[i].ndim) if by_index else (axis, 1))
+                batch.tag(flat(mine)[i], permuted(axis, found[i].ndim) if by_index else Blocks(axis, 1))
             try:
                 out = results(f, mine)
             except Exception:

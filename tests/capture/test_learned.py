@@ -179,6 +179,82 @@ def test_an_order_that_values_decide_is_not_learned(order):
         torch.testing.assert_close(score, want)
 
 
+def less_the_mean_of_a_quarter(h):
+    quarters = h.view(4, len(h) // 4, -1)
+    return (quarters - quarters.mean(1, keepdim=True) / 2).view_as(h)
+
+
+def with_the_mean_of_eight_tokens(h):
+    blocks = torch.reshape(input=h, shape=(-1, 8, D))
+    return (blocks + blocks.mean(1, keepdim=True)).view_as(h)
+
+
+@pytest.mark.parametrize(
+    ("mix", "apart", "mixed"),
+    [(less_the_mean_of_a_quarter, (4, D), (8, D)), (with_the_mean_of_eight_tokens, (6, 8, D), (6, 4, D))],
+)
+def test_sizes_by_which_a_reshape_mixes_samples_are_noticed(mix, apart, mixed):
+    """More samples than in the steps that were followed, or fewer tokens: the same functions, the same graph."""
+    model = Fn(lambda s, x: s.b(mix(s.a(x).tanh())), a=nn.Linear(D, D), b=nn.Linear(D, 2))
+    cache = ag.LayerCache(model)
+    for shape, deviates in ((apart, False),) * 4 + ((mixed, True), (mixed, False)):
+        with cache:
+            model(torch.randn(shape)).square().sum().backward()
+        assert ("samples were reshaped into each other" in cache.recorded.deviation) == deviates
+    assert cache.recorded.covered() == {"a.weight", "a.bias"} and "b.weight" in cache.recorded.unattributed
+
+
+class Output:
+    """Of a model whose output is no tensor, and no container of torch's."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+
+def wrapped(model, h):
+    return Output(model.last(h))
+
+
+def left_aside(model, h):
+    model.aside = Output(model.last(h))
+    return h.detach()
+
+
+@pytest.mark.parametrize("way", [wrapped, left_aside])
+def test_what_no_graph_shows_is_not_learned(way):
+    torch.manual_seed(0)
+    model = Fickle().double()
+    model.forward = lambda x: way(model, model.block(x).flip(0) if model.mood == "flips samples" else model.block(x))
+    cache = ag.LayerCache(model)
+    for model.mood in ("plain",) * 4 + ("flips samples",):
+        model.zero_grad()
+        x = torch.randn(4, D, dtype=torch.float64)
+        with cache:
+            found = model(x)
+            rows = (found if way is wrapped else model.aside).rows
+            rows.square().sum().backward()
+    assert not cache.recorded.deviation
+    used = {k: p for k, p in model.named_parameters() if p.grad is not None}
+    P = {k: torch.randn(1, *p.shape, dtype=p.dtype) for k, p in used.items()}
+    for score, row in zip(score_recordings([cache.recorded], P)[:, 0], x, strict=True):
+        alone = torch.autograd.grad(model.last(model.block(row[None])).square().sum(), list(used.values()))
+        torch.testing.assert_close(score, sum((P[k][0] * g).sum() for k, g in zip(P, alone, strict=True)))
+
+
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
+def test_a_batch_of_nothing_takes_no_route(schedule):
+    model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with ag.InRun(model, optimizer, lambda: model(torch.ones(2, D)).sum(), schedule, strict=True) as run:
+        for sizes in ((4,),) * 14 + ((4, 0), (0, 4), (4,)):
+            optimizer.zero_grad()
+            for n in sizes:
+                run.batch(range(n))
+                model(torch.randn(n, D)).square().sum().backward()
+            optimizer.step()
+    assert [s.samples for s in run.steps] == [4] * 17
+
+
 def test_a_part_that_is_given_the_samples_in_another_order_is_noticed():
     sorting = Fn(lambda s, h, x: h[x[:, 0].argsort()])
     model = Ordered(lambda h, x, block: block(sorting(h, x)))

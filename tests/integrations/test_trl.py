@@ -197,6 +197,11 @@ def pairs_collated(samples):
     return {"input_ids": x, "attention_mask": (x != PAD).long(), "labels": labels.masked_fill(x == PAD, -100)}
 
 
+def own_columns(options):
+    """Arguments of a Trainer that lets its collator have all columns, as TRL's do."""
+    return transformers.TrainingArguments(**options, remove_unused_columns=False)
+
+
 def in_rows(texts, size, by_token=True):
     """Rows of several texts, with an id to each token."""
     rows = []
@@ -220,7 +225,7 @@ def test_collators_like_trls(tmp_path, way, schedule, compact):
         "packed": (in_rows(TEXTS, 3), one_row),
         "pairs": (PAIRS, pairs_collated),
     }[way]
-    args = transformers.TrainingArguments(**options_of(tmp_path, 2 if way == "packed" else 4, schedule))
+    args = own_columns(options_of(tmp_path, 2 if way == "packed" else 4, schedule))
     trainer = StandIn(model, args, train_dataset=samples, data_collator=collate)
     trainer.reference = copy.deepcopy(before) if way == "pairs" else None
     run, seen = train(trainer, schedule=schedule)
@@ -230,7 +235,7 @@ def test_collators_like_trls(tmp_path, way, schedule, compact):
 
 def test_a_collator_that_puts_samples_elsewhere_is_noticed(tmp_path):
     backwards = lambda samples: one_row(samples[::-1])  # noqa: E731
-    args = transformers.TrainingArguments(**options_of(tmp_path, 4))
+    args = own_columns(options_of(tmp_path, 4))
     model = language_model(kind=type("Headed", (Headed,), {"compact": False}))
     trainer = StandIn(model, args, train_dataset=in_rows(TEXTS, 1, by_token=False), data_collator=backwards)
     with pytest.raises(ValueError, match=r"did not put the tokens of sample \d+ one after another at 0"):

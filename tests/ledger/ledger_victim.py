@@ -25,11 +25,11 @@ def train(folder, steps, made=None):
     folder = Path(folder)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    x = torch.randn(SAMPLES, 4)
-    y = x.sum(1, keepdim=True).sin()
+    x = torch.randn(SAMPLES, 3, 4)  # of three tokens each
+    y = x.sum(-1, keepdim=True).sin()
     saved = folder / "checkpoint.pt"
     writer = ag.LedgerWriter(folder / "ledger", flush_seconds=0.03, restart=not saved.exists())
-    run = ag.InRun(model, optimizer, lambda: (model(x[:8]) - y[:8]).square().mean(), ledger=writer)
+    run = ag.InRun(model, optimizer, lambda: (model(x[:8]) - y[:8]).square().mean(), ledger=writer, tokens=2)
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         model.load_state_dict(state["model"])

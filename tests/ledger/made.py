@@ -8,7 +8,7 @@ from adam_ghost.ledger.writer import LedgerWriter
 BATCH = 4
 
 
-def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r=None, alone=None, seed=0):
+def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r=None, alone=None, seed=0, tokens=False):
     random = np.random.default_rng((seed, number))
     scores = random.normal(0, 1, (BATCH, targets))
     total = scores.sum(0)
@@ -19,6 +19,9 @@ def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r
     )
     size = np.maximum(np.abs(total), np.sqrt(np.square(scores).sum(0)))
     found.record.total = (total + gap * size).tolist()
+    if tokens:  # three of each sample, which add up to its score
+        found.tokens = [(i, np.outer([0.5, 0.25, 0.25], s).astype(np.float32)) for i, s in zip(found.ids, scores, strict=True)]
+        found.record.tokens = BATCH
     if r is not None:
         found.record.audit = Audit(r, 0.1, total.tolist(), alone)
     return found

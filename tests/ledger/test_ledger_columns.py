@@ -44,3 +44,27 @@ def test_a_new_field_is_a_new_column():
     assert new == (("temperature", float, True), ("flatness", PerTarget, False))
     record = Longer(1, 2, [0.1], [1.0, 2.0], True, [1.0, 2.0], [1.0, 2.0], [0.0, 0.0], 1.0, False, 0.1, temperature=3.0)
     assert books.rows(record)[1]["step"] == 1
+
+
+def test_tokens_are_a_table_of_their_own(tmp_path):
+    steps = made.write(tmp_path / "ledger", targets=2, tokens=True)
+    made.write(tmp_path / "plain")
+    with ag.open_ledger(tmp_path / "ledger") as ledger, ag.open_ledger(tmp_path / "plain") as plain:
+        for target in (0, 1):
+            expected = sorted((i, s.record.step, x[:, target].tolist()) for s in steps for i, x in s.tokens)
+            assert sorted(tuple(row.values()) for row in ledger.tokens(target=target).to_pylist()) == expected
+        one = steps[3].ids[0]
+        assert set(ledger.tokens([one])["sample"].to_pylist()) == {one} and ledger.tokens([10**6]).num_rows == 0
+        assert plain.tokens().num_rows == 0
+        with pytest.raises(ValueError, match="target must be one of 0, 1, got 2"):
+            ledger.tokens(target=2)
+
+
+def test_what_tokens_say_is_described(tmp_path):
+    made.write(tmp_path / "ledger")
+    ag.describe_samples(tmp_path / "ledger", lambda i: {"tokens": ["a", f" {i}"]} if i % 2 else None)
+    with ag.open_ledger(tmp_path / "ledger") as ledger:
+        told = ledger.described([1, 2, 3])
+        assert {i: row["tokens"] for i, row in told.items()} == {1: ["a", " 1"], 2: None, 3: ["a", " 3"]}
+    with pytest.raises(TypeError, match="must return tokens as a list of strings, got str"):
+        ag.describe_samples(tmp_path / "ledger", lambda i: {"tokens": "text"})

@@ -21,7 +21,7 @@ PART = "r0-00000002.parquet"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "ledger"
-    made.write(folder, r=0.99)
+    made.write(folder, r=0.99, tokens=True)
     return folder
 
 
@@ -52,7 +52,7 @@ def copy(folder, table):
 
 
 def foreign(folder, table):
-    made.write(folder.parent / "other", seed=1)
+    made.write(folder.parent / "other", seed=1, tokens=True)
     shutil.copy(folder.parent / "other" / table / PART, folder / table / PART)
 
 
@@ -60,7 +60,7 @@ def stray(folder, table):
     shutil.copy(folder / table / PART, folder / table / "mine.parquet")
 
 
-@pytest.mark.parametrize("table", ["scores", "steps"])
+@pytest.mark.parametrize("table", ["scores", "steps", "tokens"])
 @pytest.mark.parametrize("harm", [delete, flip, cut, copy, foreign, stray])
 def test_named_by_every_reader(ledger, harm, table):
     reader = ag.open_ledger(ledger)

@@ -31,7 +31,6 @@ def test_folders(tmp_path, name):
         assert {r["sample"]: r["value"] for r in found} == pytest.approx(made.totals(steps))
         assert ledger.steps()["step"].to_pylist() == list(range(1, 16))
         assert ledger.scores()["step"].to_pylist() == [s for s in range(1, 16) for _ in range(made.BATCH)]
-        pytest.importorskip("plotly")
         write_report(ledger, tmp_path / name / "report.html")
     ag.describe_samples(tmp_path / name, lambda i: {"group": "all"})
     for command in ("top", "groups", "audit", "export"):
@@ -150,7 +149,6 @@ def test_links_are_not_followed(tmp_path):
     for name, write in (("report.html", write_report), ("scores.csv", None)):
         os.symlink(precious, folder / name)
         if write is not None:
-            pytest.importorskip("plotly")
             with pytest.raises(ValueError, match="symbolic link"):
                 write(folder, folder / name)
         command = ["report", str(folder)] if write else ["export", str(folder), "--csv", str(folder / name)]

@@ -33,6 +33,11 @@ def rows(folder):
     with ag.open_ledger(folder) as ledger:
         scores = ledger.sql("SELECT step, sample, score FROM scores ORDER BY step").to_pylist()
         booked = ledger.sql("SELECT step FROM steps ORDER BY step")["step"].to_pylist()
+        tokens = [(row["step"], row["sample"], sum(row["scores"])) for row in ledger.tokens().to_pylist()]
+    known = [row for row in scores if row["step"] % 2 and row["step"] in booked]  # the first, the third, ...
+    by_tokens = sorted(row for row in tokens if row[0] in booked)
+    for row, (*where, total) in zip(sorted((r["step"], r["sample"], r["score"]) for r in known), by_tokens, strict=True):
+        assert [*row[:2]] == where and abs(total - row[2]) <= 1e-6 * abs(row[2]) + 1e-9
     by_step = {}
     for row in scores:
         by_step.setdefault(row["step"], []).append((row["sample"], row["score"]))

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -24,24 +26,50 @@ UNEVEN = ((4, 2), (1, 5))
 WITH_NONE = ((4, 2), (5, 0))
 
 
-class Net(nn.Module):
-    """Every kind of layer, the embedding tied to the head; ``extra`` serves only texts that begin with an odd token."""
+class Hidden(torch.autograd.Function):
+    """Of unknown doings, with a forward mode."""
 
-    def __init__(self, extra: bool = False):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent * 2
+
+
+class Net(nn.Module):
+    """Every kind of layer, the embedding tied to the head; ``extra`` serves only texts that begin with an odd token.
+
+    ``hidden``: after the block comes a function of unknown doings, from which on layer calls are lost, and a head of its own.
+    """
+
+    def __init__(self, extra: bool = False, hidden: bool = False):
         super().__init__()
         torch.manual_seed(1)
         self.tokens = nn.Embedding(VOCABULARY, 6)
         self.block = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 6))
         self.shift = nn.Parameter(torch.zeros(6))
         self.extra = nn.Linear(6, 6) if extra else None
+        self.head = nn.Linear(6, VOCABULARY) if hidden else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.tokens(x)  # [n, T, 6]
-        h = h + self.block(h) + self.shift
+        h = h + self.block(h)
+        h = (h if self.head is None else Hidden.apply(h)) + self.shift
         odd = x[:, :1, None] % 2  # [n, 1, 1]
         if self.extra is not None and bool(odd.any()):
             h = h + odd * torch.tanh(self.extra(h))
-        return F.linear(h.mean(1), self.tokens.weight)  # [n, VOCABULARY]
+        h = h.mean(1)
+        return F.linear(h, self.tokens.weight) if self.head is None else self.head(h)  # [n, VOCABULARY]
 
 
 def batch(step: int, n: int) -> tuple[Tensor, Tensor]:
@@ -105,6 +133,7 @@ def train(
     clip: float | None = None,
     split: bool = False,
     extra: bool = False,
+    hidden: bool = False,
     warm: bool = False,
     wrapper: dict | None = None,
     inner: bool = False,
@@ -120,10 +149,11 @@ def train(
 
     A step's loss is the mean over the processes of their samples' mean losses. ``evaluated``: passes without gradients come between
     the steps. ``summed``: gradients are added up over shards, not averaged, as torchtitan does. Training goes on from the
-    ``checkpoint`` where there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed.
+    ``checkpoint`` where there is one, or leaves one there after its sixth step. ``end``: the run is closed, or process 1 is killed
+    in the last step, between its passes and the optimizer's step.
     """
     several = spread != "one"
-    plain = Net(extra).to(dtype)
+    plain = Net(extra, hidden).to(dtype)
     model = spread_out(plain, spread, **(wrapper or {}))
     if summed and several:
         for part in (plain.block, model):
@@ -160,7 +190,8 @@ def train(
         run = ag.InRun(shown, optimizer, val_loss, schedule, val_split=split_here, **options)
     begin = 0
     if checkpoint is not None and Path(checkpoint).exists():
-        begin = load(checkpoint, plain, optimizer, run)
+        load(checkpoint, plain, optimizer, run)
+        begin = run.step
     for t in range(begin, steps):
         for k in range(micro):
             number = micro * t + k
@@ -178,15 +209,15 @@ def train(
                 model.set_requires_gradient_sync(not wait)
             with model.no_sync() if wait and spread == "ddp" else contextlib.nullcontext():
                 train_loss(given).backward()
+        if end == "kill" and t == steps - 1 and distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         evaluate()
         if checkpoint is not None and t == 5:
-            save(checkpoint, plain, optimizer, run, t + 1)
-    if end == "kill" and distributed.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+            save(checkpoint, plain, optimizer, run)
     found: dict[str, Any] = {"weights": [whole(p).clone().numpy() for p in plain.parameters()]}
     if run is not None:
         run.close()
@@ -194,7 +225,7 @@ def train(
         found |= {"scores": dict(zip(sums.ids, sums.total.tolist(), strict=True))}
         found |= {"standardized": dict(zip(sums.ids, sums.standardized.tolist(), strict=True))}
         found |= {"sums": [s.score_sum for s in run.steps], "totals": [s.total for s in run.steps]}
-        found |= {"val_loss": [s.val_loss for s in run.steps]}
+        found |= {"val_loss": [s.val_loss for s in run.steps], "by_passes": [s.by_passes for s in run.steps]}
     return found
 
 
@@ -202,16 +233,24 @@ def whole(p: Tensor) -> Tensor:
     return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
 
 
-def save(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any, step: int) -> None:
-    """By the first process, of all."""
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run.state_dict(), "step": step}
+def save(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any) -> None:
+    """By the first process, of all; or, of a sharded model, by each its shards."""
+    if isinstance(model, FSDPModule):
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments, "run": run}, checkpoint_id=path)
+        return
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run.state_dict()}
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         torch.save(state, path)
 
 
-def load(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any) -> int:
+def load(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, run: Any) -> None:
+    if Path(path).is_dir():
+        weights, moments = get_state_dict(model, optimizer)  # which steps an optimizer that has no state, to give it one
+        dcp.load({"model": weights, "optimizer": moments, "run": run}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        return
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     run.load_state_dict(state["run"])
-    return state["step"]

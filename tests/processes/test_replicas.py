@@ -1,9 +1,10 @@
 """DistributedDataParallel: scores of one process with the whole batch; weights of plain DistributedDataParallel."""
 
+import numpy as np
 import pytest
 import torch
 from compared import check_thin_layer, check_training, distance, joined
-from faults import averaging_hook, failing, random_validation, refused
+from faults import averaging_hook, by_torchs_products, failing, random_validation, refused
 from loops import UNEVEN, WITH_NONE, train
 
 # trainings end where they end, seldom with a window
@@ -34,6 +35,28 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_scores_are_those_of_one_process(name, pair):
     check_training(pair, "ddp", CASES[name])
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+def test_lookahead_differs_from_training_by_linear_layers_products_alone(spread, pair):
+    for found, plain in pair.run(by_torchs_products, spread):
+        assert all(np.array_equal(w, x) for w, x in zip(found, plain, strict=True))
+
+
+LOST = {
+    "midpoint": {"schedule": "midpoint", "sizes": UNEVEN, "micro": 2, "clip": 0.05},
+    "lookahead": {"schedule": "lookahead", "sizes": WITH_NONE},
+    "window": {"schedule": "window", "sizes": UNEVEN, "micro": 2, "steps": 6},
+}
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. lost by the layer calls")
+@pytest.mark.parametrize("name", LOST)
+def test_what_layer_calls_lose_is_scored_by_passes_of_the_model(name, pair):
+    case = LOST[name] | {"hidden": True}
+    check_training(pair, "ddp", case)
+    for mine in pair.run(train, "ddp", **case):
+        assert 0 < min(mine["by_passes"]) <= max(mine["by_passes"]) < 1
 
 
 @pytest.mark.parametrize("spread", ["ddp", "fsdp"])
@@ -81,6 +104,15 @@ def test_lookahead_is_announced_in_all_processes_or_in_none(where, said, spread,
     healthy, sick = pair.run(failing, where, "lookahead", spread)
     assert said in healthy and healthy.endswith(" 2") and sick.endswith(" 2")
     assert sick.startswith("TypeError" if where == "ids" else "PeerFailed")
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead", "window"])
+def test_a_step_is_skipped_in_all_processes_or_in_none(schedule, spread, pair):
+    """What one that skipped a step does next would meet the step of another."""
+    for said in pair.run(failing, "one skips", schedule, spread):
+        assert said.startswith("PeerFailed") and "process 1 is at a step that is skipped" in said and said.endswith(" 2")
+    assert pair.run(failing, "all skip", schedule, spread) == ["nothing 2"] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-pytest.importorskip("plotly")
 pytest.importorskip("duckdb")
 import adam_ghost as ag
 from adam_ghost.ledger.books import Arrived, StepRecord
@@ -71,16 +70,18 @@ def test_windows_have_a_sentence_and_no_chart(tmp_path):
         StepRecord(i, 2, [1e-3], [2.0], True, [0.75], [0.75], nan, 1.0, False, 0.01, window=i - i % 4, horizon=4 - i % 4)
         for i in range(12)
     ]
-    page = write(tmp_path, records)
-    assert "completeness" not in data_of(page)["charts"] and 'id="completeness"' not in page
-    assert "the validation loss as far as its step&#x27;s window looks, 1 to 4 steps on" in page
+    (target,) = data_of(write(tmp_path, records))["targets"]
+    assert "balance" not in target["charts"] and target["explained"] is None
+    assert "the validation loss as far as its step's window looks, 1 to 4 steps on" in target["balance"]
 
 
 def test_the_page_draws_what_the_words_say(tmp_path):
     records = [
         StepRecord(i, 2, [1e-3], [9.0 - i], True, [0.75], [0.75], [0.25], 1.0, False, 0.01, val_loss_at=0.5) for i in range(1, 9)
     ]
-    page = write(tmp_path, records)
-    own, both, drop = (line["y"] for line in data_of(page)["charts"]["completeness"]["data"])
+    (target,) = data_of(write(tmp_path, records))["targets"]
+    own, both, drop = (line["y"] for line in target["charts"]["balance"]["series"])
     np.testing.assert_allclose(both, drop)
-    assert own[-1] == pytest.approx(0.75 * 7) and "took off 5.25 (75%); 1.75 (25%) came through momentum" in page
+    assert own[-1] == pytest.approx(0.75 * 7) and "took off 5.25 (75%); 1.75 (25%) came through momentum" in target["balance"]
+    assert target["explained"] == {"drop": 7, "own": 5.25, "history": 1.75, "rest": 0}
+    assert "the samples' own steps explain 75% of its drop of 7." in target["headline"]["sentence"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.nn import functional as F
 
 import adam_ghost as ag
@@ -162,3 +163,26 @@ def test_a_hook_that_clips_before():
         loss_of(model, 0).backward()
         optimizer.step()
     assert len(run.steps) == 1
+
+
+@SCHEDULES
+def test_a_step_that_only_makes_the_optimizers_state(schedule):
+    """As torch.distributed.checkpoint takes, to load the state into an optimizer that has none."""
+    model, optimizer, run = build(schedule)
+    get_state_dict(model, optimizer)
+    assert optimizer.state and run.step == 0
+    run.batch(["a", "b", "c", "d"])
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert run.step == 1 and set(run.scores().ids) == {"a", "b", "c", "d"}
+    run.close()
+
+
+def test_a_first_step_of_a_warm_up_is_one_of_training():
+    """With a learning rate of zero; it differs from the checkpoint's by its gradients."""
+    model, optimizer, run = build()
+    optimizer.param_groups[0]["lr"] = 0.0
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="without a recorded forward pass"):
+        optimizer.step()
+    run.close()
