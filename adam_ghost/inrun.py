@@ -506,7 +506,7 @@ class InRun:
         entry = Entry(ids, self._record(len(ids), refreshed=loop.refreshes), told)
         found = self._schedule.score(step, micro, edited, entry, void)
         for each in self._optimizers:
-            if names := held_by(each, step.params):
+            if names := list(step.params) if len(self._optimizers) == 1 else held_by(each, step.params):
                 self._turns.keep(each, {name: step.params[name] for name in names})
         loop.attributed += 1
         entry.record.coverage = self.coverage.share

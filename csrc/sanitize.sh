@@ -23,5 +23,5 @@ ADAM_GHOST_CUDA=0 ADAM_GHOST_CXXFLAGS="$sanitizers" LDFLAGS="-fsanitize=address,
 cd "$build"
 LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
   OMP_NUM_THREADS=1 PYTHONPATH="$build/package" "$python" -m pytest -p no:cacheprovider --rootdir "$root" \
-  "$root"/tests/optim/test_{variance_correction,adjoint}.py "$root/tests/csrc/test_reading.py" \
-  -k "cpp and (dtypes or layouts or in_place or absent or small or nonfinite or untouched) or errors or reading"
+  "$root"/tests/optim/test_{variance_correction,adjoint}.py "$root/tests/csrc/test_reading.py" "$root/tests/scores/test_together.py" \
+  -k "cpp and (dtypes or layouts or in_place or absent or small or nonfinite or untouched) or errors or reading or together"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.batch import Tag
+from adam_ghost.capture.hooks import hook_gradient
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.surroundings import Surroundings
 
@@ -73,6 +74,14 @@ class _View(NamedTuple):
         return grad.as_strided(self.shape, self.stride, grad.storage_offset() + self.offset)
 
 
+def _seen_through(base: Tensor, out: Tensor) -> _View | torch.Size:
+    """How ``out`` sees the gradient of its base, which has as many elements: in another shape alone, nearly always."""
+    offset = int(out.storage_offset() - base.storage_offset())
+    if offset == 0 and base.is_contiguous() and out.is_contiguous():
+        return out.shape
+    return _View(base.shape, base.stride(), out.shape, out.stride(), offset)
+
+
 class Call:
     """One call of ``fn`` (a module or a torch function), with the tensors it was given.
 
@@ -121,21 +130,25 @@ class Call:
         self.outputs[index] = tag
         base = out._base
         # products of more than two dimensions are views; an in-place function on them leaves their own node aside
-        whole = base is not None and base.requires_grad and base.numel() == out.numel()
-        if base is None or not whole or any(base is x or base is x._base for x in inputs):
-            out.register_hook(partial(self._arrived, receive, index, None))
+        if (
+            base is None
+            or not base.requires_grad
+            or base.numel() != out.numel()
+            or any(base is x or base is x._base for x in inputs)
+        ):
+            hook_gradient(out, partial(self._arrived, receive, index, None))
             return out
-        seen = _View(base.shape, base.stride(), out.shape, out.stride(), int(out.storage_offset() - base.storage_offset()))
-        base.register_hook(partial(self._arrived, receive, index, seen))
+        seen = _seen_through(base, out)
+        hook_gradient(base, partial(self._arrived, receive, index, seen))
         return base
 
-    def _arrived(self, receive: "Receive", index: int, seen: _View | None, grad: Tensor | None) -> None:
+    def _arrived(self, receive: "Receive", index: int, seen: _View | torch.Size | None, grad: Tensor | None) -> None:
         # none comes for a custom function's result that nothing used; while gradients are on they are not what .grad adds up:
         # a pass for higher derivatives (create_graph=True)
         if grad is None or torch.is_grad_enabled():
             return
         if seen is not None:
-            grad = seen.of(grad)
+            grad = seen.of(grad) if isinstance(seen, _View) else grad.reshape(seen)
         elif self.rows is not None and not grad.ndim:
             grad = grad.expand(self.rows)  # at each row of what was summed up
         receive(self, index, grad)

@@ -1,5 +1,6 @@
 """What hangs on a user's model, and on torch, while layer calls are recorded; copies of the model carry none of it."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
 class Hook(partial):
@@ -40,6 +41,47 @@ class StandIn:
         return getattr, (self.layer, "forward")  # of the copy, which has no attributes of its own yet
 
 
+class Told(StandIn):
+    """Runs the forward that a layer has when this is attached, and tells ``tell(layer, args, kwargs, output)``.
+
+    A third of the time of a forward hook, and none where it is not attached.
+    """
+
+    def __init__(self, layer: nn.Module, tell: Callable[[nn.Module, tuple, dict, Any], None]):
+        self.layer, self._tell = layer, tell
+        self._forward: Callable = _nothing
+        self._before: Any = None  # the layer's own attribute, if it had one
+
+    def attach(self) -> None:
+        own = vars(self.layer)
+        self._before, self._forward = own.get("forward"), self.layer.forward
+        own["forward"] = self
+
+    def detach(self) -> None:
+        super().detach()
+        if self._before is not None and "forward" not in vars(self.layer):
+            vars(self.layer)["forward"] = self._before
+        self._before, self._forward = None, _nothing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward(*args, **kwargs)
+        self._tell(self.layer, args, kwargs, output)
+        return output
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def hook_gradient(x: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """``x.register_hook(hook)`` for good: without the handle to remove it, half of the time."""
+    if x._backward_hooks is not None or x.grad_fn is None:
+        x.register_hook(hook)
+        return
+    x._backward_hooks = OrderedDict(((-1, hook),))  # handles count from 0
+    x.grad_fn._register_hook_dict(x)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether ``module`` runs another forward than its class's; a stand-in, which computes the same, is none."""
     forward = vars(module).get("forward")
@@ -62,6 +104,8 @@ class FunctionMode(TorchFunctionMode):
 
     def remove(self) -> None:
         """Takes the mode off the stack, also from under others: an interrupt in a forward pass leaves it where it was."""
+        if _get_current_function_mode() is self:
+            _pop_mode()
         stack = _get_current_function_mode_stack()
         if self in stack:
             above = stack[stack.index(self) + 1 :]

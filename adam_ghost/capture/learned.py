@@ -1,8 +1,8 @@
-"""Learn once: steps of a known kind run with hooks on the layers alone, no function is followed where none has to be.
+"""Learn once: steps of a known kind run with eyes on the layers alone, no function is followed where none has to be.
 
 The first steps of a kind are followed by the recorder, function by function. What they teach is a route: which layers run in
 which order, and where the samples are in what they return. When two steps of a kind took the same route, later ones take it
-with one hook per layer. Bodies of modules that handle parameters by functions of torch (a position embedding that is added,
+with one stand-in per layer. Bodies of modules that handle parameters by functions of torch (a position embedding that is added,
 say) are followed as ever, and what they call is not. Where a body orders the samples by values (sorts them by length, say), it
 is followed with all that it calls: the next step's values may order them otherwise, and no graph would show it.
 
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.batch import Blocks
 from adam_ghost.capture.calls import Call
-from adam_ghost.capture.hooks import Hook
+from adam_ghost.capture.hooks import Hook, Told
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
@@ -130,6 +130,8 @@ class LearningRecorder(Recorder):
         self._route: Route | None = None  # of the step now running
         self._hung: Route | None = None  # whose hooks are on the model, if any; else those of all layers
         self._attached = False
+        self._told: list[Told] = []  # the layers of the route whose hooks are on the model
+        self._listening = False  # whether they tell
         self._stop = self._part = 0  # how many were passed
         self._arguments: list[Any] = []
 
@@ -147,13 +149,28 @@ class LearningRecorder(Recorder):
         super().detach()
         self._attached = False
 
+    def end(self) -> None:
+        super().end()
+        self._listen(False)
+
+    def _listen(self, on: bool) -> None:
+        """Has the layers on the route tell of their calls, or no longer."""
+        if on is self._listening:
+            return
+        self._listening = on
+        for told in self._told:
+            if on:
+                told.attach()
+            else:
+                told.detach()
+
     def _change(self, route: Route | None) -> None:
         """Puts the hooks of a route on the model, or those of all layers, in place of the others."""
         if route is self._hung or not self._attached:
             return
         for handle in self.handles:
             handle.remove()
-        self.handles, self._hung = [], route
+        self.handles, self._hung, self._told = [], route, []
         if route is None:
             self._attach_parts()
         else:
@@ -169,8 +186,7 @@ class LearningRecorder(Recorder):
                 module.register_forward_pre_hook(Hook(self._enter_part), with_kwargs=True),
                 module.register_forward_hook(Hook(self._leave_part), prepend=True),
             ]
-        for module in {stop.layer for stop in route.stops}:
-            self.handles.append(module.register_forward_hook(Hook(self._pass), prepend=True, with_kwargs=True))
+        self._told = [Told(layer, self._pass) for layer in {stop.layer for stop in route.stops}]
 
     # a step begins and ends
 
@@ -237,8 +253,10 @@ class LearningRecorder(Recorder):
             elif n:
                 self._lesson = _Lesson(kind, leaves)
             self._kind_now, self._arguments = kind, leaves
+        self._listen(False)
         self._change(route)
         self._route, self._stop, self._part = route, 0, 0
+        self._listen(route is not None)
 
     def _deviate(self, what: str) -> None:
         """The step left its route: it cannot be scored, and the kind is followed from now on."""
@@ -282,6 +300,8 @@ class LearningRecorder(Recorder):
 
     def _close_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         super()._close_model(module, args, output)
+        if self.inside_model == 0:
+            self._listen(False)
         if self._lesson is not None and self._lesson.bodies and self.in_forward:
             self._lesson.bodies.pop()
             self._lesson.given.pop()
@@ -395,7 +415,7 @@ class LearningRecorder(Recorder):
             return
         tags = route.parts[self._part][2]
         self._part += 1
-        leaves = pytree.tree_leaves(output) if tags else []
+        leaves = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output) if tags else []
         for i, (axis, rows, tokens) in tags:
             x = leaves[i] if i < len(leaves) else None
             size = x.shape[axis] if isinstance(x, Tensor) and axis < x.ndim else -1
@@ -422,7 +442,7 @@ class LearningRecorder(Recorder):
         return super().leads(layer, x)
 
     def _pass(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._route is None or not self.in_forward:
+        if self._route is None or not self.open or _in_backward():
             return
         stop = self.next_stop(layer)
         given = (*args, *kwargs.values())
@@ -474,11 +494,11 @@ def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[tuple[Any, ...],
         if node is None:
             found.append(None)
             continue
-        place = places.get(node)
-        if place is not None:
+        new = len(places)
+        place = places.setdefault(node, new)
+        if place != new:
             found.append(place)
             continue
-        places[node] = len(places)
         kind = type(node)
         found.append(kind)
         for name in _READ[kind] if kind in _READ else _attributes(node):
@@ -488,7 +508,8 @@ def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[tuple[Any, ...],
             elif name == "_saved_indices":
                 value = _which(value)
             found.append(value)
-        waiting += [parent for parent, _ in node.next_functions]
+        for parent, _ in node.next_functions:
+            waiting.append(parent)
     return tuple(found), list(places)
 
 

@@ -80,9 +80,13 @@ class AdamState:
 
     def lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list]:
         """``exp_avgs``, ``exp_avg_sqs``, ``max_exp_avg_sqs`` and scalars of ``params``, as the ops take them."""
-        rows = [self._params[p] for p in params]
-        moments = [r.exp_avg for r in rows], [r.exp_avg_sq for r in rows], [r.max_exp_avg_sq for r in rows]
-        return *moments, [r.scalars for r in rows]
+        return self._lists([self._params[p] for p in params])[1:]
+
+    @staticmethod
+    def _lists(rows: Sequence[ParamState]) -> tuple[list, list, list, list, list]:
+        """The parameters of ``rows``, and their ``lists``."""
+        params, m, v, v_max, scalars = ([row[i] for row in rows] for i in range(5))
+        return params, m, v, v_max, scalars
 
     def weight_points(
         self,
@@ -92,7 +96,8 @@ class AdamState:
         empty: list[Tensor] | None = None,
         mid: list[Tensor] | None = None,
     ) -> None:
-        adam_op.weight_points([self._params[p].param for p in params], list(grads), *self.lists(params), empty=empty, mid=mid)
+        params, *state = self._lists([self._params[p] for p in params])
+        adam_op.weight_points(params, list(grads), *state, empty=empty, mid=mid)
 
     def linearize(
         self,
@@ -113,8 +118,8 @@ class AdamState:
         out: list[Tensor],
         foreseen: bool,
     ) -> Linearized:
-        m, v, v_max, steps = self.lists(params)
-        state = [self._params[p].param for p in params], list(grads), m, v, v_max
+        params, m, v, v_max, steps = self._lists([self._params[p] for p in params])
+        state = params, list(grads), m, v, v_max
         P, sums = adam_op.variance_correction(*state, list(val_grads), steps, rule=rule, foreseen=foreseen, out=out)
         sums = sums.total()
         return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))

@@ -37,8 +37,9 @@ class ContractingRecording(Recording):
         self.slot = some.new_zeros(n, len(some)).requires_grad_()
         self.slot.register_hook(lambda grad: self._tell())
         self._arrived: Tensor | None = None
-        self._waiting: list[Call] = []
-        self._bytes = 0  # of these
+        self._waiting: list[tuple[Call, int, Tensor]] = []  # calls with their gradients at one output
+        self._bytes = 0  # of these, about
+        self._task = -1  # the backward pass at whose end they are contracted
         self.scored: set[str] = set()  # names of the parameters that the scores cover
 
     def _tell(self) -> None:
@@ -48,7 +49,6 @@ class ContractingRecording(Recording):
     @property
     def scores(self) -> Tensor:
         """``[n, K]``, of all backward passes so far."""
-        self._contract_waiting()
         parts = [x for x in (self._arrived, self.slot.grad) if x is not None]
         return self.doubted(add(parts)) if parts else torch.zeros_like(self.slot)
 
@@ -62,16 +62,23 @@ class ContractingRecording(Recording):
         self.scored |= params
         if not self.batch_size:
             return
-        call = call.with_gradient(index, grad)
         if isinstance(self.P, Carried):
-            self.P.when_whole(params, partial(self._contract, [call]))
+            self.P.when_whole(params, partial(self._contract, [call.with_gradient(index, grad)]))
         elif may_wait(call, grad):
-            self._waiting.append(call)
-            self._bytes += call.input.nbytes + grad.nbytes
-            if self._bytes > WAITING:
-                self._contract_waiting()
+            self._wait(call, index, grad)
         else:
-            self._contract([call])
+            self._contract([call.with_gradient(index, grad)])
+
+    def _wait(self, call: Call, index: int, grad: Tensor) -> None:
+        """Contracts the call with others, at the end of this backward pass at the latest."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._contract_waiting)
+        self._waiting.append((call, index, grad))
+        self._bytes += 2 * grad.nbytes
+        if self._bytes > WAITING:
+            self._contract_waiting()
 
     def _contract(self, calls: list[Call]) -> None:
         with torch.no_grad():
@@ -79,9 +86,9 @@ class ContractingRecording(Recording):
         self._arrived = add(parts if self._arrived is None else [self._arrived, *parts])
 
     def _contract_waiting(self) -> None:
-        calls, self._waiting, self._bytes = self._waiting, [], 0
-        if calls:
-            self._contract(calls)
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        if waiting:
+            self._contract([call.with_gradient(index, grad) for call, index, grad in waiting])
 
     def forget(self) -> None:
         super().forget()

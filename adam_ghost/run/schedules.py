@@ -363,8 +363,8 @@ class Ahead(After):
             self._handles.append(entrance.register_forward_pre_hook(Hook(self._runs), prepend=True))
 
     def detach(self) -> None:
+        super().detach()  # a forward pass that is still under way has the layers' stand-ins behind its own
         self._layers.detach()
-        super().detach()
         self._direction = None
         self.loop.world.carry(None)
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from adam_ghost import extension
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.kinds import is_transposed
+from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import ops
 from adam_ghost.scores.forms import Asked, Directions
 
@@ -64,7 +65,7 @@ def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tens
 def _told(call: Call, P: Directions) -> Told | None:
     """What the extension is told of a call: kind, input, output gradient, directions, epsilon and index of padding."""
     tag, layer = call.outputs.get(0), call.fn
-    if type(tag) is not tuple or tag[0] != 0 or len(call.grad_output) != 1:
+    if tag is None or isinstance(tag, Rows) or tag[0] != 0 or len(call.grad_output) != 1:
         return None
     eps, padding = 0.0, -1
     if call.kind == "linear":

@@ -213,8 +213,9 @@ def gather_step(
             raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
     step = Step(opt_state, params, grads, recordings, coverage=coverage, world=world)
     if recordings:
-        inside = set(named.values())
-        outside = [p for p in opt_state.parameters() if p.grad is not None and p not in inside]
+        moving = [p for p in opt_state.parameters() if p.grad is not None]  # the model's among them, as was checked above
+        inside = set(params.values()) if len(moving) > len(params) else None
+        outside = [] if inside is None else [p for p in moving if p not in inside]
         step.passes = [whole for whole in passes if whole is not None]
         usable = coverage.forward_mode and len(step.passes) == len(recordings)
         usable = usable and all(whole.by_sample(r.batch_size, r.packing) for r, whole in zip(recordings, step.passes, strict=True))
