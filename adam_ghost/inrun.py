@@ -238,8 +238,7 @@ class InRun:
         self._closed = True
         try:
             self._end_step()
-            with self._sweeping(), plain_precision(self.model):
-                self._finish(self._schedule.finish())
+            self._take(self._schedule.finish)
             self._books.drain(self._book, wait=True)
         finally:
             self._finalizer()
@@ -292,6 +291,8 @@ class InRun:
     def _announce(
         self, ids: Sequence[Hashable] | Tensor, offsets: Tensor | None, samples: Tensor | None, views: int, inputs: Any
     ) -> AbstractContextManager[None]:
+        if self._world.apart and not self._schedule.per_step:
+            raise RuntimeError("a process failed, others may have kept other steps than it: close this run, build a new one")
         ids = normalise(ids)
         packing = find_packing(offsets, samples, next(iter(self._loop.params.values())).device, len(ids))
         if not isinstance(views, int) or views < 1:
@@ -342,6 +343,7 @@ class InRun:
         # passes before the last of a step leave nothing in .grad where parameters are sharded
         gone = not self._world.sharded or watch.fingerprint is not None
         if gone and self._schedule.pending() and (watch.fingerprint is None or watch.fingerprint.cleared(watch.grads())):
+            self._world.meet("a step that is skipped")
             self._schedule.forget()
             watch.fingerprint = None
             dropped += self._schedule.drop()
@@ -457,12 +459,15 @@ class InRun:
             self._sweep()
 
     def _sweep(self) -> None:
-        with self._sweeping(), plain_precision(self.model):
-            self._finish(self._schedule.swept())
+        self._take(self._schedule.swept)
 
-    def _sweeping(self) -> AbstractContextManager[None]:
-        """All processes sweep a window, or none."""
-        return nullcontext() if self._schedule.per_step else self._world.together()
+    def _take(self, scored: Callable[[], list[tuple[Entry, Scored | None]]]) -> None:
+        """Enters what is ``scored`` of earlier steps: all processes sweep a window, or none."""
+        if self._schedule.per_step or not self._world.apart:
+            with nullcontext() if self._schedule.per_step else self._world.together(), plain_precision(self.model):
+                self._finish(scored())
+        elif self._closed and (waiting := self._schedule.waiting()) is not None:
+            warn(f"steps {waiting} to {self.step} have no scores: a process failed before their window was swept")
 
     def _attribute(self, micro: list[MicroBatch], started: float) -> None:
         loop = self._loop

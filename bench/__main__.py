@@ -25,6 +25,7 @@ from bench import kernels as kernels_bench
 from bench import launches as launches_bench
 from bench import ledger as ledger_bench
 from bench import machine
+from bench import operations as operations_bench
 from bench import ops as ops_bench
 from bench import optimizers as optimizers_bench
 from bench import predictions as predictions_bench
@@ -60,8 +61,13 @@ def fidelity(
     quick: Annotated[bool, typer.Option(help="One setting, two steps.")] = False,
     device: str = "cpu",
     optimizer: Annotated[list[str] | None, typer.Option(help="Others than AdamW, by name, or 'all'.")] = None,
+    costs: Annotated[
+        bool, typer.Option(help="Only what the optimizers in --json cost, on a quiet machine, written over there.")
+    ] = False,
 ) -> None:
     """Every method against the exact Shapley values of the true step (Pearson R / relative L2)."""
+    if costs:
+        return _costs_again(json)
     if optimizer:
         return _other_optimizers(optimizer, quick, json)
     table = Table()
@@ -104,6 +110,16 @@ def _other_optimizers(names: list[str], quick: bool, json: Path | None) -> None:
     console.print(table)
     _write(json, {"optimizers": found})
     console.print(optimizers_bench.exceptions(found))
+
+
+def _costs_again(path: Path | None) -> None:
+    if path is None or not path.exists():
+        raise typer.BadParameter("--costs: give the results of --optimizer all as --json")
+    found = json.loads(path.read_text())
+    for result in found["optimizers"]:
+        result |= fidelity_bench.cost_of(result["optimizer"])
+        console.print(f"{result['optimizer']}: {result['cost']:.1f} times AdamW's")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 @app.command()
@@ -201,6 +217,22 @@ def throughput(
     if experts:
         found["with_experts"] = _throughput(replace(setting, experts=experts), rounds, memory, windows)
     _write(json, found)
+
+
+@app.command()
+def operations(
+    json: Json = None,
+    experts: Annotated[int, typer.Option(min=2, help="Of the mixture that the dense model is set beside.")] = 8,
+) -> None:
+    """Operations of a step's products, counted: of a dense model and of a mixture of experts, two to a token."""
+    setting = operations_bench.SETTING
+    rows = operations_bench.measure(setting, experts)
+    caption = f"r = {setting.val_batch}:{setting.batch}; the bound: training and the bare validation pass"
+    table = Table("experts", "", "GFLOP", "of the bound", caption=caption)
+    for row in rows:
+        table.add_row(str(row["experts"]), row["variant"], f"{row['operations'] / 1e9:.2f}", f"{row['of_bound']:.3f}")
+    console.print(table)
+    _write(json, {"setting": asdict(setting), "rows": rows})
 
 
 def _throughput(setting: throughput_bench.Setting, rounds: int, memory: bool, windows: bool) -> dict[str, Any]:

@@ -165,6 +165,11 @@ def step_alone(cache: LayerCache, optimizers: Optimizers, seed: int, permutation
     return {"r": r, "relative_l2": error, "own": yardstick_error(game)}
 
 
+def cost_of(name: str) -> dict[str, float | None]:
+    """What the rule of the named optimizer costs beside AdamW's."""
+    return cost(OPTIMIZERS[name], GPT(256, CONTEXT, layers=2, width=256, heads=4))
+
+
 def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
     """A training by the named optimizer: rows as of AdamW's, what its rule costs beside AdamW's, and R of a window's credit."""
     make = OPTIMIZERS[name]
@@ -198,9 +203,8 @@ def other_optimizer(name: str, quick: bool = False) -> dict[str, Any]:
                 r, error = game.compare(attribute(cache, slow.optimizers, at="gauss"))
                 row["slowed"] = {"r": r, "relative_l2": error, "own": yardstick_error(game)}
         windows["slowed_window_r"] = window_r(slow)["window_r"]
-    model = GPT(256, CONTEXT, layers=2, width=256, heads=4)
     rules = " and ".join(dict.fromkeys(read_optimizer(each).linearizations[0] for each in training.optimizers))
-    return {"optimizer": name, "rule": rules, "rows": rows, **windows, **cost(make, model)}
+    return {"optimizer": name, "rule": rules, "rows": rows, **windows, **cost_of(name)}
 
 
 def measure(

@@ -5,7 +5,8 @@ import pytest
 from adam_ghost import extension
 
 pytest.importorskip("triton")
-from bench import host, launches, sass, schedule
+from bench import host, launches, operations, sass, schedule
+from bench.throughput import Setting
 
 BLOCKS = 2  # of GPT-2's twelve, which are all alike
 
@@ -41,6 +42,17 @@ def test_function_calls_of_a_step():
     bound = host.calls(host.stepper("bound"))
     for variant, times in CALLS.items():
         assert host.calls(host.stepper(variant)) <= times * bound, variant
+
+
+@pytest.mark.skipif(not extension.built["cpu"], reason="the extension was not built")
+def test_experts_cost_their_own_forward():
+    """Beyond the bound: in lookahead one more pass of the experts alone, in midpoint one of all, as in the dense model."""
+    setting = Setting(layers=1, width=64, heads=2, context=64, batch=8)
+    rows = {(row["experts"], row["variant"]): row for row in operations.measure(setting, 8)}
+    bound = rows[8, "bound"]["operations"]
+    forward = rows[8, "plain"]["by_operator"]["aten._grouped_mm"] / 3  # a backward pass has two of a forward's
+    assert 0 < rows[8, "lookahead"]["operations"] - bound - forward < 0.03 * bound
+    assert rows[8, "midpoint"]["of_bound"] == pytest.approx(rows[0, "midpoint"]["of_bound"], rel=0.01)
 
 
 @pytest.mark.skipif(not extension.built["cuda"] or not sass.tool("cuobjdump"), reason="no CUDA part, or no cuobjdump")

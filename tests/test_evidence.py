@@ -11,7 +11,7 @@ import torch
 
 import adam_ghost as ag
 from adam_ghost.demo.model import GPT
-from bench.evidence import measure, one_step, page, rivals, sources, studies
+from bench.evidence import measure, one_step, page, pictures, rivals, scoring, sources, studies
 from bench.evidence.tasks import digits
 from bench.statistics import auroc, interval, precision
 
@@ -111,6 +111,24 @@ def test_sentences_follow_the_numbers():
     assert page.number(0.9996, 3) == ".999" and page.number(1.0, 3) == "1.000" and page.number(-0.25) == "-.25"
 
 
+def test_the_page_advises_what_was_told_to_be_better():
+    def cell(mean, behind=None):
+        return {"mean": mean, "half": 0.1} | ({} if behind is None else {"behind": behind, "behind_half": 0.1})
+
+    default = scoring.DEFAULT
+    ways = {default: {m: cell(0.5) for m in page.MEASURES}, "other": {m: cell(0.9, -0.4) for m in page.MEASURES}}
+    (row,) = (line for line in page.decisions({"the run": {"digits": ways}}).splitlines() if "find bad samples" in line)
+    assert row == "| find bad samples: digits | other | AUROC .90 +- .10 | better than the default: other (.90 +- .10) |"
+    ways["other"]["AUROC"] = cell(0.55, -0.05)
+    (row,) = (line for line in page.decisions({"the run": {"digits": ways}}).splitlines() if "find bad samples" in line)
+    assert row == "| find bad samples: digits | `window`, 32 and 32 ahead | AUROC .50 +- .10 | nothing told to be better |"
+
+
+def test_nothing_on_the_frontier_is_beaten():
+    runs = {"digits": {w: {"LDS": {"mean": y}} for w, y in (("a", 0.2), ("b", 0.8))}}
+    assert pictures.frontier(runs, {"of_plain": {"plain": 1.0, "a": 0.9, "b": 0.5}}) == {"a": (0.9, 0.2), "b": (0.5, 0.8)}
+
+
 def test_questions_are_as_long_as_their_source():
     import random
 
@@ -130,8 +148,10 @@ def test_cells_have_names_of_their_own():
 def test_what_was_cut_off_goes_on(tmp_path, monkeypatch):
     (study,) = (s for s in studies.STUDIES if s.name == "one step")
     cell = study.cells(True)[0]
-    measure._path(tmp_path, cell).write_text(json.dumps({"code": measure.code(), "cell": cell.name, "result": {"rows": []}}))
-    assert measure._kept(tmp_path, cell, measure.code()) == {"rows": []}
+    measure._path(tmp_path, cell).write_text(
+        json.dumps({"code": measure.code(), "cell": cell.name, "result": {"rows": []}, "seconds": 1})
+    )
+    assert measure._kept(tmp_path, cell, measure.code())["result"] == {"rows": []}
     assert measure._kept(tmp_path, cell, "other sources") is None
 
 
@@ -145,7 +165,14 @@ def test_the_whole_evidence_at_its_smallest(tmp_path):
     lds = {way: of["LDS"]["mean"] for way, of in found["the run"]["digits"].items()}
     assert max(lds, key=lds.get) == "windows of 32, 32 ahead" and lds["windows of 32, 32 ahead"] > 0.9
     text = (tmp_path / "evidence.md").read_text(encoding="utf-8")
-    for part in ("## One step", "## Steps later", "## The run", "## Training again on the best", "## What it costs"):
+    for part in (
+        "## One step",
+        "## Steps later",
+        "## The run",
+        "## Training again on the best",
+        "## What each way costs",
+        "## What it costs",
+    ):
         assert part in text
     assert "Not measured here: queries" in text
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)  # everything is there already

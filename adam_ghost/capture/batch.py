@@ -244,8 +244,7 @@ class Batch:
 
     def _counting(self, out: Tensor, landed: tuple[int, int], dims: set[int]) -> frozenset[int]:
         """Those of ``dims`` that have as many elements, or rows to a block, as there are tokens."""
-        sizes = {d: landed[1] if d == landed[0] else out.shape[d] for d in dims}
-        return frozenset(d for d, size in sizes.items() if size == self.tokens)
+        return frozenset(d for d in dims if (landed[1] if d == landed[0] else out.shape[d]) == self.tokens)
 
     def _by_index(self, call: "Landing", tagged: list[tuple[Tensor, Followed]]) -> Followed | None:
         """The result's tag by the rows' index, which each argument's tag can be told by."""
@@ -406,8 +405,7 @@ class Landing:
         if self.func is Tensor.__setitem__:
             return self._written(*self.args)
         if self.func in rules.RESHAPES and x is self.args[0]:
-            each = rules.reshaped(x.shape, self.out.shape, axis, self.batch.n)
-            return None if each is None else (axis, each)
+            return self._reshaped(x, axis)
         place = self.place(x, axis)
         return None if place is None else (place, rows)
 
@@ -446,6 +444,13 @@ class Landing:
         first = torch.empty(target.shape, device="meta")[index].ndim - value.ndim
         wanted = {d + first for d in tag.tokens}
         return {d for d in range(target.ndim) if rules.getitem(target, d, target, index) in wanted}
+
+    def _reshaped(self, x: Tensor, axis: int) -> tuple[int, int] | None:
+        """Row-major reshapes keep a sample's elements together as long as the dimensions before the batch stay."""
+        out, n = self.out, max(self.batch.n, 1)  # of an empty batch everything is a multiple
+        if out.numel() != x.numel() or out.shape[:axis] != x.shape[:axis] or out.ndim <= axis or out.shape[axis] % n:
+            return None
+        return axis, out.shape[axis] // n
 
     def _written(self, target: Tensor, index: Any, value: Any) -> tuple[int, int] | None:
         """The one dimension of ``target`` that its part at ``index`` shows where ``value`` has its samples."""

@@ -4,7 +4,6 @@ A rule says where dimension ``axis`` of one argument lands in ``out``; None if w
 A function without a rule loses the batch.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -288,17 +287,6 @@ RULES |= {getattr(Tensor, name).__get__: _swapped_last for name in ("mT", "mH")}
 RESHAPES = frozenset(
     f for name in ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "ravel") for f in functions(name)
 )
-
-
-def reshaped(sizes: Sequence[int], out: Sequence[int], axis: int, n: int) -> int | None:
-    """The rows of each of ``n`` samples along dimension ``axis`` when ``sizes`` became ``out``; None where samples meet.
-
-    Row-major reshapes keep a sample's elements together as long as the dimensions before the batch stay.
-    """
-    n = max(n, 1)  # of an empty batch everything is a multiple
-    if math.prod(out) != math.prod(sizes) or out[:axis] != sizes[:axis] or len(out) <= axis or out[axis] % n:
-        return None
-    return out[axis] // n
 
 
 # Rules of lists: where dimension ``axis`` of any of their tensors lands

@@ -16,7 +16,7 @@ from adam_ghost.optim import (  # noqa: F401
 from adam_ghost.optim.adam import AdamState
 from adam_ghost.optim.muon import MuonState
 from adam_ghost.optim.protocol import OptState, edits_gradients, register
-from adam_ghost.optim.read import Optimizers, listed, read_optimizer
+from adam_ghost.optim.read import Optimizers, listed, read_optimizer, settings
 from adam_ghost.optim.several import Several
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "listed",
     "read_optimizer",
     "register",
+    "settings",
 ]

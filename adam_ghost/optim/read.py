@@ -32,3 +32,12 @@ def read_optimizer(opt_state: Optimizers | OptState | Sequence[OptState], name: 
 def listed(optimizer: Any) -> list[Any]:
     """One optimizer, or several, as a list."""
     return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def settings(optimizers: Optimizers) -> list[dict[str, Any]]:
+    """What each group says of the next step beside its parameters; of a tensor where it is and how often it was written to, for
+    which no device is waited.
+    """
+    groups = [group for each in listed(optimizers) for group in each.param_groups]
+    told = lambda x: (x.data_ptr(), x._version) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return [{name: told(x) for name, x in group.items() if name != "params"} for group in groups]

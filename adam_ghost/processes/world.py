@@ -23,6 +23,7 @@ class World:
 
     rank, size = 0, 1
     share = 1.0  # of a local gradient in the one that the optimizer uses
+    apart = False  # whether a process failed: the others may have taken other steps than it
 
     def follow(self, model: nn.Module) -> list[Any]:
         """Watches the model's forward passes; returns the hooks' handles."""
@@ -135,7 +136,7 @@ class Processes(World):
             raise
         except Exception as error:
             if error is not self._told:
-                self._told = error
+                self._told, self.apart = error, True
                 self._agree("an error", error)
             raise
         self._agree("the end of a step")
@@ -149,6 +150,7 @@ class Processes(World):
         word = torch.tensor([int(error is not None), code, -code], dtype=torch.int32)
         distributed.all_reduce(word, distributed.ReduceOp.MAX, group=self._host)
         ill, last, first = word.tolist()
+        self.apart = self.apart or bool(ill) or last != -first
         if ill:
             said = self._gather(None if error is None else f"{type(error).__name__}: {error}")
             if error is None:

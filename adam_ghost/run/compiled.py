@@ -41,7 +41,9 @@ class _Site:
 class CompiledLayers:
     """While attached, the layers of a compiled model score their samples, where a plan shows these to be the leading dimension.
 
-    Before the first forward pass of each kind (modes, shapes) the model runs once in eager mode, for the plan.
+    Before the first forward pass of each kind (modes, shapes) the model runs once in eager mode, for the plan. Where something is
+    compiled in a later one, the model ran other code than the plan is of (a flag was set, a branch taken): that pass cannot be
+    scored, and from then on every pass is planned.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,8 +53,10 @@ class CompiledLayers:
         self.sites = [_Site(m, names) for m in layers if any(p is not None for p in own_parameters(m))]
         self._plans: dict[Hashable, Plan] = {}
         self._planning = False
+        self._settled = True  # whether passes of a kind have all run the same code
+        self._compilations: int | None = None  # before the pass now running; None: its plan is of this very pass
         self._recording: ContractingRecording | None = None
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._compiled_call: Any = None
 
     def attach(self) -> None:
@@ -60,7 +64,10 @@ class CompiledLayers:
             site.stand_in.attach()
         self._compiled_call = self.model._compiled_call_impl
         if self._compiled_call is None:
-            self._handle = self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True)
+            self._handles = [
+                self.model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True),
+                self.model.register_forward_hook(Hook(self._after_forward)),
+            ]
         else:  # by ``model.compile()``, which compiles the model's hooks as well
             self.model._compiled_call_impl = self._call
 
@@ -68,7 +75,8 @@ class CompiledLayers:
         for site in self.sites:
             site.stand_in.detach()
         if self._compiled_call is None:
-            self._handle.remove()
+            for handle in self._handles:
+                handle.remove()
         else:
             self.model._compiled_call_impl = self._compiled_call
 
@@ -92,15 +100,19 @@ class CompiledLayers:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         self._before_forward(self.model, args, kwargs)
-        return self._compiled_call(*args, **kwargs)
+        output = self._compiled_call(*args, **kwargs)
+        self._after_forward(self.model, args, output)
+        return output
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         recording = self._recording
         if recording is None or self._planning or not torch.is_grad_enabled():
             return
         kind = kind_of_step(self.model, args, kwargs)
-        if kind not in self._plans:
+        known = self._settled and kind in self._plans
+        if not known:
             self._plans[kind] = self._plan(args, kwargs)
+        self._compilations = _compilations() if known else None
         plan, rows = self._plans[kind], len(recording.slot)
         if plan.batch_size != rows:
             raise ValueError(f"run.batch got {rows} ids, but the model was called with a batch of {plan.batch_size}")
@@ -109,6 +121,16 @@ class CompiledLayers:
             site.led = plan.led.get(site.layer, False)
         if not any(site.led for site in self.sites):
             raise ValueError("in no layer of the compiled model can its samples be told apart: there is nothing to attribute")
+
+    def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        before, self._compilations = self._compilations, None
+        if self._recording is None or before is None or _compilations() == before:
+            return
+        self._settled = False
+        self._recording.deviation = (
+            "the compiled model ran other code than in earlier steps of its kind: this step has no scores; before later ones it"
+            " runs once in eager mode"
+        )
 
     def _plan(self, args: tuple, kwargs: dict) -> Plan:
         slots = [site.slot for site in self.sites]
@@ -121,6 +143,11 @@ class CompiledLayers:
             self._planning = False
             for site, slot in zip(self.sites, slots, strict=True):
                 site.slot = slot
+
+
+def _compilations() -> int:
+    """How many pieces of code torch.compile has taken up so far."""
+    return torch._dynamo.utils.counters["frames"]["total"]
 
 
 def _has_form(module: nn.Module) -> bool:

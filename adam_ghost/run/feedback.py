@@ -111,14 +111,16 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
         with _moved(rerun, [batch], vector) as c, torch.no_grad():
             _, there = rerun.loss_and_output(batch, rows)
         change = torch.where(c > 0, (there - out.detach()) / c.to(out.dtype), 0.0)  # J vector
-        (bent,) = torch.autograd.grad(slope, out, change, allow_unused=True, retain_graph=True)
-        if bent is None:  # a loss that is linear in the output bends nowhere
-            continue
+        ends, along = [out], [torch.zeros_like(out)]  # a loss that is linear in the output bends nowhere
+        if slope.requires_grad:
+            ends, along = [*ends, slope], [*along, change]
+        # the same passes whatever the loss: each may gather weights, which all processes have to do
+        (bent,) = torch.autograd.grad(ends, out, along, retain_graph=True)
         # the rows' share in the loss of all, whatever that averages over; and the rows that stand for the others
         seen = slopes(slope)
         then = (batch.slopes if rows is None else batch.slopes[rows]).to(seen)
         scale = torch.where(seen.norm() > 0, then.norm() / seen.norm(), 0.0)
-        scale = scale if rows is None else scale * n / len(rows)
+        scale = scale if rows is None else scale * n / max(1, len(rows))
         rerun.add_gradient(total, out, bent * scale.to(bent.dtype))
     rerun.average(total)
     return total

@@ -14,6 +14,8 @@ from adam_ghost.capture.rows import Packing
 from adam_ghost.processes.world import World
 from adam_ghost.step.validation import gradients_aside
 
+CALLED_ONCE = "schedule='window' needs a model that train_loss calls once, and that returns the same tensors again"
+
 # of a batch's rows, those that Gauss-Newton products are taken on
 EVERY = 4
 # factors this near to 1 are rounding
@@ -170,7 +172,7 @@ class Rerun:
         finally:
             handle.remove()
         if len(seen) != 1 or len(seen[0]) <= batch.output:
-            raise ValueError("schedule='window' needs a model that train_loss calls once, and that returns the same tensors again")
+            raise ValueError(CALLED_ONCE)
         return loss, seen[0][batch.output]
 
     def measure_scale(self, batch: KeptBatch, found: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from adam_ghost.capture.learned import recorder_of
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing
 from adam_ghost.ledger.books import StepRecord
-from adam_ghost.optim import Optimizers, OptState, read_optimizer
+from adam_ghost.optim import Optimizers, OptState, read_optimizer, settings
 from adam_ghost.processes.world import World
 from adam_ghost.run.compiled import CompiledLayers
 from adam_ghost.run.lookahead import ContractingRecording, ScoredLinears
@@ -350,6 +350,7 @@ class Ahead(After):
         super().__init__(loop, "midpoint")
         self._direction: Direction | None = None
         self._P: Directions = {}  # of it, what layers are contracted with
+        self._settings: list[dict[str, Any]] = []  # of the optimizers, which it was foreseen by
         self._opened = 0  # the step that was announced last, counted from 1
         self._layers: ScoredLinears | CompiledLayers = ScoredLinears(loop.model, self.recorder)
 
@@ -396,6 +397,7 @@ class Ahead(After):
         opt_state = read_optimizer(loop.optimizer)
         if not self._foreseeable(opt_state):
             return None
+        self._settings = settings(loop.optimizer)
         return self._form(opt_state, loop.params, None, "lookahead")
 
     def _foreseeable(self, opt_state: OptState) -> bool:
@@ -407,6 +409,12 @@ class Ahead(After):
         self.loop.world.carry(None)
         if direction is None:
             return super().score(step, micro, edited, entry, void)
+        pairs = zip(self._settings, settings(self.loop.optimizer), strict=True)
+        if changed := sorted({name for before, now in pairs for name in now if before.get(name) != now[name]}):
+            raise ValueError(
+                f"{', '.join(changed)} of the optimizer changed between run.batch and the step: schedule='lookahead' foresees the"
+                " step in run.batch; change it before (a scheduler steps after the optimizer), or use schedule='midpoint'"
+            )
         scale = step.factors()
         # the layers' scores are added up already: one factor has to serve all
         edited = edited | ((scale.max() - scale.min()).abs() > 1e-3 * scale.abs().max())

@@ -22,7 +22,7 @@ from adam_ghost.run.compiled import is_compiled
 from adam_ghost.run.feedback import FEEDBACKS, norm, whole_norms
 from adam_ghost.run.leave_out import Trajectory, compare
 from adam_ghost.run.lookahead import ContractingRecording
-from adam_ghost.run.rerun import KeptBatch, outputs_of, slopes
+from adam_ghost.run.rerun import CALLED_ONCE, KeptBatch, outputs_of, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
 from adam_ghost.step.coverage import share_of
@@ -284,7 +284,8 @@ class Sweep:
         coverage = self.window.coverage
         by_passes = self.loop.fallback and coverage.forward_mode
         by_passes = by_passes and all(w.by_sample(r.batch_size, r.packing) for r, w in zip(recordings, passes, strict=True))
-        whole, missing = report_coverage(given, recordings, coverage, by_passes=by_passes, world=self.world)
+        reached = {k for k, p in self.loop.params.items() if by_passes and any(w.reaches(p) for w in passes)}
+        whole, missing = report_coverage(given, recordings, coverage, reached=reached, world=self.world)
         if whole:
             lost = {name: P[name] for name in whole}
             more = score_passes(passes, recordings, self.loop.params, lost, world=self.world)
@@ -343,7 +344,7 @@ class Sweep:
                 loss = self.rerun.loss(batch)
                 recorder.end()  # the loss, too, was followed
                 if not heads:
-                    raise ValueError("train_loss(inputs) returned without calling the model that the run was made for")
+                    raise ValueError(CALLED_ONCE)
                 held = {name: p for p, name in recorder.names.items()}  # as they were in the pass
                 wanted = [*(get_gradient_edge(x) for x in (heads[-1], *(held[name] for name in small))), *recording.outputs]
                 recording.outputs = None

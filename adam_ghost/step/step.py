@@ -1,6 +1,6 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,7 +218,8 @@ def gather_step(
         step.passes = [whole for whole in passes if whole is not None]
         usable = coverage.forward_mode and len(step.passes) == len(recordings)
         usable = usable and all(whole.by_sample(r.batch_size, r.packing) for r, whole in zip(recordings, step.passes, strict=True))
-        step.whole, step.missing = report_coverage(grads, recordings, coverage, outside, usable, world)
+        reached = {name for name, p in params.items() if any(whole.reaches(p) for whole in step.passes)} if usable else None
+        step.whole, step.missing = report_coverage(grads, recordings, coverage, outside, reached, world)
     return step
 
 
@@ -227,12 +228,13 @@ def report_coverage(
     recordings: Sequence[Recording],
     coverage: Coverage,
     outside: Sequence[Tensor] = (),
-    by_passes: bool = False,
+    reached: Collection[str] | None = None,
     world: World | None = None,
 ) -> tuple[list[str], list[str]]:
     """Tells ``coverage`` which gradients no recorded call explains: the names of those that whole passes do, and of the others.
 
-    ``outside``: trained parameters that are not the model's; ``by_passes``: whether there are such passes.
+    ``outside``: trained parameters that are not the model's; ``reached``: those that whole
+    passes have a part in, None where there are no such passes.
     """
     world, known = world or World(), list(grads)
     covered = world.union({name for r in recordings for name in r.touched()}, known)
@@ -246,8 +248,10 @@ def report_coverage(
     total = sum(x.numel() for x in (*grads.values(), *outside))
     # what was contracted as it came is in the scores already, in part
     contracted = {name for r in recordings if not r.calls for name in r.touched()}
-    if missing and world.everywhere(by_passes and contracted.isdisjoint(missing)):
-        whole, missing = missing, []
+    if missing and world.everywhere(reached is not None and contracted.isdisjoint(missing)):
+        by_passes = world.union(set(reached or ()), known)
+        whole = [name for name in missing if name in by_passes]
+        missing = [name for name in missing if name not in by_passes]
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
     return whole, missing

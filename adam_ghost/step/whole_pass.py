@@ -5,7 +5,7 @@ outputs does: right wherever samples stay apart in the loss, whatever becomes of
 passes for each validation target, however few the parameters.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from adam_ghost.capture.calls import rng_state
+from adam_ghost.capture.declared import custom_function
 from adam_ghost.capture.rows import Packing
 from adam_ghost.capture.surroundings import Surroundings, custom_modules
 from adam_ghost.processes.world import World
@@ -47,6 +49,7 @@ class WholePass:
         kind = self.device.type
         self._autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.outputs: list[Tensor] = []
+        self._leaves: set[Tensor] | None = set()  # that the outputs were made of; None: a checkpoint hides some
         self.grads: dict[int, Tensor] = {}
         # a model that returns its loss has its samples apart at its output embeddings
         self.head: Any = getattr(model, "get_output_embeddings", lambda: None)()
@@ -66,6 +69,7 @@ class WholePass:
         if self._handle is not None:
             self._handle.remove()
         self.outputs = _tensors(output)
+        self._leaves = _leaves_of(self.outputs)
         for i, x in enumerate(self.outputs):
             if x.requires_grad:
                 x.register_hook(lambda grad, i=i: self._receive(i, grad.detach()))
@@ -74,6 +78,10 @@ class WholePass:
     def _receive(self, i: int, grad: Tensor) -> None:
         if not torch.is_grad_enabled():  # not a pass for higher derivatives
             self.grads[i] = self.grads[i] + grad if i in self.grads else grad
+
+    def reaches(self, p: Tensor) -> bool:
+        """Whether the outputs were made of a parameter, so that this pass has a part in its gradient."""
+        return self._leaves is None or p in self._leaves
 
     @contextmanager
     def _as_then(self) -> Iterator[None]:
@@ -177,3 +185,19 @@ def _by_row(change: Tensor, grad: Tensor, by_token: bool) -> Tensor:
 
 def _tensors(output: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _leaves_of(outputs: Sequence[Tensor]) -> set[Tensor] | None:
+    """The tensors in which the graph of ``outputs`` ends; None where a reentrant checkpoint keeps its part of it to itself."""
+    found, leaves, visited = [x.grad_fn for x in outputs], set(), set()
+    while found:
+        node = found.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if custom_function(node) is CheckpointFunction:
+            return None
+        if (leaf := getattr(node, "variable", None)) is not None:
+            leaves.add(leaf)
+        found += [parent for parent, _ in node.next_functions]
+    return leaves

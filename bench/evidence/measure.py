@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -28,8 +29,12 @@ def code() -> str:
 
 
 def run(cell: Cell, threads: int) -> dict[str, Any]:
+    """Its result, and how many seconds it would have a quiet machine's cores for: of one processor's, or, alone, of the clock's."""
     torch.set_num_threads(threads)
-    return cell.measure(**cell.options)
+    clock = time.perf_counter if cell.alone else time.process_time
+    begun = clock()
+    result = cell.measure(**cell.options)
+    return {"result": result, "seconds": clock() - begun}
 
 
 def evidence(folder: Path, quick: bool, only: list[str], tell: Callable[[int, int, str], None]) -> dict[str, Any]:
@@ -43,10 +48,10 @@ def evidence(folder: Path, quick: bool, only: list[str], tell: Callable[[int, in
     done = len(everything) - len(left)
     tell(done, len(everything), "")
 
-    def keep(cell: Cell, result: dict[str, Any]) -> None:
+    def keep(cell: Cell, found: dict[str, Any]) -> None:
         nonlocal done
         done += 1
-        text = json.dumps({"code": of_code, "cell": cell.name, "result": result})
+        text = json.dumps({"code": of_code, "cell": cell.name, **found})
         _path(folder, cell).write_text(text)
         tell(done, len(everything), cell.name)
 
@@ -67,13 +72,18 @@ def evidence(folder: Path, quick: bool, only: list[str], tell: Callable[[int, in
         "machine": machine.header(),
         "code": of_code,
         "quick": quick,
+        "minutes": _minutes([(c, _kept(folder, c, of_code)) for c in everything], workers),
         "studies": {s.name: _summary(s, folder, cells, of_code) for s in studies},
     }
 
 
 def _summary(study: Study, folder: Path, cells: dict[str, list[Cell]], of_code: str) -> dict[str, Any]:
-    results = [(c, kept) for c in cells[study.name] if (kept := _kept(folder, c, of_code)) is not None]
+    results = [(c, kept["result"]) for c in cells[study.name] if (kept := _kept(folder, c, of_code)) is not None]
     return rounded(study.summary(results)) if results else {}
+
+
+def _minutes(found: list[tuple[Cell, dict[str, Any] | None]], workers: int) -> float:
+    return sum(kept["seconds"] / (1 if cell.alone else workers) for cell, kept in found if kept) / 60
 
 
 def rounded(x: Any) -> Any:
@@ -94,4 +104,4 @@ def _kept(folder: Path, cell: Cell, of_code: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     kept = json.loads(path.read_text())
-    return kept["result"] if kept["code"] == of_code else None
+    return kept if kept["code"] == of_code else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.evidence.tasks import Task
 
@@ -107,10 +108,11 @@ def trak(task: Task) -> Tensor:
             logging_level=logging.ERROR, use_half_precision=False,
         )  # fmt: skip
         traker.load_checkpoint(task.model.state_dict(), model_id=0)
-        _batches(lambda part: traker.featurize(part, num_samples=len(part[0])), task.samples)
-        traker.finalize_features()
-        traker.start_scoring_checkpoint("targets", task.model.state_dict(), 0, len(task.held_out[0]))
-        _batches(lambda part: traker.score(part, num_samples=len(part[0])), task.held_out)
+        with sdpa_kernel(SDPBackend.MATH):  # under vmap, where the fused kernels have no batched form
+            _batches(lambda part: traker.featurize(part, num_samples=len(part[0])), task.samples)
+            traker.finalize_features()
+            traker.start_scoring_checkpoint("targets", task.model.state_dict(), 0, len(task.held_out[0]))
+            _batches(lambda part: traker.score(part, num_samples=len(part[0])), task.held_out)
         found = torch.from_numpy(traker.finalize_scores("targets")).double()  # [N, K]
     return found if task.each_target else found.mean(1)
 

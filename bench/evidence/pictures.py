@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from bench.evidence import choosing, one_step, scoring
@@ -11,9 +12,9 @@ Json = dict[str, Any]
 
 
 class Picture(NamedTuple):
-    study: str
+    studies: tuple[str, ...]  # whose summaries it shows; it stands in the section of the last
     caption: str
-    draw: Callable[[Any, Json], None]  # on matplotlib's axes
+    draw: Callable[..., None]  # on matplotlib's axes, from these summaries
 
 
 def _fidelity(axes: Any, s: Json) -> None:
@@ -42,6 +43,24 @@ def _runs(axes: Any, s: Json) -> None:
     axes.invert_yaxis()
 
 
+def frontier(runs: Json, cost: Json) -> dict[str, tuple[float, float]]:
+    """Per way: share of plain training's speed, and LDS, mean over tasks."""
+    of_plain = cost["of_plain"]
+    ways = [w for w in of_plain if all(w in of for of in runs.values())]
+    return {w: (of_plain[w], fmean(of[w]["LDS"]["mean"] for of in runs.values())) for w in ways}
+
+
+def _frontier(axes: Any, runs: Json, cost: Json) -> None:
+    points = frontier(runs, cost)
+    best = -1.0
+    for way, (x, y) in sorted(points.items(), key=lambda point: -point[1][0]):
+        on_it, best = y > best, max(y, best)  # nothing faster is better
+        ours = way in scoring.WINDOWS or way in scoring.ONE_STEP
+        axes.plot(x, y, "o" if ours else "s", color="C0" if on_it else "C7", mfc=None if ours else "none")
+        axes.annotate(way, (x, y), (4, 3), textcoords="offset points", fontsize=7, color="black" if on_it else "grey")
+    axes.set(xlabel="share of plain training's speed", ylabel="LDS, mean over tasks", xlim=(0, 1.05))
+
+
 def _kept(axes: Any, s: Json) -> None:
     ways = s["digits"]
     for n in dict.fromkeys(key.split(" | ")[0] for key in ways):
@@ -53,10 +72,16 @@ def _kept(axes: Any, s: Json) -> None:
 
 
 PICTURES = {
-    "steps": Picture("one step", "How right one step's scores are, by step", _fidelity),
-    "horizons": Picture("steps later", "How right scores are K steps later", _horizons),
-    "runs": Picture("the run", f"LDS of every way to score a run; the default: {scoring.DEFAULT}", _runs),
-    "kept": Picture("kept", "Accuracy after training again on the best digits", _kept),
+    "frontier": Picture(
+        ("the run", "cost of ways"),
+        "What scores are worth, and what they cost: LDS of all samples' scores against the speed that training keeps. Circles: this"
+        " package's schedules; squares: others. Grey: something is faster and better",
+        _frontier,
+    ),
+    "steps": Picture(("one step",), "How right one step's scores are, by step", _fidelity),
+    "horizons": Picture(("steps later",), "How right scores are K steps later", _horizons),
+    "runs": Picture(("the run",), f"LDS of every way to score a run; the default: {scoring.DEFAULT}", _runs),
+    "kept": Picture(("kept",), "Accuracy after training again on the best digits", _kept),
 }
 
 
@@ -79,10 +104,11 @@ def draw(found: Json, folder: Path) -> list[str]:
     }
     with pyplot.rc_context(style):
         for name, picture in PICTURES.items():
-            if summary := found["studies"].get(picture.study):
+            if all(summaries := [found["studies"].get(study) for study in picture.studies]):
                 figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
-                picture.draw(axes, summary)
-                axes.legend(frameon=False, fontsize=7)
+                picture.draw(axes, *summaries)
+                if axes.get_legend_handles_labels()[0]:
+                    axes.legend(frameon=False, fontsize=7)
                 figure.savefig(folder / f"evidence-{name}.svg", metadata={"Date": None})
                 pyplot.close(figure)
                 drawn.append(name)

@@ -34,6 +34,7 @@ WINDOWS = {
     "the whole run": (10**6, 0, "differences"),
 }
 SUMMED_LOSS, NORMS, TRACIN = "minus the summed loss", "minus the gradient norms", "TracIn, 10 checkpoints"
+AFTERWARDS = (TRACIN, *peers.PEERS)  # at checkpoints or of the trained model, whatever the training's length
 ALONG = (*RULES, STANDARDISED, LATER, SUMMED_LOSS, NORMS, TRACIN)  # what one training gives
 
 

@@ -248,7 +248,7 @@ def _speed_cells(quick: bool) -> list[Cell]:
 
 
 def _way_cells(quick: bool) -> list[Cell]:
-    sizes = {"steps": 4, "layers": 1, "width": 32, "rounds": 1} if quick else {"steps": 64, "layers": 3, "width": 192, "rounds": 3}
+    sizes = {"steps": 4, "layers": 1, "width": 32, "rounds": 1} if quick else {"steps": 64, "layers": 2, "width": 128, "rounds": 2}
     return [Cell(speed.measure_ways, sizes, True)]
 
 

@@ -245,6 +245,20 @@ def test_heads_of_libraries(name, tied, monkeypatch):
     close(scores(model, P, lambda: model(ids, labels).backward()), one_by_one(model, P, ids, labels))
 
 
+def test_a_head_that_is_a_loss():
+    """torch's module of both."""
+    ids, labels = batch(1)
+    model = model_of(None, False)
+    criterion = nn.LinearCrossEntropyLoss(D, V, bias=True, reduction="sum").double()
+    del model.head
+    model.criterion = criterion
+    model.loss = lambda m, hidden, labels: m.criterion(*valid(hidden, labels))
+    P = direction(model)
+    found = scores(model, P, lambda: model(ids, labels).backward())
+    model.head = criterion.linear
+    close(found, one_by_one(model, P, ids, labels))
+
+
 @pytest.mark.parametrize("name", ["linear", "linear-cross-entropy"])
 @pytest.mark.parametrize("way", ["midpoint", "lookahead", "window"])
 def test_a_loss_outside_of_the_model_in_a_run(way, name):

@@ -215,6 +215,37 @@ def test_experts_in_a_loop():
     close(case.attribute(per_token=True).sum(1), want)
 
 
+def balance(probabilities, chosen):
+    """Switch's loss: each expert's share of the tokens times its mean probability, over the whole batch."""
+    return 4 * (F.one_hot(chosen, 4).double().mean((0, 1)) * probabilities.mean(0)).sum()
+
+
+def test_a_loss_that_balances_experts():
+    """It compares samples: of its gradient each has what comes through the router's rows that are its own."""
+    case = experts().warm()
+    router, seen = case.model.router, []
+
+    def balanced():
+        """The samples' losses, and what balancing adds."""
+        seen.clear()
+        handle = router.register_forward_hook(lambda module, args, logits: seen.append(logits))
+        shares = case.shares(case.model(*case.inputs))
+        handle.remove()
+        probabilities = seen[0].softmax(-1)
+        return shares, balance(probabilities, probabilities.topk(2)[1])
+
+    case.optimizer.zero_grad()
+    with case.cache:
+        shares, added = balanced()
+        (shares.sum() + added).backward()
+    P = case.direction()
+    shares, added = balanced()
+    slope = torch.autograd.grad(added, seen[0], retain_graph=True)[0]
+    shares = shares + (slope * seen[0]).view(N, -1).sum(1)
+    want = torch.stack([inner(P, gradients(share, case.params, retain_graph=True)) for share in shares])
+    close(case.attribute(), want)
+
+
 def test_tokens_of_experts():
     """A token's part is that of its own losses, where tokens do not meet."""
     case = experts()

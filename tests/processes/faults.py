@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ def wrapped(spread="ddp"):
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def step(model, optimizer, run, t):
+def step(model, optimizer, run, t, skipped=False):
     x, y = batch(10 * t + distributed.get_rank(), 3)
     run.batch([3 * t + i for i in range(3)], inputs=(x, y))
     loss_of(model, x, y).backward()
-    optimizer.step()
+    if not skipped:
+        optimizer.step()
     optimizer.zero_grad()
 
 
@@ -61,7 +63,7 @@ def failing(where: str, schedule: str, spread: str = "ddp") -> str:
                 x, y = batch(0, 3)
                 loss_of(model, x, y).backward()  # which nobody announced
                 optimizer.step()
-            step(model, optimizer, run, t)
+            step(model, optimizer, run, t, skipped=t == 1 and (where == "all skip" or sick == "one skips"))
             if sick == "pruned" and t == 0:
                 held = model.shift.data
                 (held.to_local() if isinstance(held, DTensor) else held).mul_(0.5)
@@ -270,20 +272,35 @@ def riding() -> tuple[list[str], int, int, int]:
     return gathered, most, after, sum(p.numel() for p in model.parameters())
 
 
+@contextlib.contextmanager
+def counting(made: list) -> Iterator[None]:
+    world.distributed = shards.distributed = Counted(made)
+    try:
+        yield
+    finally:
+        world.distributed = shards.distributed = distributed
+
+
 def exchanges(spread: str, schedule: str, split: bool) -> list[tuple[str, int]]:
-    """What the third step exchanges beside the training's own exchanges."""
+    """What the third step exchanges beside the training's own exchanges; in windows it ends one of two steps."""
     model, optimizer = wrapped(spread)
     for p in model.parameters():
         give_history(optimizer, p)
     made: list = []
-    with ag.InRun(model, optimizer, validation(model, split), schedule, val_split=split) as run:
+    windows = {"window": 2, "ahead": 1, "train_loss": lambda given: loss_of(model, *given)} if schedule == "window" else {}
+    with ag.InRun(model, optimizer, validation(model, split), schedule, val_split=split, **windows) as run:
         for t in range(3):
             made.clear()
-            world.distributed = shards.distributed = Counted(made)
-            try:
+            with counting(made):
                 step(model, optimizer, run, t)
-            finally:
-                world.distributed = shards.distributed = distributed
+    return made
+
+
+def exchanges_of_training(spread: str, case: dict) -> list[tuple[str, int]]:
+    """What a training exchanges beside its own exchanges, from the run's construction to its end."""
+    made: list = []
+    with counting(made):
+        train(spread, **case)
     return made
 
 

@@ -1,8 +1,8 @@
 """Number, order and size of what a step exchanges: as docs/processes.md counts it."""
 
 import pytest
-from faults import exchanges
-from loops import Net
+from faults import exchanges, exchanges_of_training
+from loops import UNEVEN, WITH_NONE, Net
 
 from adam_ghost.processes.shards import GATHER
 
@@ -36,6 +36,15 @@ def units(*word):
     return [*word, gathered(False), *word, gathered(True)]
 
 
+# a window of two steps and one ahead, swept by the third: the random numbers, every process's samples, the kept states' ends
+BEGUN = [AGREE, ("broadcast_object_list", 0)]
+SAMPLES = [AGREE, ("all_gather_object", 0)]
+FEEDBACK = [AGREE, ("all_reduce", EVERYTHING)]  # the mean of the gradients at moved weights
+SMALL = [AGREE, ("all_reduce", sum(sorted(SIZES.values())[:3]))]  # gradients that tell whether a batch runs as it did
+SWEPT = [*SMALL, *COVERED]
+SWEPT_PARTS = [*sums(len(SIZES)), *units(), *SMALL, *sums(2), *COVERED, AGREE, WORDS, *sums(1)]
+BOOKED = [AGREE, JOINED, AGREE, JOINED, AGREE]
+
 EXPECTED = {
     ("ddp", "midpoint", False): [*COVERED, *END],
     ("ddp", "midpoint", True): [*COVERED, *MEAN, *END],
@@ -43,6 +52,16 @@ EXPECTED = {
     ("ddp", "lookahead", True): [AGREE, *MEAN, AGREE, *COVERED, *END],
     ("fsdp", "midpoint", False): [*COVERED, AGREE, WORDS, *SCALES, *sums(2), *units(AGREE), *END],
     ("fsdp", "lookahead", False): [AGREE, *sums(2), AGREE, *units(), *COVERED, AGREE, WORDS, *SCALES, *sums(1), *END],
+    ("ddp", "window", False): [
+        *[AGREE, *BEGUN, *SAMPLES, AGREE],
+        *[*FEEDBACK, AGREE, *SWEPT, *FEEDBACK, *SWEPT],
+        *BOOKED,
+    ],
+    ("fsdp", "window", False): [
+        *[*SCALES, AGREE, *BEGUN, *sums(3), *SAMPLES, AGREE],
+        *[*sums(len(SIZES)), *sums(2), AGREE, *SWEPT_PARTS, *sums(2), *SWEPT_PARTS],
+        *BOOKED,
+    ],
 }
 
 
@@ -50,3 +69,19 @@ EXPECTED = {
 def test_a_step_exchanges(case, pair):
     for made in pair.run(exchanges, *case):
         assert made == EXPECTED[case]
+
+
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"schedule": "midpoint", "sizes": WITH_NONE, "steps": 3},
+        {"schedule": "lookahead", "sizes": UNEVEN, "micro": 2, "warm": True, "steps": 3},
+        {"schedule": "window", "sizes": UNEVEN, "micro": 2, "clip": 0.05, "steps": 6},
+        {"schedule": "window", "sizes": WITH_NONE, "options": {"feedback": "gauss-newton"}, "steps": 6},
+    ],
+    ids=["midpoint", "lookahead", "window", "window-none"],
+)
+def test_processes_exchange_the_same_whatever_their_batches_hold(spread, case, pair):
+    one, other = pair.run(exchanges_of_training, spread, case)
+    assert len(one) > 20 and one == other

@@ -106,6 +106,15 @@ def test_lookahead_is_announced_in_all_processes_or_in_none(where, said, spread,
     assert sick.startswith("TypeError" if where == "ids" else "PeerFailed")
 
 
+@pytest.mark.parametrize("spread", ["ddp", "fsdp"])
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead", "window"])
+def test_a_step_is_skipped_in_all_processes_or_in_none(schedule, spread, pair):
+    """What one that skipped a step does next would meet the step of another."""
+    for said in pair.run(failing, "one skips", schedule, spread):
+        assert said.startswith("PeerFailed") and "process 1 is at a step that is skipped" in said and said.endswith(" 2")
+    assert pair.run(failing, "all skip", schedule, spread) == ["nothing 2"] * 2
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [

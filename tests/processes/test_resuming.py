@@ -7,7 +7,6 @@ import pytest
 import torch
 from compared import distance, joined
 from loops import train
-from ranks import Ranks
 
 import adam_ghost as ag
 
@@ -28,13 +27,6 @@ def killed(request, pair, tmp_path_factory):
     with pytest.raises(AssertionError, match=r"processes \[1\] did not answer"):
         pair.run(train, request.param, sizes=SIZES[2], ledger=f"{folder}/ledger", checkpoint=f"{folder}/state", end="kill", **CASE)
     return request.param, folder
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    ranks = Ranks(4, tmp_path_factory.mktemp("four"))
-    yield ranks
-    ranks.close()
 
 
 def totals(folder):

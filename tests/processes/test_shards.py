@@ -43,9 +43,10 @@ def test_scores_are_those_of_one_process(name, pair):
     check_training(pair, "fsdp", CASES[name])
 
 
-def test_gauss_newton_is_that_of_replicas(pair):
-    """Each process takes every fourth row of its own part of the batch."""
-    case = {"schedule": "window", "options": {"feedback": "gauss-newton"}, "sizes": ((5, 3), (1, 6)), "steps": 6}
+@pytest.mark.parametrize("sizes", [((5, 3), (1, 6)), ((5, 3), (6, 0))], ids=["uneven", "none"])
+def test_gauss_newton_is_that_of_replicas(sizes, pair):
+    """Each process takes every fourth row of its own part of the batch, and has part in all passes where it has no sample."""
+    case = {"schedule": "window", "options": {"feedback": "gauss-newton"}, "sizes": sizes, "steps": 6}
     found, expected, without = (
         joined(pair.run(train, how, **case | more))
         for how, more in (("fsdp", {}), ("ddp", {}), ("ddp", {"options": {"feedback": "none"}}))

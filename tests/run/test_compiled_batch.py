@@ -138,3 +138,40 @@ def test_plan_leaves_nothing_behind():
     (a, w), (b, v) = train(False), train(True)
     assert torch.equal(a, b)
     torch.testing.assert_close(w, v)
+
+
+def by_flag(s, x):
+    return s.b(s.a(x).flip(0)).flip(0) if s.flips else s.b(s.a(x))
+
+
+def by_value(s, x):
+    return s.b(s.a(x).flip(0)).flip(0) if x[0, 0, 0] > 0 else s.b(s.a(x))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("decided", [by_flag, by_value])
+def test_other_code_within_a_kind_is_noticed(decided, in_place):
+    """Compiled in a step whose plan was made before: that step has no scores, and each later one a plan of its own."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = two(decided, flips=False)
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = ag.InRun(compiled, optimizer, lambda: model.b(torch.ones(2, D)).sum(), "lookahead")
+    led = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for model.flips in (False, False, False, True, False, True):
+            x = torch.rand(N, 2, D) * (1 if model.flips else -1)
+            run.batch(range(N))
+            compiled(x).square().sum().backward()
+            sites = run._schedule._compiled.sites
+            led.append([site.led for site in sites])
+            optimizer.step()
+            optimizer.zero_grad()
+    run.close()
+    assert [s.step for s in run.steps if s.skipped] == [4]
+    assert led[2:] == [[True, True], [True, True], [True, True], [True, False]]
+    assert sum("step 4: the compiled model ran other code" in str(w.message) for w in caught) == 1

@@ -65,3 +65,31 @@ def test_direction(name, kind):
         case.backward()
         case.optimizer.step()
         close(torch.from_numpy(run.scores().total), want)
+
+
+@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["number", "tensor"])
+@pytest.mark.parametrize("when", ["before run.batch", "after run.batch", "after the step"])
+def test_a_rate_set_after_the_step_was_foreseen_is_refused(when, lr):
+    """The scores would be those of the rate before; a scheduler may set the same one again."""
+    case = problem(*MODELS["layernorm"])
+    case.optimizer = torch.optim.AdamW(case.model.parameters(), lr=lr)
+    case.warm(11)
+
+    def change(now):
+        for group in case.optimizer.param_groups if when == now else ():
+            group["lr"] = group["lr"].mul_(3) if torch.is_tensor(lr) else 3 * group["lr"]
+
+    run = ag.InRun(case.model, case.optimizer, case.val_loss, "lookahead", strict=True)
+    for step in range(2):
+        change("before run.batch")
+        run.batch(range(case.n))
+        change("after run.batch")
+        case.backward()
+        if when == "after run.batch":
+            with pytest.raises(ValueError, match="lr of the optimizer changed"):
+                case.optimizer.step()
+            break
+        case.optimizer.step()
+        change("after the step")
+        assert run.step == step + 1
+    run.close()

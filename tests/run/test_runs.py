@@ -358,3 +358,21 @@ def test_a_weight_that_the_loss_uses_outside_of_the_model_is_named():
         optimizer.step()
     assert all(w.filename == __file__ for w in caught if "adam_ghost" in str(w.message))
     assert run.steps[0].coverage == 1  # every parameter has calls
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_head_that_only_the_loss_uses_is_not_covered(fallback):
+    """A pass of the whole model has no part in its gradient, and cannot score it."""
+    torch.manual_seed(0)
+    model = TiedHead()
+    model.head = nn.Parameter(torch.randn(7, 5))
+    ids = torch.randint(0, 7, (N, 4))
+    loss = lambda: F.cross_entropy((model(ids) @ model.head.T).flatten(0, 1), ids.flatten())  # noqa: E731
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.warns(UserWarning, match="not attributed: head; the scores cover") as caught:
+        run = ag.InRun(model, optimizer, loss, fallback=fallback)
+        run.batch(range(N))
+        loss().backward()
+        optimizer.step()
+    assert not any("forward-mode pass" in str(w.message) or "add up to" in str(w.message) for w in caught)
+    assert run.steps[0].coverage == 1 - 35 / sum(p.numel() for p in model.parameters())

@@ -66,6 +66,12 @@ def run_window(
     return torch.from_numpy(run.scores().total).view(-1, SAMPLES)[:WINDOW]
 
 
+def test_a_loss_that_is_linear_in_the_output_bends_nowhere():
+    linear = lambda model, batch: model(batch[0])[:, 0].mean()  # noqa: E731
+    found, expected = (run_window(small_network(), train_loss=linear, feedback=way) for way in ("gauss-newton", "none"))
+    assert torch.equal(found, expected)
+
+
 @torch.no_grad()
 def _shrink(step, model, optimizer, batch):
     if step == 2:
@@ -235,6 +241,18 @@ def test_random_numbers_drawn_around_the_forward_pass():
         return cross_entropy(out + torch.randn_like(out), y)
 
     assert run_window(model, train_loss=noisy).isfinite().all()
+
+
+@pytest.mark.parametrize("feedback", ["differences", "double"])
+def test_a_train_loss_of_another_model_is_named(feedback):
+    own, other, calls = small_network(), small_network(), []
+
+    def of_another(model, batch):  # from the first sweep on
+        calls.append(batch)
+        return mean_loss(own if len(calls) <= STEPS else other, batch)
+
+    with pytest.raises(ValueError, match=r"steps 1 to 4 have no scores: .* needs a model that train_loss calls once"):
+        run_window(own, train_loss=of_another, feedback=feedback, bounded=feedback == "differences")
 
 
 def test_inputs_changed_in_place_are_told_of():
