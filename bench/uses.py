@@ -300,7 +300,7 @@ TABLES: dict[str, tuple[str, dict[str, str]]] = {
 def page(text: str, found: dict[str, Any]) -> str:
     """docs/using-scores.md with its tables made anew."""
     for marker, (use, extra) in TABLES.items():
-        start, end = f"<!-- {marker} -->\n", f"\n<!-- end of {marker} -->"
+        start, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
         before, rest = text.split(start)
-        text = before + start + table(found, use, extra) + end + rest.split(end)[1]
+        text = before + start + table(found, use, extra) + "\n" + end + rest.split(end)[1]
     return text
