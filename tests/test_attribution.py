@@ -56,6 +56,25 @@ def test_tokens(name, T):
     assert case.attribute(per_token=True).shape == (N, T, 4)
 
 
+def test_tokens_of_packed_rows():
+    """Rows stay rows; a sample's score is the sum of its tokens'."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randint(7, (2, 6)), torch.randint(3, (12,))
+    optimizer, offsets = torch.optim.SGD(model.parameters(), lr=0.1), torch.tensor([0, 4, 9, 12])
+    cache = ag.LayerCache(model, lambda: model(x[:1]).square().mean())
+    with cache.packed(offsets=offsets):
+        nn.functional.cross_entropy(model(x).flatten(0, 1), y).backward()
+    by_token = ag.attribute(cache, optimizer, per_token=True)
+    assert by_token.shape == (2, 6)
+    of_samples = torch.stack([part.sum() for part in by_token.flatten().split(offsets.diff().tolist())])
+    close(of_samples, ag.attribute(cache, optimizer), 1e-6)
+    model.zero_grad()
+    with cache:
+        nn.functional.cross_entropy(model(x).flatten(0, 1), y).backward()
+    close(by_token, ag.attribute(cache, optimizer, per_token=True), 1e-6)
+
+
 def apart(self, x):
     n, T, d = x.shape
     return self.b(torch.tanh(self.a(x.reshape(-1, d)))).view(n, T, -1)

@@ -32,7 +32,7 @@ try:
 except ImportError as error:
     raise ImportError(f"adam_ghost: a ledger needs pyarrow and duckdb: {how_to_install('ledger')}") from error
 
-FORMAT = 1
+FORMAT = 2
 TABLES = ("scores", "tokens", "steps", "samples")
 METADATA = b"adam_ghost"  # key of the run's settings in every part's schema
 ID_TYPES = {int: pa.int64(), str: pa.string()}

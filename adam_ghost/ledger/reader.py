@@ -49,6 +49,7 @@ def open_ledger(folder: str | Path, *, check: bool = True) -> "LedgerReader":
 
     Raises:
         FileNotFoundError: the folder is not there, or holds no ledger.
+        ValueError: it is of another format.
         DamagedLedger: naming the part that is wrong.
     """
     return LedgerReader(folder, check=check)
@@ -73,6 +74,12 @@ class LedgerReader:
             raise FileNotFoundError(f"there is no ledger at {folder}")
         if not (self.folder / "run.json").exists() and not layout.parts(self.folder, "steps"):
             raise FileNotFoundError(f"{folder} holds no ledger (run.json and scores/*.parquet)")
+        written = self.run.get("format") if check else layout.FORMAT
+        if written not in (None, layout.FORMAT):
+            raise ValueError(
+                f"the ledger at {folder} is of format {written}, and this version of adam_ghost reads format {layout.FORMAT}:"
+                " read it with the version that wrote it"
+            )
         self._checker = Checker(self.folder) if check else None
         self._duck = duckdb.connect(":memory:")
         # many cores share the memory: above this the aggregation spills to the disk

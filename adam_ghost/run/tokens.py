@@ -1,14 +1,12 @@
 """Scores of single tokens: in which steps, of which samples, and how they come out of a step's contraction."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing
 from adam_ghost.ledger.ids import normalise
 from adam_ghost.processes.world import World
@@ -75,7 +73,6 @@ def score_tokens(step: Step, P: Directions, asked: Sequence[list[int]], half: bo
         own = replace(step, recordings=step.recordings[i : i + 1], passes=step.passes[i : i + 1])
         if places:
             try:
-                own.recordings = [_in_rows(own.recordings[0])]
                 by_token = own.scores(P, per_token=True, half=half)  # [rows, T, K]
             except ValueError as error:
                 raise ValueError(f"tokens cannot be scored: {str(error).removeprefix('per_token=True ')}") from error
@@ -87,13 +84,6 @@ def score_tokens(step: Step, P: Directions, asked: Sequence[list[int]], half: bo
             found.append(None)
         step.whole, step.missing = own.whole, own.missing  # a pass may turn out to have no forward mode
     return torch.cat(scores), found
-
-
-def _in_rows(recording: Recording) -> Recording:
-    """The recording, whose rows of the batch are taken as they are, whatever samples are packed in them."""
-    found = copy(recording)
-    found.packing = None
-    return found
 
 
 def _in_line(by_token: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:

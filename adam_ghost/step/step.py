@@ -1,7 +1,8 @@
 """What a step is made of, checked before anything is computed: the recorded calls, the final gradients, the optimizer's state."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -78,7 +79,13 @@ class Step:
         return sum(Asked(r.batch_size, r.packing).samples for r in self.recordings)
 
     def scores(self, P: Directions, per_token: bool = False, half: bool = False) -> Tensor:
-        """``[n, K]`` (``[n, T, K]`` with ``per_token``): every sample's ``< P , g_i >``; ``half`` as in ``contract``."""
+        """``[n, K]``: every sample's ``< P , g_i >``; ``half`` as in ``contract``. ``per_token``: ``[rows, T, K]``, whatever
+        samples are packed in the rows."""
+        if per_token and any(recording.packing for recording in self.recordings):
+            own = replace(self, recordings=[_in_rows(r) for r in self.recordings])
+            found = own.scores(P, per_token, half)
+            self.whole, self.missing = own.whole, own.missing  # a pass may turn out to have no forward mode
+            return found
         if self.scale:
             P = {name: x * self.scale[name] for name, x in P.items()}
         by_passes = self.whole_scores({name: P[name] for name in self.whole if name in P}, per_token)
@@ -143,6 +150,13 @@ class Step:
                 off[name] = float(gap)
         worst = max(off.values(), default=0.0)
         return [name for name in sorted(off, key=lambda name: -off[name]) if off[name] > 0.1 * worst]
+
+
+def _in_rows(recording: Recording) -> Recording:
+    """The recording, whose rows of the batch are taken as they are, whatever samples are packed in them."""
+    found = copy(recording)
+    found.packing = None
+    return found
 
 
 def score_passes(

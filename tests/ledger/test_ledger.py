@@ -1,5 +1,7 @@
 """What a run writes is what it scored, and every question asked of the ledger has the answer that numpy gives."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -226,6 +228,14 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(FileNotFoundError, match="no ledger"):
         ag.open_ledger(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no ledger"):
+        ag.open_ledger(tmp_path)
+
+
+def test_a_ledger_of_another_format_is_named(tmp_path):
+    Run(tmp_path, steps=1).ledger.close()
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(ValueError, match=r"is of format 1, and this version of adam_ghost reads format \d"):
         ag.open_ledger(tmp_path)
 
 
