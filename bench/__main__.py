@@ -154,7 +154,7 @@ def evidence(
         raise typer.BadParameter(f"no such study: {', '.join(sorted(unknown))}", param_hint="--study")
     folder = folder or Path("runs", "evidence-quick" if quick else "evidence")
     whole = not (quick or study)  # only then the committed page
-    json = json or (Path("bench", "results", "evidence-cpu.json") if whole else folder / "evidence.json")
+    json = json or folder / "evidence.json"
     docs = docs or (Path("docs") if whole else folder)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("measuring", total=None)

@@ -1,12 +1,15 @@
 """``docs/evidence.md`` from the measured summaries: tables, and sentences whose words follow the numbers."""
 
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any
 
 from bench.evidence import choosing, one_step, scoring, whole_run
 from bench.evidence.pictures import PICTURES
+from bench.evidence.tasks import texts
 
 Json = dict[str, Any]
+TARGETS = signature(texts).parameters["held_out"].default
 
 
 def page(found: Json, pictures: Iterable[str] = ()) -> str:
@@ -137,13 +140,11 @@ def decisions(there: dict[str, Json]) -> str:
             if default is None:
                 continue
             better = [w for w, of in ways.items() if _told(of[measure]) and of[measure]["behind"] < 0]
-            best = max(ways, key=lambda w: ways[w][measure]["mean"])
+            best = max([scoring.DEFAULT, *better], key=lambda w: ways[w][measure]["mean"])
+            take = "`window`, 32 and 32 ahead" if best == scoring.DEFAULT else best
             others = ", ".join(f"{w} ({_mean(ways[w][measure])})" for w in better)
-            take = "`window`, 32 and 32 ahead" if best == scoring.DEFAULT or not better else best
-            found = f"{measure} {_mean(ways[best if better else scoring.DEFAULT][measure])}"
-            rows.append(
-                [f"{use}: {task}", take, found, f"better than the default: {others}" if better else "nothing told to be better"]
-            )
+            beside = f"better than the default: {others}" if better else "nothing told to be better"
+            rows.append([f"{use}: {task}", take, f"{measure} {_mean(ways[best][measure])}", beside])
     for study, use, key in (("kept", "prune", "loss"), ("chosen in the step", "choose within the step", "loss")):
         for task, ways in there.get(study, {}).items():
             best = min(ways, key=lambda w: ways[w][key]["mean"])
@@ -165,7 +166,8 @@ def decisions(there: dict[str, Json]) -> str:
         return ""
     return f"""## What follows
 
-Chosen by the best mean on these very seeds; the sections below have all ways, losing ones too.
+Where nothing is told to be better than the default (its interval over seeds excludes zero), the default; else the best mean, on these
+very seeds. The sections below have all ways, losing ones too.
 
 {_table(["to", "take", "which gave", "beside"], rows)}"""
 
@@ -300,8 +302,9 @@ def _cost(s: Json) -> str:
     return f"""## What each way costs
 
 Share of plain training's speed that each leaves, all of it counted, every step scored: the texts by a GPT of {s["parameters"]:,}
-parameters in float32. What scores checkpoints or a trained model is booked to the 200 steps of that training: over a longer one, or for
-fewer targets, it weighs less, and what scores every step does not.
+parameters in float32, batches of 16. One-step ways take the gradient of {TARGETS} held-out texts in every step, windows once or a few
+times in each: with fewer targets the former cost less. What scores checkpoints or a trained model is booked to the 200
+steps of that training: over a longer one it weighs less, and what scores every step does not.
 
 {_table(["", "of plain"], rows)}"""
 

@@ -20,9 +20,9 @@ from bench.throughput import resident
 
 @dataclass(frozen=True)
 class Setting:
-    layers: int = 4
-    width: int = 256
-    tokens: int = 128
+    layers: int = 3
+    width: int = 192
+    tokens: int = 64
     samples: int = 16
     targets: int = 1  # validation samples
     K: int = 1  # validation losses, each of all targets
@@ -40,7 +40,7 @@ SETTINGS = {
     "r = 1/2": Setting(targets=8),
 }
 # the base, and what of it is changed
-SMALL = Setting(layers=2, width=128, tokens=64)
+SMALL = Setting(layers=2, width=128)
 GROWTH = {"samples": (4, 16, 64), "tokens": (32, 64, 256), "width": (64, 128, 256), "layers": (1, 2, 4), "K": (1, 4, 16)}
 
 
