@@ -38,8 +38,9 @@ def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tens
     It takes float32 on the CPU, samples along dimension 0. Products and sums over features are float32, over tokens and layers
     float64, in a fixed order.
     """
-    some = next(iter(P.values()))
-    if asked.packing is not None or asked.per_token or asked.n == 0 or some.dtype != torch.float32 or some.device.type != "cpu":
+    if asked.packing is not None or asked.per_token or asked.n == 0:
+        return None, calls
+    if any(grad.device.type != "cpu" for call in calls[:1] for grad in call.grad_output.values()):
         return None, calls
     if extension.reason("cpu") or ops.forced() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return None, calls
@@ -53,7 +54,9 @@ def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tens
         else:
             found.append(told)
             taken.append(call)
-    if not found:
+    # of these layers: where fully_shard keeps parts, others' directions need not be there
+    some = next((x for _, _, _, weight, bias, *_ in found for x in (weight, bias) if x is not None), None)
+    if some is None or some.dtype != torch.float32 or some.device.type != "cpu":
         return None, calls
     sums = torch.zeros(asked.n, len(some), dtype=torch.float64)
     refused = extension.C.contract_calls(found, sums, LARGEST)
