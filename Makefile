@@ -52,7 +52,7 @@ $(VENV)/base:
 	touch $@
 
 $(VENV)/installed: $(VENV)/base $(SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[report]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[ledger]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/base $(SOURCES)

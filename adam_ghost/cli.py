@@ -69,7 +69,7 @@ def demo(
     display.save(out / "scores.csv", result, corpus)
     console.print(f"All scores: {out / 'scores.csv'}")
     if ledgers[0] is None:
-        console.print(Text(f"For ledgers and reports: {how_to_install('report')}"))
+        console.print(Text(f"For ledgers and reports: {how_to_install('ledger')}"))
     else:
         from adam_ghost.report import write_report
 

@@ -12,7 +12,4 @@ def how_to_install(extra: str) -> str:
         return f"pip install -e '{checkout}[{extra}]'"
     # no registry holds this package: its requirements are named one by one
     wanted = [r for r in importlib.metadata.requires("adam-ghost") or () if re.search(rf"extra == .{extra}.", r)]
-    names = [r.split(";")[0].strip() for r in wanted]
-    inner = [m[1] for n in names if (m := re.match(r"adam-ghost\[(\w+)\]", n))]
-    names = [f"'{n}'" for n in names if not n.startswith("adam-ghost")]
-    return " ".join(["pip install", *(how_to_install(i).removeprefix("pip install ") for i in inner), *names])
+    return " ".join(["pip install", *(f"'{r.split(';')[0].strip()}'" for r in wanted)])

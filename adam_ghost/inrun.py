@@ -632,7 +632,7 @@ class InRun:
 
         The first steps, in which no linearization is exact, weigh most in a sum of one-step scores: of 1,000 digits, a fifth
         with a wrong label, totals tell those with AUROC 0.77, standardized scores with 0.79, totals from the eleventh step on
-        with 0.79 (means of five trainings; ``docs/schedules.md``). So ``standardized`` finds bad samples;
+        with 0.79 (means of five trainings; ``docs/evidence.md``). So ``standardized`` finds bad samples;
         totals are in the validation loss's unit, and those of windows are what training without a sample would change.
 
         Args:

@@ -119,6 +119,7 @@ def _costs_again(path: Path | None) -> None:
     for result in found["optimizers"]:
         result |= fidelity_bench.cost_of(result["optimizer"])
         console.print(f"{result['optimizer']}: {result['cost']:.1f} times AdamW's")
+    found["machine_of_costs"] = machine.header()
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 

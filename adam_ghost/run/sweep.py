@@ -26,7 +26,7 @@ from adam_ghost.run.rerun import CALLED_ONCE, KeptBatch, outputs_of, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
 from adam_ghost.step.coverage import share_of
-from adam_ghost.step.step import inner, report_coverage, score_passes
+from adam_ghost.step.step import inner, reached_by, report_coverage, score_passes
 from adam_ghost.step.whole_pass import WholePass
 
 if TYPE_CHECKING:
@@ -282,9 +282,7 @@ class Sweep:
         again = {name: self.world.part(name, g) for name, g in again.items()}
         self._compare(step, {name: given[name] for name in small}, again)
         coverage = self.window.coverage
-        by_passes = self.loop.fallback and coverage.forward_mode
-        by_passes = by_passes and all(w.by_sample(r.batch_size, r.packing) for r, w in zip(recordings, passes, strict=True))
-        reached = {k for k, p in self.loop.params.items() if by_passes and any(w.reaches(p) for w in passes)}
+        reached = reached_by(passes, recordings, self.loop.params, coverage) if self.loop.fallback else None
         whole, missing = report_coverage(given, recordings, coverage, reached=reached, world=self.world)
         if whole:
             lost = {name: P[name] for name in whole}

@@ -231,11 +231,20 @@ def gather_step(
         inside = set(params.values()) if len(moving) > len(params) else None
         outside = [] if inside is None else [p for p in moving if p not in inside]
         step.passes = [whole for whole in passes if whole is not None]
-        usable = coverage.forward_mode and len(step.passes) == len(recordings)
-        usable = usable and all(whole.by_sample(r.batch_size, r.packing) for r, whole in zip(recordings, step.passes, strict=True))
-        reached = {name for name, p in params.items() if any(whole.reaches(p) for whole in step.passes)} if usable else None
+        reached = reached_by(step.passes, recordings, params, coverage)
         step.whole, step.missing = report_coverage(grads, recordings, coverage, outside, reached, world)
     return step
+
+
+def reached_by(
+    passes: Sequence[WholePass], recordings: Sequence[Recording], params: Mapping[str, Tensor], coverage: Coverage
+) -> set[str] | None:
+    """The names of those ``params`` that whole passes of the recordings have a part in; None where such passes cannot score."""
+    if not coverage.forward_mode or len(passes) != len(recordings):
+        return None
+    if not all(whole.by_sample(r.batch_size, r.packing) for r, whole in zip(recordings, passes, strict=True)):
+        return None
+    return {name for name, p in params.items() if any(whole.reaches(p) for whole in passes)}
 
 
 def report_coverage(
@@ -248,8 +257,7 @@ def report_coverage(
 ) -> tuple[list[str], list[str]]:
     """Tells ``coverage`` which gradients no recorded call explains: the names of those that whole passes do, and of the others.
 
-    ``outside``: trained parameters that are not the model's; ``reached``: those that whole
-    passes have a part in, None where there are no such passes.
+    ``outside``: trained parameters that are not the model's; ``reached``: as ``reached_by`` says.
     """
     world, known = world or World(), list(grads)
     covered = world.union({name for r in recordings for name in r.touched()}, known)
