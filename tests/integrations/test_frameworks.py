@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from classifier import N, data, net, val_loss
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,35 +14,7 @@ import adam_ghost as ag
 pytest.importorskip("transformers")
 # trainings end where they end, seldom with a window
 pytestmark = pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
-N, BATCH = 24, 4
-
-
-class Net(nn.Module):
-    """A classifier that speaks the Trainer's language: keyword arguments, and a loss among its outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
-
-    def forward(self, x, labels=None):
-        logits = self.second(torch.tanh(self.first(x)))
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits} if labels is not None else {"logits": logits}
-
-
-def data():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(N, 5, generator=generator), torch.randint(0, 3, (N,), generator=generator)
-    return x, y
-
-
-def val_loss(model):
-    x, y = data()
-    return model(x=x[:6], labels=y[:6])["loss"]
-
-
-def net():
-    torch.manual_seed(1)
-    return Net()
+BATCH = 4
 
 
 def plain(model, batches, lr=1e-2, clip=None, accumulation=1, autocast=False, **options):

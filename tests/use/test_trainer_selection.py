@@ -2,35 +2,15 @@
 
 import pytest
 import torch
+from classifier import N, data, net, val_loss
 from torch import nn
-from torch.nn import functional as F
 
 import adam_ghost as ag
 from adam_ghost.use import select
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-N, BATCH, LR = 24, 6, 1e-2
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
-
-    def forward(self, x, labels=None):
-        logits = self.second(torch.tanh(self.first(x)))
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
-def data():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(N, 5, generator=generator), torch.randint(0, 3, (N,), generator=generator)
-
-
-def val_loss(model):
-    x, y = data()
-    return model(x=x[:6], labels=y[:6])["loss"]
+BATCH, LR = 6, 1e-2
 
 
 def trainer_of(model, folder, **options):
@@ -47,11 +27,6 @@ def trainer_of(model, folder, **options):
         max_grad_norm=0.05, **options,
     )  # fmt: skip
     return InOrder(model, args, train_dataset=samples)
-
-
-def net():
-    torch.manual_seed(1)
-    return Net()
 
 
 @pytest.mark.parametrize("fraction", [0.5, None])
