@@ -81,7 +81,8 @@ class ContractingRecording(Recording):
             self._contract_waiting()
 
     def _contract(self, calls: list[Call]) -> None:
-        with torch.no_grad():
+        # a backward pass under the loop's autocast would round the sums
+        with torch.no_grad(), torch.autocast(self.slot.device.type, enabled=False, cache_enabled=False):
             parts = score_calls(calls, self.P, Asked(self.batch_size, self.packing))
         self._arrived = add(parts if self._arrived is None else [self._arrived, *parts])
 
