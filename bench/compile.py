@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from adam_ghost.kernels import contract, embedding, ghost_gram, norm, ragged, wgrad_score
+from adam_ghost.kernels import contract, embedding, ghost_gram, grouped, norm, ragged, wgrad_score
 from bench import sass
 
 CHIPS = (80, 90, 100)
@@ -109,6 +109,10 @@ def launches(arch: int) -> Iterator[tuple[str, bool]]:
         for c in contract.configs(arch, dtype, able):
             contract._launch(*flat, meta(1, d_out, d_in, dtype=dtype), c)
             yield f"{dtype} {c}", matrix
+        for c in grouped.configs(arch, dtype):
+            for kept, P in (("in, out", meta(8, d_in, d_out, dtype=dtype)), ("out, in", meta(8, d_out, d_in, dtype=dtype).mT)):
+                grouped.contract_grouped(*flat, P, meta(8, dtype=torch.int32), c)
+                yield f"{dtype} {c} [E, {kept}]", matrix
         for c in wgrad_score.configs(arch, dtype, able):
             for K, packed in ((1, False), (3, False), (1, True)):
                 plan = ragged_steps(n, n * T, c.BT) if packed else None
@@ -163,7 +167,7 @@ def main(arch: int) -> None:
         for name, compiled in launched:
             if id(compiled) not in seen:
                 seen.add(id(compiled))
-                must = matrix and name in ("_contract", "_wgrad_score", "_ghost_gram")
+                must = matrix and name in ("_contract", "_contract_grouped", "_wgrad_score", "_ghost_gram")
                 print(json.dumps({"kernel": name.strip("_"), "case": case, "matrix": must, **facts(compiled, arch)}), flush=True)
         launched.clear()
 

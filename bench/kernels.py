@@ -47,6 +47,11 @@ LINEARS = {  # n, T, d_in, d_out
     "Llama-1B down": (8, 2048, 8192, 2048),
     "MLP": (4096, 1, 1024, 1024),
 }
+MIXTURES = {  # n, T, d_in, d_out, experts, experts to a token
+    "Mixtral 8x7B down": (8, 2048, 14336, 4096, 8, 2),
+    "OLMoE up and gate": (8, 2048, 2048, 2048, 64, 8),
+    "OLMoE down": (8, 2048, 1024, 2048, 64, 8),
+}
 PAIRS = {"n 64, T 256": (64, 256, 768, 768), "n 64, T 16": (64, 16, 768, 3072), "MLP": (4096, 1, 1024, 1024)}
 
 
@@ -61,6 +66,17 @@ def weight_gradient(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
 
 def forward(a: Tensor, b: Tensor, P: Tensor) -> Tensor:
     return F.linear(a, P[0])
+
+
+def routed(N: int, d_in: int, d_out: int, experts: int) -> tuple[Tensor, ...]:
+    """Rows, their experts drawn at random, gradients, weights, and where each expert's rows end."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    counts = torch.randint(experts, (N,), device="cuda", generator=generator).bincount(minlength=experts)
+    return *draw((N, d_in), (N, d_out), (experts, d_in, d_out)), counts.cumsum(0, dtype=torch.int32)
+
+
+def grouped_forward(a: Tensor, b: Tensor, P: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(a, P, offs=ends)
 
 
 def two_einsums(a: Tensor, b: Tensor) -> Tensor:
@@ -85,6 +101,11 @@ def cases() -> Iterator[Case]:
         moved = read + 2 * HALF * d_in * d_out
         fused = partial(ops.wgrad_score, impl="triton")
         yield Case("wgrad_score", shape, product, moved, inputs, fused, weight_gradient, "weight gradient")
+    for name, (n, T, d_in, d_out, experts, top) in MIXTURES.items():
+        N, shape = n * T * top, f"{name}: {n} x {T} x {top} rows, {experts} experts, {d_in} to {d_out}"
+        product, read = 2 * N * d_in * d_out, HALF * (N * (d_in + d_out) + experts * d_in * d_out)
+        inputs = partial(routed, N, d_in, d_out, experts)
+        yield Case("contract_grouped", shape, product, read, inputs, ops.contract_grouped, grouped_forward, "grouped product")
     for name, (n, T, d_in, d_out) in PAIRS.items():
         flops, moved = n * (n + 1) * T * T * (d_in + d_out), HALF * n * T * (d_in + d_out)
         inputs, shape = partial(draw, (n, T, d_in), (n, T, d_out)), f"{name}: {d_in} to {d_out}"

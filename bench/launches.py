@@ -141,7 +141,7 @@ class Books(TorchDispatchMode):
     def kernel(self, name: str, *args: Any) -> None:
         """A launch of Triton's."""
         self.enter(name, 1, [x.base if hasattr(x, "base") else x for x in args])
-        if name in ("_contract", "_wgrad_score"):
+        if name in ("_contract", "_contract_grouped", "_wgrad_score"):
             a, b, *_ = (getattr(x, "base", x).dtype for x in args if hasattr(x, "base") or isinstance(x, torch.Tensor))
             self.dtypes[f"{name.strip('_')}: {a} x {b}".replace("torch.", "")] += 1
 

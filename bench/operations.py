@@ -28,7 +28,9 @@ def _wgrad_score(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None = None,
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * a.numel() * b.shape[-1]  # rows are of one group each; of a weight gradient, [d, M] @ [M, d']
+    return (
+        2 * a.numel() * b.shape[-1]
+    )  # rows are of one group each, whether times [E, d, d'] or beside [M, d']; of a weight gradient, [d, M] @ [M, d']
 
 
 def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
@@ -38,6 +40,7 @@ def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
 # products that torch's own counter does not know
 _PRODUCTS: dict[str, Callable[..., int]] = {
     "adam_ghost.contract": _contract,
+    "adam_ghost.contract_grouped": _grouped,
     "adam_ghost.wgrad_score": _wgrad_score,
     "aten._grouped_mm": _grouped,
     "mkldnn._linear_pointwise": _linear,

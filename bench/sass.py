@@ -97,8 +97,9 @@ def of_matrix_kernel(listing: str) -> dict[str, int]:
     inner = loops[0]
     rare = code.rare(inner)
     often = [i for i in range(inner.start, inner.end + 1) if i not in rare]
-    # without a branch for it, the end of a sample is what the next loop around does besides
-    end = sorted(rare) or [i for i in range(loops[1].start, loops[1].end + 1) if not inner.start <= i <= inner.end]
+    # without a branch for it, the end of a sample is what the next loop around does besides, or all of the kernel
+    around = loops[1] if len(loops) > 1 else Loop(0, len(code.instructions) - 1)
+    end = sorted(rare) or [i for i in range(around.start, around.end + 1) if not inner.start <= i <= inner.end]
     return {
         "barriers per step": code.count("BAR", often),
         "barriers per end": code.count("BAR", end),

@@ -14,11 +14,14 @@ from adam_ghost.capture.calls import Call
 from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.rows import Rows
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.products import GROUPED, grouped_product, is_linear, is_sum
+from adam_ghost.scores.products import GROUPED, grouped_product, is_linear, is_sum, scores_of_rows
 from adam_ghost.scores.shapes import add, by_row, by_token, collect_rows, samples_of, sum_samples
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
+    rows = scores_of_rows(call, P, asked) if is_linear(call) else None
+    if rows is not None:
+        return rows
     params = {name: p for name, p in call.parameters().items() if name in P}
     per_token = asked.per_token or asked.packing is not None
     products = _derivative(call, P, params, asked.n, per_token)

@@ -17,6 +17,18 @@ def contract(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None = None) -> T
     return (out * b.unsqueeze(-2)).sum(-1)
 
 
+def contract_grouped(a: Tensor, b: Tensor, P: Tensor, ends: Tensor) -> Tensor:
+    """``sum over outputs of (a @ P[e]) * b``, per row; ``e`` is the expert that the row lies before the end of, 0 past the last.
+
+    a ``[N, d_in]``, b ``[N, d_out]``, P ``[E, d_in, d_out]``, ends ``[E]`` -> ``[N]``.
+    """
+    scores, start = a.new_zeros(len(a)), 0
+    for p, end in zip(P, ends.tolist(), strict=True):
+        rows, start = slice(start, end), max(start, end)
+        scores[rows] = ((a[rows] @ p) * b[rows]).sum(-1)
+    return scores
+
+
 def sum_samples(scores: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Per-token scores ``[n, T, K]``, or ``[N, K]`` of ragged samples, summed to ``[n, K]``."""
     return scores.sum(1) if offsets is None else torch.segment_reduce(scores, "sum", offsets=offsets)

@@ -22,6 +22,7 @@ _lib = torch.library.Library("adam_ghost", "FRAGMENT")
 _lib.define(
     "contract(Tensor a, Tensor b, Tensor P, Tensor? P_bias, Tensor? offsets, bool per_token, bool half, str? impl) -> Tensor"
 )
+_lib.define("contract_grouped(Tensor a, Tensor b, Tensor P, Tensor ends, str? impl) -> Tensor")
 _lib.define("wgrad_score(Tensor a, Tensor b, Tensor P, Tensor? offsets, str? impl) -> (Tensor, Tensor)")
 _lib.define(
     "ghost_gram(Tensor a, Tensor b, Tensor? a2, Tensor? b2, Tensor? row, Tensor? col, Tensor? offsets, Tensor? offsets2,"
@@ -243,6 +244,40 @@ def _contract_impl(a, b, P, P_bias, offsets, per_token, half, impl):
 @torch.library.register_fake("adam_ghost::contract", lib=_lib)
 def _contract_fake(a, b, P, P_bias, offsets, per_token, half, impl):
     return a.new_empty(_scores_shape(a, offsets, per_token, P.shape[0]), dtype=_scores_dtype(a, b, P))
+
+
+def contract_grouped(a: Tensor, b: Tensor, P: Tensor, ends: Tensor, *, impl: str | None = None) -> Tensor:
+    """``sum over outputs of (a @ P[expert]) * b``: the score ``[N]`` of every row of a mixture's product, ``F.grouped_mm``.
+
+    Args:
+        a: rows sorted by expert ``[N, d_in]``; b: gradients at the product ``[N, d_out]``. Of 16 bits, as in ``contract``.
+        P: a direction ``[E, d_in, d_out]``, in any strides; the kernel rounds it to the dtype of ``a``.
+        ends: integers ``[E]``: where each expert's rows end, ascending, on the same device; not checked, as that would wait for it.
+        impl: as in ``contract``.
+
+    Rows past the last end are nobody's: 0. Dtypes, order and errors are those of ``contract``. docs/method.md, 4.1.
+    """
+    _check_shape("b", b, a.shape[0], P.shape[-1])
+    _check_shape("P", P, len(ends), a.shape[-1], b.shape[-1])
+    if ends.ndim != 1 or ends.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ends: expected integers [E], got {ends.dtype} {list(ends.shape)}")
+    return _run("contract_grouped", _contract_grouped_impl, a, b, P, ends, impl or _forced)
+
+
+@torch.library.impl(_lib, "contract_grouped", "CompositeExplicitAutograd")
+def _contract_grouped_impl(a, b, P, ends, impl):
+    if _in_triton(impl, "contract_grouped", a, b, P):
+        from adam_ghost.kernels.grouped import contract_grouped as kernel
+
+        with torch.cuda.device_of(a):
+            return kernel(*_as_multiplied(a, b), P, ends)
+    a, b, P = _wide(a, b, P)
+    return definition.contract_grouped(a, b, P, ends)
+
+
+@torch.library.register_fake("adam_ghost::contract_grouped", lib=_lib)
+def _contract_grouped_fake(a, b, P, ends, impl):
+    return a.new_empty(a.shape[0], dtype=_scores_dtype(a, b, P))
 
 
 def with_bias(scores: Tensor | None, sums: Tensor, P_bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Products with parameters by torch functions: which are linear in their parameters, and a forward mode for grouped ones."""
+"""Products with parameters by torch functions: which are linear in them, the scores of rows times a weight, and a forward mode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from adam_ghost.capture.calls import Call, Ref
 from adam_ghost.capture.kinds import is_plain_lookup
 from adam_ghost.capture.names import counterpart, functions
-from adam_ghost.scores.shapes import add
+from adam_ghost.capture.rows import Rows
+from adam_ghost.scores import linear, ops
+from adam_ghost.scores.forms import Asked, Directions
+from adam_ghost.scores.shapes import add, collect_rows, lead_rows
 
 # products of experts: rows sorted by expert, ``offs`` where each one's end
 GROUPED = frozenset((*functions("F.grouped_mm"), *functions("torch._grouped_mm")))
@@ -23,6 +26,8 @@ _LINEAR_BY_NAME = """
 """
 # linear in each of their operands
 _PRODUCTS = GROUPED | frozenset(f for name in _PRODUCTS_BY_NAME.split() for f in functions(name))
+# rows times a matrix
+_MATMULS = frozenset(f for name in ("matmul", "__matmul__", "mm") for f in functions(name))
 _SUMS = frozenset(f for name in _SUMS_BY_NAME.split() for f in functions(name))
 _TRANSPOSES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT"))
 _LINEAR = _TRANSPOSES | frozenset(f for name in _LINEAR_BY_NAME.split() for f in functions(name))
@@ -60,6 +65,41 @@ def _is_linear_source(x: nn.Parameter | Ref) -> bool:
     if isinstance(x.call.fn, nn.Module):
         return not made and is_plain_lookup(x.call.fn)
     return x.call.fn in _LINEAR and len(made) == 1 and not x.call.inplace and _is_linear_source(made[0])
+
+
+def scores_of_rows(call: Call, P: Directions, asked: Asked) -> Tensor | None:
+    """The scores of rows times a weight, the product never in memory as a whole; None where ``call``, linear, is another one."""
+    if call.fn is not F.linear and counterpart(call.fn) not in _MATMULS | GROUPED:
+        return None
+    rows, *others = call.arguments()
+    made = [x for x in others if isinstance(x, (nn.Parameter, Ref))]
+    if isinstance(rows, (nn.Parameter, Ref)) or not isinstance(rows, Tensor) or rows.ndim < 2:
+        return None
+    directions = [x for x in (_direction(call, x, P) for x in made) if x is not None]
+    weight, bias = (next((x for x in directions if x.ndim == ndim), None) for ndim in (3, 2))  # [K, *, *], [K, d_out]
+    b, tag = call.grad_output[0], call.outputs[0]
+    if isinstance(tag, Rows) and tag.of.shape[-1] != 1:
+        return None
+    if call.fn is F.linear:
+        return linear.product_scores(rows, b, tag, weight, bias, asked)
+    if counterpart(call.fn) in _MATMULS:
+        return None if weight is None else linear.product_scores(rows, b, tag, weight.mT, None, asked)
+    experts = next((x for x in directions if x.ndim == 4), None)  # [K, E, d_in, d_out]
+    ends = [x for x in others if isinstance(x, Tensor) and not x.is_floating_point()]
+    if experts is None or len(ends) != 1 or rows.ndim != 2 or not isinstance(tag, Rows):
+        return None
+    return collect_rows(torch.stack([ops.contract_grouped(rows, b, p, *ends) for p in experts], 1), lead_rows(b, tag), asked)
+
+
+def _direction(call: Call, x: nn.Parameter | Ref, P: Directions) -> Tensor | None:
+    """The direction ``[K, *shape]`` of an argument that is linear in parameters; None where none of these has one."""
+    if not isinstance(x, Ref):
+        return P.get(call.name_of(x) or "")
+    found = {name: P[name] for name in x.call.parameters() if name in P}
+    if not found:
+        return None
+    K = len(next(iter(found.values())))
+    return torch.stack([x.call.replay({name: p[k] for name, p in found.items()}, torch.zeros_like)[x.index] for k in range(K)])
 
 
 class _Grouped(torch.autograd.Function):

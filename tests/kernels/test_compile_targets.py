@@ -5,7 +5,9 @@ import pytest
 pytest.importorskip("triton")
 from bench import compile as chips
 
-KERNELS = {"contract", "wgrad_score", "join", "align", "ghost_gram", "embedding_score", "norm_score", "sum_samples"}
+KERNELS = {
+    "contract", "contract_grouped", "wgrad_score", "join", "align", "ghost_gram", "embedding_score", "norm_score", "sum_samples",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,4 +38,5 @@ def test_consumer_chips_run_what_fits_them():
     """They have 99 kB of shared memory: sm_86 and sm_89, and sm_120, whose number is larger than that of chips with 227 kB."""
     for kernel in (chips.contract, chips.wgrad_score):
         assert kernel.configs(120, chips.HALF, True) == kernel.configs(80, chips.HALF, False)
+    assert chips.grouped.configs(120, chips.HALF) == chips.grouped.configs(80, chips.HALF)
     assert chips.ghost_gram.choose(120, chips.HALF, True) == chips.ghost_gram.choose(80, chips.HALF, False)
