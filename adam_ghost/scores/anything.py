@@ -14,7 +14,7 @@ from adam_ghost.capture.calls import Call
 from adam_ghost.capture.names import counterpart
 from adam_ghost.capture.rows import Rows
 from adam_ghost.scores.forms import Asked, Directions, Form, register
-from adam_ghost.scores.products import GROUPED, grouped_product, is_linear, is_sum, scores_of_rows
+from adam_ghost.scores.products import GROUPED, along, grouped_product, is_linear, is_sum, scores_of_rows
 from adam_ghost.scores.shapes import add, by_row, by_token, collect_rows, samples_of, sum_samples
 
 
@@ -70,17 +70,20 @@ def _derivative(call: Call, P: Directions, params: Mapping[str, Tensor], n: int,
 
     ``[n, T, K]``, or ``[n, 1, K]`` where no tokens are asked for and the product need not be kept to be summed; ``[M, K]`` by row.
 
-    A call linear in its parameters is its own derivative: it is run with P in their place, and of a sum with them zeros in that
-    of the rest.
+    A call linear in its parameters is its own derivative: it is run with P in their place, and of a difference with them zeros in
+    that of the rest. A sum with them moves by P itself.
     """
     names = list(params)
     tags, grads = call.outputs, call.grad_output
     adds = is_sum(call)
+    moved = along(call, P) if adds else None
     affine = adds or is_linear(call)
     found: dict[int, list[Tensor]] = {i: [] for i in grads}
     for k in range(len(P[names[0]])):
         tangents = {name: P[name][k] for name in names}
-        if affine:
+        if moved is not None:
+            outs = {i: moved[k].expand(grad.shape) for i, grad in grads.items()}
+        elif affine:
             outs = dict(enumerate(call.replay(tangents, torch.zeros_like, torch.zeros_like if adds else None)))
         else:
 

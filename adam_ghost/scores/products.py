@@ -17,7 +17,8 @@ from adam_ghost.scores.shapes import add, collect_rows, lead_rows
 
 # products of experts: rows sorted by expert, ``offs`` where each one's end
 GROUPED = frozenset((*functions("F.grouped_mm"), *functions("torch._grouped_mm")))
-_SUMS_BY_NAME = "add __add__ __radd__ sub __sub__ __rsub__"
+_ADDS_BY_NAME = "add __add__ __radd__"
+_DIFFERENCES_BY_NAME = "sub __sub__ __rsub__"
 _PRODUCTS_BY_NAME = "matmul __matmul__ __rmatmul__ mm bmm mv torch.einsum torch.tensordot"
 # that put elements in other places, or hold them in another way
 _LINEAR_BY_NAME = """
@@ -28,7 +29,8 @@ _LINEAR_BY_NAME = """
 _PRODUCTS = GROUPED | frozenset(f for name in _PRODUCTS_BY_NAME.split() for f in functions(name))
 # rows times a matrix
 _MATMULS = frozenset(f for name in ("matmul", "__matmul__", "mm") for f in functions(name))
-_SUMS = frozenset(f for name in _SUMS_BY_NAME.split() for f in functions(name))
+_ADDS = frozenset(f for name in _ADDS_BY_NAME.split() for f in functions(name))
+_SUMS = _ADDS | frozenset(f for name in _DIFFERENCES_BY_NAME.split() for f in functions(name))
 _TRANSPOSES = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT"))
 _LINEAR = _TRANSPOSES | frozenset(f for name in _LINEAR_BY_NAME.split() for f in functions(name))
 
@@ -91,10 +93,21 @@ def scores_of_rows(call: Call, P: Directions, asked: Asked) -> Tensor | None:
     return collect_rows(torch.stack([ops.contract_grouped(rows, b, p, *ends) for p in experts], 1), lead_rows(b, tag), asked)
 
 
+def along(call: Call, P: Directions) -> Tensor | None:
+    """What a sum's result, less its shape, moves by along ``P``, ``[K, *]``; None where ``call``, a sum, is another one."""
+    terms = call.arguments()
+    if counterpart(call.fn) not in _ADDS or len(terms) != 2:  # a third would scale one of them
+        return None
+    return _direction(call, next(x for x in terms if isinstance(x, (nn.Parameter, Ref))), P)
+
+
 def _direction(call: Call, x: nn.Parameter | Ref, P: Directions) -> Tensor | None:
     """The direction ``[K, *shape]`` of an argument that is linear in parameters; None where none of these has one."""
     if not isinstance(x, Ref):
         return P.get(call.name_of(x) or "")
+    if isinstance(x.call.fn, nn.Module):  # a plain lookup
+        (rows,) = x.call.directions(P, "weight")
+        return None if rows is None else rows[:, x.call.input]
     found = {name: P[name] for name in x.call.parameters() if name in P}
     if not found:
         return None
