@@ -80,8 +80,10 @@ def scores_of_rows(call: Call, P: Directions, asked: Asked) -> Tensor | None:
     directions = [x for x in (_direction(call, x, P) for x in made) if x is not None]
     weight, bias = (next((x for x in directions if x.ndim == ndim), None) for ndim in (3, 2))  # [K, *, *], [K, d_out]
     b, tag = call.grad_output[0], call.outputs[0]
-    if isinstance(tag, Rows) and tag.of.shape[-1] != 1:
-        return None
+    if b.ndim != rows.ndim or (isinstance(tag, Rows) and tag.of.shape[-1] != 1):
+        return None  # a vector's product, or rows that are not told apart by their first dimensions
+    if bias is not None and bias.shape[1] != b.shape[-1]:
+        return None  # one number for all outputs
     if call.fn is F.linear:
         return linear.product_scores(rows, b, tag, weight, bias, asked)
     if counterpart(call.fn) in _MATMULS:

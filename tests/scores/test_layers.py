@@ -5,6 +5,7 @@ import torch
 from models import IN_FLOAT32, NO_FORWARD_MODE, ONE, RANDOM, SEQUENCES, VOCABULARY, Checkpointed, D, Embed, Fn, N, around, problem
 from oracles import close, derivative_of_losses, gradients_loss_by_loss, gradients_one_by_one, inner
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
@@ -72,6 +73,43 @@ def test_positions_in_a_sum(name):
         return Fn(body, positions=nn.Embedding(7, D), last=nn.Linear(D, 2))
 
     check(problem(build, "x"))
+
+
+# of x [n, T, D], by a module s with weights w [3, D], b [3], one [1], v [D], stack [T, D, 3]
+PRODUCTS = {
+    "linear": lambda x, s: F.linear(x, s.w, s.b),
+    "by keyword": lambda x, s: F.linear(x, bias=s.b, weight=s.w),
+    "one bias for all": lambda x, s: F.linear(x, s.w, s.one),
+    "bias alone": lambda x, s: F.linear(x, s.w.detach(), s.b),
+    "weight alone": lambda x, s: F.linear(x, s.w, s.b.detach()),
+    "a vector": lambda x, s: F.linear(x, s.v).unsqueeze(-1),
+    "of views": lambda x, s: F.linear(x, s.w.flip(0).contiguous(), s.b[:1].expand(3)),
+    "of sections": lambda x, s: torch.cat([F.linear(x, w, b) for w, b in zip(s.w.split(1), s.b.split(1))], -1),
+    "of generated weights": lambda x, s: F.linear(x, torch.tanh(s.w)),
+    "matmul": lambda x, s: x @ s.w.T,
+    "mm": lambda x, s: torch.mm(x.flatten(0, 1), s.w.mT).view(*x.shape[:2], 3),
+    "tokens first": lambda x, s: (x.transpose(0, 1) @ s.w.T).transpose(0, 1),
+    "of features": lambda x, s: x.mT @ s.stack[:, :, 0],
+    "of a stack": lambda x, s: (x.transpose(0, 1) @ s.stack).transpose(0, 1),
+    "of a vector": lambda x, s: (x @ s.v).unsqueeze(-1),
+    "moved rows": lambda x, s: F.linear(x.flatten(0, 1).flip(0), s.w, s.b).flip(0).view(*x.shape[:2], 3),
+    "moved rows, one bias": lambda x, s: F.linear(x.flatten(0, 1).flip(0), s.w, s.one).flip(0).view(*x.shape[:2], 3),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_by_functions(name):
+    T = 5
+
+    def build():
+        shapes = {"w": (3, D), "b": (3,), "one": (1,), "v": (D,), "stack": (T, D, 3)}
+        body = lambda s, x: PRODUCTS[name](torch.tanh(s.first(x)), s)  # noqa: E731
+        model = Fn(body, first=nn.Linear(D, D))
+        for k, shape in shapes.items():
+            model.register_parameter(k, nn.Parameter(torch.randn(shape)))
+        return model
+
+    check(problem(build, "x", T=T))
 
 
 @pytest.mark.parametrize("name", RANDOM)
