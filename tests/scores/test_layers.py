@@ -84,7 +84,7 @@ PRODUCTS = {
     "weight alone": lambda x, s: F.linear(x, s.w, s.b.detach()),
     "a vector": lambda x, s: F.linear(x, s.v).unsqueeze(-1),
     "of views": lambda x, s: F.linear(x, s.w.flip(0).contiguous(), s.b[:1].expand(3)),
-    "of sections": lambda x, s: torch.cat([F.linear(x, w, b) for w, b in zip(s.w.split(1), s.b.split(1))], -1),
+    "of sections": lambda x, s: torch.cat([F.linear(x, w, b) for w, b in zip(s.w.split(1), s.b.split(1), strict=True)], -1),
     "of generated weights": lambda x, s: F.linear(x, torch.tanh(s.w)),
     "matmul": lambda x, s: x @ s.w.T,
     "mm": lambda x, s: torch.mm(x.flatten(0, 1), s.w.mT).view(*x.shape[:2], 3),
