@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any
 
-from bench.evidence import choosing, one_step, scoring, whole_run
+from bench.evidence import choosing, one_step, rivals, scoring, speed, whole_run
 from bench.evidence.pictures import PICTURES
 from bench.evidence.tasks import texts
 
@@ -309,6 +309,10 @@ steps of that training: over a longer one it weighs less, and what scores every 
 {_table(["", "of plain"], rows)}"""
 
 
+def _of_gpt(s: speed.Setting) -> str:
+    return f"A GPT of {s.layers} layers of width {s.width}, texts of {s.tokens} characters"
+
+
 def _speed(s: Json) -> str:
     settings = list(s["settings"])
     names = list(next(iter(s["settings"].values())))
@@ -320,15 +324,29 @@ def _speed(s: Json) -> str:
             row.append(f"{number(x['of_plain'])}, {number(x['of_bound'])}" if x else "-")
         peak = s["peak_bytes"].get(v)
         rows.append([*row, f"{(peak - s['peak_bytes']['plain']) / 2**20:+.0f} MiB" if peak else ""])
+    each = ("lookahead", "midpoint")
+    ahead = {
+        k: [v for v in x if v in rivals.RIVALS and x[v]["of_plain"] > max(x[w]["of_plain"] for w in each)]
+        for k, x in s["settings"].items()
+    }
+    faster = "; ".join(f"at {k} {' and '.join(v)}" for k, v in ahead.items() if v)
+    won = f"Faster than either schedule in every step: {faster}." if faster else "No rival is faster than the faster schedule."
     growth = [[k, *(number(x[v]) for v in ("lookahead", "midpoint"))] for k, x in s["growth"].items()]
-    grown = f"How the shares of the bound grow:\n\n{_table(['', 'lookahead', 'midpoint'], growth)}" if growth else ""
+    grown = (
+        f"How the shares of the bound grow, of smaller models:\n\n{_table(['', 'lookahead', 'midpoint'], growth)}" if growth else ""
+    )
     return f"""## What it costs
 
 Share of plain training's speed, and of the bound's (plain and a bare validation pass), medians of rounds in which all take steps in
-turn; `r`: validation to training samples. The rivals are written or called here on equal terms (`bench/evidence/rivals.py`); one
-backward pass with dots gives SGD's scores only, and misses what tied embeddings share.
+turn; `r`: validation to training samples. {_of_gpt(speed.Setting())}.
+The rivals are written or called here on equal terms (`bench/evidence/rivals.py`); one backward pass with dots gives SGD's scores only,
+and misses what tied embeddings share.
 
 {_table(["of plain, of the bound", *settings, "peak memory beyond plain"], rows)}
+{won}
+In a model this small a schedule's own Python, and products too small for a CPU's threads, weigh most; the larger ones of
+`python -m bench throughput` leave more.
+
 {grown}"""
 
 
