@@ -49,7 +49,7 @@ def main(path: str) -> None:
         with open(path, "w") as file:
             json.dump(found, file)
     distributed.barrier()
-    # a gloo thread that wants the interpreter while that ends aborts the process, once in a few dozen times
+    # a thread of gloo's that wants the interpreter while that ends aborts the process, now and then
     os._exit(0)
 
 
