@@ -9,7 +9,7 @@ import torch
 from adam_ghost import extension
 from adam_ghost.extras import how_to_install
 
-TORCH = ((2, 11), (2, 14))  # needed, and the newest that the tests were run with
+TORCH = ((2, 11), (2, 15))  # needed, and the newest that the tests were run with
 
 
 class Finding(NamedTuple):

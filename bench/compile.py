@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from adam_ghost.kernels import contract, embedding, ghost_gram, grouped, norm, ragged, wgrad_score
@@ -67,7 +68,7 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
 def facts(kernel, arch: int) -> dict[str, int | bool]:
     """What ptxas says of the kernel, and which instructions it has."""
     ptx = kernel.asm["ptx"]
-    assembler = Path(triton.__file__).parent / "backends/nvidia/bin" / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+    assembler = get_ptxas(arch).path
     target = re.search(r"\.target (\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

@@ -82,7 +82,11 @@ def ratio(kind: str | None, shape: torch.Size) -> float:
     rows, columns = shape
     if kind in (None, "original"):
         return math.sqrt(max(1, rows / columns))
-    return 0.2 * math.sqrt(max(rows, columns)) if kind == "match_rms_adamw" else 1.0
+    if kind == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    if kind == "spectral_unclamped":  # from torch 2.15 on
+        return math.sqrt(rows / columns)
+    raise ValueError(f"Muon's adjust_lr_fn={kind!r} is not known: original, match_rms_adamw or spectral_unclamped")
 
 
 register(torch.optim.Muon, MuonState.of)

@@ -4,13 +4,16 @@ The steps are taken on copies. Linearizations are compared with quotients of suc
 """
 
 import copy
+import inspect
 import itertools
 
 import pytest
 import torch
 from oracles import close
+from torch.optim import _muon
 
 from adam_ghost.optim import read_optimizer
+from adam_ghost.optim.muon import ratio
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -307,3 +310,18 @@ def test_muon_is_differentiated_in_full_precision(nesterov):
         _, pull = torch.func.vjp(lambda g: -step(p.detach(), g, buffer)[0], p.grad * (k + 0.5) / 200)
         P += pull(val)[0] / 200
     close(state.linearize([p], [p.grad], [val], "path", [torch.empty(5, 3)]).P[0], P, 0.02)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (3, 6)], ids=["tall", "wide"])
+@pytest.mark.parametrize("kind", [None, "original", "match_rms_adamw", "spectral_unclamped"])
+def test_muons_rate_follows_the_shape_as_torch_has_it(kind, shape):
+    rows, columns = shape
+    known = {"match_rms_adamw": 0.2 * max(shape) ** 0.5, "spectral_unclamped": (rows / columns) ** 0.5}
+    assert ratio(kind, torch.Size(shape)) == pytest.approx(known.get(kind, max(1, rows / columns) ** 0.5))
+    if kind != "spectral_unclamped" or kind in inspect.getsource(_muon):
+        assert ratio(kind, torch.Size(shape)) == pytest.approx(_muon._adjust_lr(1.0, kind, torch.Size(shape)))
+
+
+def test_a_rate_of_muons_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="Muon's adjust_lr_fn='cubic' is not known"):
+        ratio("cubic", torch.Size((2, 3)))

@@ -167,7 +167,9 @@ def test_scores_are_those_of_the_very_step(schedule):
 @pytest.mark.parametrize("make", [two, one_class], ids=["two", "one-class"])
 def test_window_is_the_derivative_of_the_training(make, monkeypatch):
     """Of trainings whose iterations are not rounded to bfloat16, in which small differences would drown."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x.clone())  # as Muon calls it, and, from torch 2.15 on:
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **how: x.clone() if "copy" in how else to(x, *args, **how))
     monkeypatch.setattr(
         MuonState, "moved", staticmethod(lambda s, w, *rest, moved=MuonState.moved: moved(s._replace(dtype=w.dtype), w, *rest))
     )
