@@ -28,9 +28,8 @@ def _wgrad_score(a: Tensor, b: Tensor, P: Tensor, offsets: Tensor | None = None,
 
 
 def _grouped(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
-    return (
-        2 * a.numel() * b.shape[-1]
-    )  # rows are of one group each, whether times [E, d, d'] or beside [M, d']; of a weight gradient, [d, M] @ [M, d']
+    # rows are of one group each: [M, d] @ [E, d, d'], contracted with [M, d'] or not; of a weight gradient, [d, M] @ [M, d']
+    return 2 * a.numel() * b.shape[-1]
 
 
 def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:

@@ -19,7 +19,7 @@ from adam_ghost.scores.shapes import add, by_row, by_token, collect_rows, sample
 
 
 def scores(call: Call, P: Directions, asked: Asked) -> Tensor:
-    rows = scores_of_rows(call, P, asked) if is_linear(call) else None
+    rows = scores_of_rows(call, P, asked)
     if rows is not None:
         return rows
     params = {name: p for name, p in call.parameters().items() if name in P}

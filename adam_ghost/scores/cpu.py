@@ -16,9 +16,7 @@ _SMALL = 2**20  # multiplications below which calling oneDNN takes longer than i
 # multiplications below which a product is not worth casting for
 _LARGE = 2**26
 BLOCK_BYTES = 4 << 20  # of per-sample gradients held at once: larger blocks leave the cache and measured slower
-# tokens per sample up to which the contraction measured faster, by the elements of a sample's gradient from which on that holds:
-# the larger they are, the more it costs to write them
-_SHORT = ((2**20, 128), (2**19, 32), (0, 16))
+SHORT = 16  # tokens per sample up to which the contraction measured faster
 
 
 def linear(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,8 +99,7 @@ def wgrad_score(
             a, b, bounds = a.unflatten(0, (n, *lengths)), b.unflatten(0, (n, *lengths)), None
     else:
         n = a.shape[0]
-    short = next(tokens for elements, tokens in _SHORT if P[0].numel() >= elements)
-    if a.numel() <= short * n * a.shape[-1]:
+    if a.numel() <= SHORT * n * a.shape[-1]:
         made, scores = _contracted(a, b, P, bounds)
     else:
         made, scores = _in_blocks(a, b, P, bounds, block_bytes)

@@ -24,8 +24,8 @@ def contract_grouped(a: Tensor, b: Tensor, P: Tensor, ends: Tensor) -> Tensor:
     """
     scores, start = a.new_zeros(len(a)), 0
     for p, end in zip(P, ends.tolist(), strict=True):
-        rows, start = slice(start, end), max(start, end)
-        scores[rows] = ((a[rows] @ p) * b[rows]).sum(-1)
+        scores[start:end] = ((a[start:end] @ p) * b[start:end]).sum(-1)
+        start = end
     return scores
 
 

@@ -257,10 +257,10 @@ def contract_grouped(a: Tensor, b: Tensor, P: Tensor, ends: Tensor, *, impl: str
 
     Rows past the last end are nobody's: 0. Dtypes, order and errors are those of ``contract``. docs/method.md, 4.1.
     """
-    _check_shape("b", b, a.shape[0], P.shape[-1])
-    _check_shape("P", P, len(ends), a.shape[-1], b.shape[-1])
     if ends.ndim != 1 or ends.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ends: expected integers [E], got {ends.dtype} {list(ends.shape)}")
+    _check_shape("b", b, a.shape[0], P.shape[-1])
+    _check_shape("P", P, len(ends), a.shape[-1], b.shape[-1])
     return _run("contract_grouped", _contract_grouped_impl, a, b, P, ends, impl or _forced)
 
 

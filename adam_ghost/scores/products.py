@@ -70,8 +70,8 @@ def _is_linear_source(x: nn.Parameter | Ref) -> bool:
 
 
 def scores_of_rows(call: Call, P: Directions, asked: Asked) -> Tensor | None:
-    """The scores of rows times a weight, the product never in memory as a whole; None where ``call``, linear, is another one."""
-    if call.fn is not F.linear and counterpart(call.fn) not in _MATMULS | GROUPED:
+    """The scores of rows times a weight, the product never in memory as a whole; None where ``call`` is another one."""
+    if (call.fn is not F.linear and counterpart(call.fn) not in _MATMULS | GROUPED) or not is_linear(call):
         return None
     rows, *others = call.arguments()
     made = [x for x in others if isinstance(x, (nn.Parameter, Ref))]
