@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "adam_ghost"
-FOUNDATION = {"__init__", "extension", "extras", "warn"}
+FOUNDATION = {"__init__", "extension", "extras", "same", "warn"}
 STAGES = {"capture", "scores", "optim", "processes", "step", "run"}
 VERBS = {"layer_cache", "attribution", "pairwise", "shapley", "inrun"}
 # what each wing, or module of the top, may import beside itself and the foundation
@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "__init__": VERBS | {"capture", "ledger", "optim"},  # on demand, when a public name is asked for
     "extension": {"warn"},
     "extras": set(),
+    "same": set(),
     "warn": set(),
     "kernels": set(),
     "capture": set(),

@@ -2,7 +2,10 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from operator import methodcaller
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from adam_ghost.optim import adam_op
 from adam_ghost.optim.adam_definition import RULES, StepScalars
 from adam_ghost.optim.history import raised
 from adam_ghost.optim.protocol import Adjoint, Kept, Linearized, number, register
+from adam_ghost.same import same
 
 
 class ParamState(NamedTuple):
@@ -29,6 +33,23 @@ class ParamState(NamedTuple):
         return self.exp_avg, self.exp_avg_sq, self.max_exp_avg_sq
 
 
+class _Columns(NamedTuple):
+    """What a state has of its parameters, one entry to each; shared by the states of one optimizer's steps."""
+
+    params: list[Tensor]
+    exp_avgs: list[Tensor | None]
+    exp_avg_sqs: list[Tensor | None]
+    max_exp_avg_sqs: list[Tensor | None]
+    places: dict[Tensor, int]  # in these lists, of the optimizer's parameters
+
+    @classmethod
+    def of(cls, params: list[Tensor], *moments: list[Any]) -> "_Columns":
+        """This process's parts of ``params`` and their moments, where they are spread over several."""
+        places = {p: i for i, p in enumerate(params)}
+        own, m, v, v_max = ([local_part(x) for x in column] for column in (params, *moments))
+        return cls(own, m, v, v_max, places)
+
+
 class AdamState:
     """The fixed state of one step's game: what Adam will do to any gradient, without doing it.
 
@@ -41,7 +62,12 @@ class AdamState:
     not_foreseen: str | None = None
 
     def __init__(self, params: Iterable[ParamState]):
-        self._params = {s.param: s for s in params}
+        rows = {row.param: row for row in params}
+        moments = ([row.moments[i] for row in rows.values()] for i in range(3))
+        self._set(_Columns.of([*rows], *moments), [row.scalars for row in rows.values()])
+
+    def _set(self, columns: _Columns, scalars: list[StepScalars]) -> None:
+        self._columns, self._scalars = columns, scalars
 
     @classmethod
     def of(cls, opt_state: "torch.optim.Optimizer | AdamState") -> "AdamState":
@@ -65,28 +91,37 @@ class AdamState:
 
         Of parameters that are spread over processes it has this process's parts.
         """
+        groups = list(groups)
+        held = _held_by(optimizer, [p for group in groups for p in group["params"]])
+        times = iter(_times(held.steps))
+        scalars = [s for group in groups for s in _scalars(group, decoupled, [*islice(times, len(group["params"]))])]
         made = cls(())
-        made._params = dict(_read(optimizer, groups, decoupled))
+        made._set(held.columns, scalars)
         return made
 
     def __contains__(self, p: Tensor) -> bool:
-        return p in self._params
+        return p in self._columns.places
 
     def __getitem__(self, p: Tensor) -> ParamState:
-        return self._params[p]
+        i = self._columns.places[p]
+        params, m, v, v_max, _ = self._columns
+        return ParamState(params[i], m[i], v[i], v_max[i], self._scalars[i])
 
     def parameters(self) -> Iterator[Tensor]:
-        return iter(self._params)
+        return iter(self._columns.places)
 
     def lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list]:
         """``exp_avgs``, ``exp_avg_sqs``, ``max_exp_avg_sqs`` and scalars of ``params``, as the ops take them."""
-        return self._lists([self._params[p] for p in params])[1:]
+        return self._lists(params)[1:]
 
-    @staticmethod
-    def _lists(rows: Sequence[ParamState]) -> tuple[list, list, list, list, list]:
-        """The parameters of ``rows``, and their ``lists``."""
-        params, m, v, v_max, scalars = ([row[i] for row in rows] for i in range(5))
-        return params, m, v, v_max, scalars
+    def _lists(self, params: Sequence[Tensor]) -> tuple[list, list, list, list, list]:
+        """This process's parts of ``params``, and their ``lists``."""
+        own, m, v, v_max, held = self._columns
+        if same(params, [*held]):
+            return own, m, v, v_max, self._scalars
+        places = [held[p] for p in params]
+        pick = lambda column: [column[i] for i in places]  # noqa: E731
+        return pick(own), pick(m), pick(v), pick(v_max), pick(self._scalars)
 
     def weight_points(
         self,
@@ -96,8 +131,8 @@ class AdamState:
         empty: list[Tensor] | None = None,
         mid: list[Tensor] | None = None,
     ) -> None:
-        params, *state = self._lists([self._params[p] for p in params])
-        adam_op.weight_points(params, list(grads), *state, empty=empty, mid=mid)
+        own, *state = self._lists(params)
+        adam_op.weight_points(own, list(grads), *state, empty=empty, mid=mid)
 
     def linearize(
         self,
@@ -118,8 +153,8 @@ class AdamState:
         out: list[Tensor],
         foreseen: bool,
     ) -> Linearized:
-        params, m, v, v_max, steps = self._lists([self._params[p] for p in params])
-        state = params, list(grads), m, v, v_max
+        own, m, v, v_max, steps = self._lists(params)
+        state = own, list(grads), m, v, v_max
         P, sums = adam_op.variance_correction(*state, list(val_grads), steps, rule=rule, foreseen=foreseen, out=out)
         sums = sums.total()
         return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))
@@ -131,7 +166,7 @@ class AdamState:
         return self.scaling(p, g) * self[p].scalars.lr
 
     def steps_taken(self, default: int) -> int:
-        started = [s.scalars.t for s in self._params.values() if s.exp_avg is not None]
+        started = {s.t for m, s in zip(self._columns.exp_avgs, self._scalars, strict=True) if m is not None}
         return max((default if isinstance(t, Tensor) else int(t) - 1 for t in started), default=0)
 
     def scalars(self, params: Sequence[Tensor]) -> list[StepScalars]:
@@ -155,7 +190,7 @@ class AdamState:
         tensors, rebuild = self.kept(list(self.parameters()))
         copied = rebuild(tensors)
         assert isinstance(copied, AdamState)
-        rows = list(copied._params.values())
+        rows = [copied[p] for p in copied.parameters()]
         alike: dict[StepScalars, list[int]] = {}
         for i, (row, g) in enumerate(zip(rows, grads, strict=True)):
             if g is not None:
@@ -194,7 +229,7 @@ class AdamState:
         return AdamState(row._replace(scalars=s) for row, s in zip(rows, scalars, strict=True))
 
     def adjoint(self, val_grads: Sequence[Tensor]) -> Adjoint:
-        kinds = 3 if any(s.scalars.amsgrad for s in self._params.values()) else 2
+        kinds = 3 if any(s.amsgrad for s in self._scalars) else 2
         return Adjoint(list(val_grads), [[torch.zeros_like(x) for x in val_grads] for _ in range(kinds)])
 
     def pull(self, grads: Sequence[Tensor | None], after: Adjoint, shares: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -261,38 +296,57 @@ def local_part(x: Any) -> Any:
         return x.to_local()
 
 
-def _read(
-    optimizer: torch.optim.Optimizer, groups: Iterable[Mapping[str, Any]], decoupled: bool
-) -> Iterator[tuple[Tensor, ParamState]]:
-    for group in groups:
-        beta1, beta2 = group["betas"]
-        common = StepScalars(
-            t=0.0,
-            lr=number(group["lr"]),
-            beta1=number(beta1),
-            beta2=number(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
-            amsgrad=bool(group.get("amsgrad")),
-            maximize=bool(group.get("maximize")),
-        )
-        states = [optimizer.state.get(p, {}) for p in group["params"]]
-        times = _times([state.get("step", 0) for state in states])
-        known: dict[Any, StepScalars] = {}
-        for p, state, t in zip(group["params"], states, times, strict=True):
-            scalars = known.get(t)
-            if scalars is None:
-                scalars = known[t] = common._replace(t=t)
-            row = ParamState(p, state.get("exp_avg"), state.get("exp_avg_sq"), state.get("max_exp_avg_sq"), scalars)
-            yield p, ParamState(*map(local_part, row)) if hasattr(p, "to_local") else row
+class _Held(NamedTuple):
+    """What an optimizer was seen to hold."""
+
+    entries: list[Any]  # of its parameters' states, one after another
+    columns: _Columns
+    steps: list[float | Tensor]
+
+
+_HELD: "WeakKeyDictionary[torch.optim.Optimizer, _Held]" = WeakKeyDictionary()
+
+
+def _held_by(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> _Held:
+    """As it was seen in the step before, while it is the same."""
+    state = optimizer.state
+    states = [*state.values()] if same(params, [*state]) else [state.get(p, {}) for p in params]
+    entries = [*chain.from_iterable(map(methodcaller("values"), states))]
+    before = _HELD.get(optimizer)
+    if before is not None and same(entries, before.entries) and same(params, before.columns.params):
+        return before
+    moments = ([x.get(name) for x in states] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+    found = _Held(entries, _Columns.of(params, *moments), [x.get("step", 0) for x in states])
+    if same(params, found.columns.params):  # else parts are made anew in every step
+        _HELD[optimizer] = found
+    return found
+
+
+def _scalars(group: Mapping[str, Any], decoupled: bool, times: list[float | Tensor]) -> list[StepScalars]:
+    """Of a group's parameters, which take steps of these numbers."""
+    beta1, beta2 = group["betas"]
+    common = StepScalars(
+        t=0.0,
+        lr=number(group["lr"]),
+        beta1=number(beta1),
+        beta2=number(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=bool(group.get("decoupled_weight_decay", decoupled)),
+        amsgrad=bool(group.get("amsgrad")),
+        maximize=bool(group.get("maximize")),
+    )
+    if times and not isinstance(times[0], Tensor) and times.count(times[0]) == len(times):
+        return [common._replace(t=times[0])] * len(times)
+    known: dict[Any, StepScalars] = {}
+    return [known.get(t) or known.setdefault(t, common._replace(t=t)) for t in times]
 
 
 def _times(steps: list[float | Tensor]) -> list[float | Tensor]:
     """The numbers of the steps about to be taken, one per count of those taken; those held by a device come in one tensor."""
-    held = [x for x in steps if isinstance(x, Tensor) and x.device.type != "cpu"]
+    held = [x for x in steps if isinstance(x, Tensor) and not x.is_cpu]
     if not held:
-        return [float(x) + 1 for x in steps]
+        return [x + 1 for x in map(float, steps)]
     if len({x.device for x in held}) > 1 or len(held) < len(steps):
         return [number(x) + 1 for x in steps]
     return list((torch.stack([x.detach().reshape(()) for x in held]).double() + 1).unbind())

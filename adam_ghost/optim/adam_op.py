@@ -5,7 +5,8 @@ Lists have one entry per parameter, as optimizers hold them. ``cpp`` is the comp
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, repeat
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -301,11 +302,11 @@ def step_table(params: list[Tensor], steps: Sequence[Any]) -> tuple[Tensor, list
     if len(steps) != len(params):
         raise ValueError(f"steps: expected {len(params)} entries, one per parameter, got {len(steps)}")
     index: dict[Any, int] = {}
-    rows: list[int] = []
-    last = None
-    for s in steps:
-        rows.append(rows[-1] if s is last else index.setdefault(s, len(index)))
-        last = s
+    rows = [0] * len(steps)
+    if steps and all(map(is_, steps, repeat(steps[0]))):
+        index[steps[0]] = 0
+    else:
+        rows = [index.setdefault(s, len(index)) for s in steps]
     device = params[0].device if params else torch.device("cpu")
     held = device.type != "cpu" and any(isinstance(x, Tensor) and x.device == device for s in index for x in s)
     if held or torch.compiler.is_compiling():

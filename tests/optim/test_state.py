@@ -203,3 +203,32 @@ def test_subclass_that_steps_differently_is_refused():
     with pytest.raises(TypeError, match="Other"):
         AdamState.of(Other(params))
     assert params[0] in AdamState.of(Same(params))
+
+
+@pytest.mark.parametrize("change", ["a step", "state loaded", "state replaced", "a parameter added", "another rate"])
+def test_what_an_optimizer_holds_is_seen_whenever_it_is_read(change):
+    params = parameters()
+    opt = optimizer(params[:2] if change == "a parameter added" else params)
+    for k in range(2):
+        give_gradients(params, k)
+        opt.step()
+        AdamState.of(opt)
+    if change == "a step":
+        opt.step()
+    elif change == "state loaded":
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    elif change == "state replaced":
+        opt.state[params[1]]["exp_avg"] = torch.ones(5, dtype=torch.float64)
+    elif change == "a parameter added":
+        opt.add_param_group({"params": params[2:], "lr": 1.0})
+    else:
+        opt.param_groups[0]["lr"] = 0.5
+    read = AdamState.of(opt)
+    held = [p for group in opt.param_groups for p in group["params"]]
+    assert all(a is b for a, b in zip(read.parameters(), held, strict=True))
+    for group in opt.param_groups:
+        for p in group["params"]:
+            row, state = read[p], opt.state.get(p, {})
+            assert row.param is p and p in read
+            assert row.exp_avg is state.get("exp_avg") and row.exp_avg_sq is state.get("exp_avg_sq")
+            assert row.scalars.t == float(state.get("step", 0)) + 1 and row.scalars.lr == group["lr"]
