@@ -347,19 +347,26 @@ PyObject* adjoint(PyObject*, PyObject* args) {
   });
 }
 
-// Float32 tensors on the CPU in row-major order; copies of those that lie otherwise live as long as this.
-struct RowMajor {
-  std::deque<std::vector<float>> copies;
+int64_t size(const DLTensor& x) {
+  int64_t numel = 1;
+  for (int i = 0; i < x.ndim; ++i) numel *= x.shape[i];
+  return numel;
+}
 
-  const float* operator()(const DLTensor& x) {
+// Tensors of one type on the CPU in row-major order; copies of those that lie otherwise live as long as this.
+template <class T, DLDataTypeCode CODE>
+struct RowMajor {
+  std::deque<std::vector<T>> copies;
+
+  const T* operator()(const DLTensor& x) {
     require(x.device.device_type == kDLCPU, DEVICE);
-    require(x.dtype.code == kDLFloat && x.dtype.bits == 32, DTYPE);
-    if (row_major(x.shape, x.strides, x.ndim)) return static_cast<const float*>(x.data);
-    std::vector<float>& copy = copies.emplace_back(size(x));
+    require(x.dtype.code == CODE && x.dtype.bits == 8 * sizeof(T), DTYPE);
+    if (row_major(x.shape, x.strides, x.ndim)) return static_cast<const T*>(x.data);
+    std::vector<T>& copy = copies.emplace_back(size(x));
     std::vector<int64_t> at(x.ndim, 0);
     int64_t from = 0;
-    for (float& value : copy) {
-      value = static_cast<const float*>(x.data)[from];
+    for (T& value : copy) {
+      value = static_cast<const T*>(x.data)[from];
       for (int i = x.ndim - 1; i >= 0; --i) {
         from += x.strides[i];
         if (++at[i] < x.shape[i]) break;
@@ -370,15 +377,15 @@ struct RowMajor {
     return copy.data();
   }
 
-  static int64_t size(const DLTensor& x) {
-    int64_t numel = 1;
-    for (int i = 0; i < x.ndim; ++i) numel *= x.shape[i];
-    return numel;
-  }
+};
+
+struct Held {
+  RowMajor<float, kDLFloat> floats;
+  RowMajor<int64_t, kDLInt> indices;
 };
 
 // A call as together.py tells it: (kind, input, output gradient, P of the weight or None, P of the bias or None, eps, padding).
-LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, RowMajor& held) {
+LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, Held& held) {
   require(PyTuple_Check(told) && PyTuple_Size(told) == 7, SHAPE);
   const auto item = [&](Py_ssize_t i) { return PyTuple_GetItem(told, i); };
   LayerCall c;
@@ -389,12 +396,12 @@ LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, RowMa
   require(b.ndim >= 1 && b.shape[0] % n == 0, SHAPE);
   c.d_out = b.shape[b.ndim - 1];
   require(c.d_out > 0, SHAPE);
-  c.rows = RowMajor::size(b) / c.d_out;
+  c.rows = size(b) / c.d_out;
   require(c.rows % n == 0, SHAPE);
   const bool embedding = c.kind == EMBEDDING;
   require(a.ndim >= 1 && a.shape[0] == b.shape[0] && (embedding || a.ndim == b.ndim), SHAPE);
   if (!embedding) c.d_in = a.shape[a.ndim - 1];
-  require(RowMajor::size(a) == c.rows * (embedding ? 1 : c.d_in), SHAPE);
+  require(size(a) == c.rows * (embedding ? 1 : c.d_in), SHAPE);
   if (item(3) != Py_None) {
     const DLTensor P = view(item(3));
     const bool norm = c.kind == LAYER_NORM || c.kind == RMS_NORM;
@@ -404,18 +411,16 @@ LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, RowMa
     if (norm) require(P.shape[1] == c.d_out && c.d_in == c.d_out, SHAPE);
     if (c.kind == LINEAR) require(P.shape[1] == c.d_out && P.shape[2] == c.d_in && c.d_in > 0, SHAPE);
     require(c.kind != LINEAR || c.rows * c.d_out * c.d_in <= largest / K, SHAPE);
-    c.weight = held(P);
+    c.weight = held.floats(P);
   }
   if (item(4) != Py_None) {
     const DLTensor P = view(item(4));
     require(P.ndim == 2 && P.shape[0] == K && P.shape[1] == c.d_out, SHAPE);
-    c.bias = held(P);
+    c.bias = held.floats(P);
   }
-  c.b = held(b);
-  if (!embedding) return c.a = held(a), c;
-  require(a.device.device_type == kDLCPU && a.dtype.code == kDLInt && a.dtype.bits == 64, DTYPE);
-  require(row_major(a.shape, a.strides, a.ndim), LAYOUT);
-  c.indices = static_cast<const int64_t*>(a.data);
+  c.b = held.floats(b);
+  if (!embedding) return c.a = held.floats(a), c;
+  c.indices = held.indices(a);
   for (int64_t i = 0; c.weight && i < c.rows; ++i) require(c.indices[i] >= 0 && c.indices[i] < c.d_in, SHAPE);
   return c;
 }
@@ -431,7 +436,7 @@ PyObject* contract_calls(PyObject*, PyObject* args) {
     const DLTensor s = view(scores);
     require(s.device.device_type == kDLCPU && s.ndim == 2 && s.dtype.code == kDLFloat && s.dtype.bits == 64 && s.shape[0] > 0 &&
                 s.shape[1] > 0 && row_major(s.shape, s.strides, 2), SHAPE);
-    RowMajor held;
+    Held held;
     std::vector<LayerCall> calls;
     for (Py_ssize_t i = 0; i < PyList_Size(told); ++i) {
       try {

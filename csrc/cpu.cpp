@@ -13,6 +13,7 @@
 
 namespace adam_ghost {
 
+#define AG_ROWS 6
 namespace baseline {
 #include "cpu_tiles.h"
 #include "cpu_calls.h"
@@ -28,6 +29,8 @@ namespace avx2 {
 }
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#undef AG_ROWS
+#define AG_ROWS 8
 namespace avx512 {
 #include "cpu_tiles.h"
 #include "cpu_calls.h"
@@ -43,6 +46,8 @@ namespace avx2 {
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#undef AG_ROWS
+#define AG_ROWS 8
 namespace avx512 {
 #include "cpu_tiles.h"
 #include "cpu_calls.h"

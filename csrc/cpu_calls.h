@@ -8,7 +8,7 @@ inline float dot(const float* __restrict x, const float* __restrict y, int64_t n
   return sum;
 }
 
-constexpr int LANES = 16, TOGETHER = 6;  // of a block of the product: its columns and its rows, which fit AVX2's registers
+constexpr int LANES = 16, TOGETHER = AG_ROWS;  // of a block of the product: its columns and its rows, which fit the registers
 
 // sums[r] += (b @ P) . a of `R` rows, in columns `from` to `from + width` of the inputs; LANES of them where FULL.
 template <int R, bool FULL>
@@ -34,9 +34,12 @@ void contract_rows(const LayerCall& c, const float* P, int64_t row, float* sums)
   if (from < c.d_in) contract_block<R, false>(c, P, row, from, int(c.d_in - from), sums);
 }
 
-// The scores of rows `row` to `row + TOGETHER`, or of one, of the weight of a linear layer.
+// The scores of rows from `row` on of the weight of a linear layer: of as many as go together, whose number it returns.
 inline int contract_linear(const LayerCall& c, const float* P, int64_t row, float* sums) {
-  if (row + TOGETHER <= c.rows) return contract_rows<TOGETHER>(c, P, row, sums), TOGETHER;
+  const int64_t left = c.rows - row;
+  if (left >= TOGETHER) return contract_rows<TOGETHER>(c, P, row, sums), TOGETHER;
+  if (left >= 4) return contract_rows<4>(c, P, row, sums), 4;
+  if (left >= 2) return contract_rows<2>(c, P, row, sums), 2;
   return contract_rows<1>(c, P, row, sums), 1;
 }
 

@@ -70,9 +70,12 @@ def test_norm(shape, with_bias, kind):
     assert left == []
 
 
+@pytest.mark.parametrize("lie", ["row-major", "as a language model's inputs", "transposed"])
 @pytest.mark.parametrize("padding", [None, 2])
-def test_embedding(padding):
-    indices, b, P = torch.randint(0, 5, (N, 7)), normal(N, 7, 6), normal(K, 5, 6)
+def test_embedding(padding, lie):
+    rows, inputs, columns = (torch.randint(0, 5, shape) for shape in ((N, 7), (N, 8), (7, N)))
+    indices = {"row-major": rows, "as a language model's inputs": inputs[:, :-1], "transposed": columns.mT}[lie]
+    b, P = normal(N, 7, 6), normal(K, 5, 6)
     sums = torch.zeros(N, K, dtype=torch.float64)
     call = EMBEDDING, indices, b, P, None, 0.0, -1 if padding is None else padding
     assert extension.C.contract_calls([call], sums, 1) == []
