@@ -55,7 +55,8 @@ def attribute(
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     check_cache(layer_cache)
-    with layer_cache.validation.world.together(), plain_precision(layer_cache.model):
+    validation = layer_cache.validation
+    with validation.world.together(), plain_precision(layer_cache.model), validation.tree.steady():
         step = open_step(layer_cache, opt_state)
         direction = find_direction(step, layer_cache.validation, rule, at)
         scores = step.scores(direction.P, per_token)

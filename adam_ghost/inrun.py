@@ -313,13 +313,13 @@ class InRun:
             raise ValueError(f"tokens cannot be used with samples of several rows, got views={views}")
         if self.ledger is not None:
             self.ledger.begin(ids, self._settings)
-        refuse_mixed_samples(self._loop.validation.tree.modules())
-        self._settle()
-        self._follow_freezing()
-        with plain_precision(self.model):  # which may take a validation gradient
-            self._schedule.open(
-                MicroBatch(ids, packing, audit, inputs, views=views, tokens=tokens), first=not self._schedule.pending()
-            )
+        micro = MicroBatch(ids, packing, audit, inputs, views=views, tokens=tokens)
+        with self._loop.validation.tree.steady() as modules:
+            refuse_mixed_samples(modules)
+            self._settle()
+            self._follow_freezing()
+            with plain_precision(self.model):  # which may take a validation gradient
+                self._schedule.open(micro, first=not self._schedule.pending())
         self._seconds += time.perf_counter() - started
         return self._schedule.followed()
 
@@ -427,7 +427,7 @@ class InRun:
             return self._skip(micro)
         started = time.perf_counter() - self._seconds
         try:
-            with plain_precision(self.model):
+            with plain_precision(self.model), self._loop.validation.tree.steady():
                 self._attribute(micro, started)
         finally:
             self._loop.watch.fingerprint, self._seconds = None, 0.0
@@ -487,7 +487,7 @@ class InRun:
         if len(self._optimizers) > 1 and not isinstance(self._schedule, Ahead):
             # an optimizer that rests, its gradients cleared; foreseen scores are of all parameters in one
             before = before.only(step.grads)
-        edited, each_void = follow_scaling(step, before, self._optimizers)
+        edited, each_void = follow_scaling(step, before, self._optimizers, self._schedule.foreseen)
         void = each_void.any()
         if void.device.type == "cpu":  # where looking costs no synchronisation
             if bool(edited.any()):

@@ -15,7 +15,7 @@ from adam_ghost.optim import Optimizers, OptState, read_optimizer
 from adam_ghost.optim.adam import AdamState
 from adam_ghost.processes.find import find_world, refuse_unfollowed
 from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
-from adam_ghost.step.fingerprint import EDITED, Fingerprint
+from adam_ghost.step.fingerprint import EDITED, Fingerprint, gradients, versions
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
 from adam_ghost.step.validation import Validation
@@ -68,7 +68,7 @@ class LayerCache:
         self.model, world = find_world(model)
         self.coverage, self.fallback = Coverage(strict), may_pass(fallback, world)
         self.validation = Validation(val_loss, self.model, world, val_split)
-        self._recorder = recorder_of(self.model, alone=world.size == 1)
+        self._recorder = recorder_of(self.model, world.size == 1, self.validation.tree)
         self._recording = False
         self._handles: list[RemovableHandle] = []
         self._packing: Packing | None = None  # of the next block
@@ -97,12 +97,18 @@ class LayerCache:
         self.recorded = Recording()
         self.passes: list[WholePass] = []
         self._fingerprint: Fingerprint | None = None
-        self._versions: list[tuple[nn.Parameter, int]] = []
+        self._weights: list[nn.Parameter] = []  # that the recorded gradients belong to
+        self._versions: list[int] = []
 
     def __enter__(self) -> "LayerCache":
         if self._recording:
             raise ValueError("this LayerCache is recording already: `with cache` cannot be nested")
-        refuse_mixed_samples(self.validation.tree.modules())
+        with self.validation.tree.steady() as modules:
+            refuse_mixed_samples(modules)
+            self._begin()
+        return self
+
+    def _begin(self) -> None:
         self.clear()
         self.recorded, self._packing = Recording(self._packing), None
         self._handles = self.validation.world.follow(self.model)
@@ -114,7 +120,6 @@ class LayerCache:
         self._recorder.attach()
         self._recorder.begin(self.recorded)
         self._recording = True
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self._recorder.detach()
@@ -126,10 +131,10 @@ class LayerCache:
         if exc[0] is not None:
             self.clear()
             return
-        grads = self._grads()
-        if grads:
-            self._fingerprint = Fingerprint.of(grads)
-        self.mark_weights()
+        with self.validation.tree.steady():
+            if grads := self._grads():
+                self._fingerprint = Fingerprint.of(grads)
+            self.mark_weights()
 
     def _pass_begins(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.is_grad_enabled():
@@ -141,14 +146,15 @@ class LayerCache:
 
     def mark_weights(self) -> None:
         """The weights are those that the recorded gradients belong to."""
-        self._versions = [(p, p._version) for p in self.validation.tree.named_parameters().values()]
+        self._weights = [*self.validation.tree.named_parameters().values()]
+        self._versions = versions(self._weights)
 
     def same_weights(self) -> bool:
-        return all(p._version == version for p, version in self._versions)
+        return versions(self._weights) == self._versions
 
     def _grads(self) -> dict[str, Tensor]:
-        grads = ((name, p.grad) for name, p in self.validation.tree.named_parameters().items())
-        dense = {name: g for name, g in grads if g is not None and g.layout is torch.strided}
+        grads = gradients(self.validation.tree.named_parameters())
+        dense = {name: g for name, g in grads.items() if g.layout is torch.strided}
         return dict(zip(dense, self.validation.world.parts(dense.values()), strict=True))
 
     def scaled_since(self) -> dict[str, Tensor]:

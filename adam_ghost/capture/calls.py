@@ -7,6 +7,7 @@ come through other calls that no sample entered (a position embedding, a generat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -47,6 +48,7 @@ def _place(p: Tensor) -> tuple[int, int]:
     return p._version, p.data_ptr()
 
 
+NO_GRADIENT: Mapping[int, Tensor] = MappingProxyType({})
 Receive: TypeAlias = "Callable[[Call, int, Tensor], None]"
 RngState = tuple[Tensor, Tensor | None, torch.device | None]
 
@@ -119,7 +121,7 @@ class Call:
         self._own_names: dict[str, str] | None = None  # by ``directions``
         self.rows: int | None = None  # of the outputs of a head's definition, where the head itself may give but their sum
         self.outputs: dict[int, Tag] = {}  # which outputs carry samples, and where
-        self.grad_output: dict[int, Tensor] = {}
+        self.grad_output: Mapping[int, Tensor] = NO_GRADIENT
 
     def weights_move(self) -> None:
         """The parameters are elsewhere in memory whenever they are whole: that says nothing of their values."""
@@ -128,33 +130,26 @@ class Call:
     def watch(self, index: int, out: Tensor, tag: Tag, inputs: Sequence[Tensor], receive: "Receive") -> Tensor:
         """Has ``receive(self, index, grad)`` called when the gradient of ``out`` comes; returns the tensor at which it will."""
         self.outputs[index] = tag
-        base = out._base
+        return self.await_gradient(index, out, inputs, receive)
+
+    def await_gradient(self, index: int, out: Tensor, inputs: Sequence[Tensor] | None, receive: "Receive") -> Tensor:
+        """``watch``, where ``outputs`` tells the samples already; ``inputs`` None: nobody writes to ``out`` in place."""
         # products of more than two dimensions are views; an in-place function on them leaves their own node aside
-        if (
-            base is None
-            or not base.requires_grad
-            or base.numel() != out.numel()
-            or any(base is x or base is x._base for x in inputs)
-        ):
-            hook_gradient(out, partial(self._arrived, receive, index, None))
+        base = None if inputs is None else out._base
+        if base is not None and (not base.requires_grad or base.numel() != out.numel()):
+            base = None
+        for x in inputs or ():
+            if base is x or (base is not None and base is x._base):
+                base = None
+        if base is None:
+            hook_gradient(out, partial(_arrived, self, receive, index, None))
             return out
         seen = _seen_through(base, out)
-        hook_gradient(base, partial(self._arrived, receive, index, seen))
+        hook_gradient(base, partial(_arrived, self, receive, index, seen))
         return base
 
-    def _arrived(self, receive: "Receive", index: int, seen: _View | torch.Size | None, grad: Tensor | None) -> None:
-        # none comes for a custom function's result that nothing used; while gradients are on they are not what .grad adds up:
-        # a pass for higher derivatives (create_graph=True)
-        if grad is None or torch.is_grad_enabled():
-            return
-        if seen is not None:
-            grad = seen.of(grad) if isinstance(seen, _View) else grad.reshape(seen)
-        elif self.rows is not None and not grad.ndim:
-            grad = grad.expand(self.rows)  # at each row of what was summed up
-        receive(self, index, grad)
-
     def _copy(self, **changed: Any) -> "Call":
-        call = object.__new__(Call)
+        call = object.__new__(type(self))
         call.__dict__ = self.__dict__ | changed
         return call
 
@@ -163,15 +158,10 @@ class Call:
         return self._copy(grad_output={index: grad})
 
     def without_tensors(self) -> "Call":
-        """What ``again`` makes calls of: the same layer, nothing of this step."""
+        """What ``Again`` makes calls of: the same layer, nothing of this step."""
         self.parameters()
         self.directions({})
-        return self._copy(_leaves=[None], _versions=[None], outputs={}, grad_output={})
-
-    def again(self, x: Tensor, names: Mapping[Tensor, str]) -> "Call":
-        """Another call of the same layer, with ``x`` as its only argument."""
-        x = x.detach()
-        return self._copy(_leaves=[x], _versions=[x._version], _names=names, outputs={}, grad_output={})
+        return self._copy(_leaves=[None], _versions=[None], outputs={}, grad_output=NO_GRADIENT)
 
     @property
     def input(self) -> Tensor:
@@ -183,13 +173,16 @@ class Call:
         """The recorded argument leaves; raises RuntimeError if one was changed in place since."""
         for x, version in zip(self._leaves, self._versions, strict=True):
             if version is not None and x._version != version and not isinstance(x, nn.Parameter):
-                raise RuntimeError(f"an input of '{self.name}' was modified in place after the call: its scores cannot be computed")
+                self._refuse_input()
         if self._weights and any(_place(p) != place for p, place in self._weights):
             raise RuntimeError(
                 f"the weights of '{self.name}' changed between its forward pass and the step (SAM, another optimizer's step): its"
                 " scores cannot be computed"
             )
         return self._leaves
+
+    def _refuse_input(self) -> None:
+        raise RuntimeError(f"an input of '{self.name}' was modified in place after the call: its scores cannot be computed")
 
     def _parameters(self) -> list[nn.Parameter]:
         """The module's parameters, trained or not, and those among the arguments."""
@@ -215,7 +208,8 @@ class Call:
         """The entries of ``P`` for the module's parameters of these names; None where there is none, or it is not trained."""
         if self._own_names is None:
             self._own_names = {key: name for key, p in self.own.items() if (name := self._names.get(p)) is not None}
-        return [P.get(self._own_names.get(attribute, "")) for attribute in attributes]
+        names = self._own_names
+        return [P.get(names[attribute]) if attribute in names else None for attribute in attributes]
 
     def replay(
         self,
@@ -265,3 +259,35 @@ class Call:
             else:
                 out = self.fn(*args, **kwargs)
         return pytree.tree_leaves(out)
+
+
+class Again(Call):
+    """The call of a layer that was recorded before, with ``x`` as its only argument. Made in every step, of few objects."""
+
+    def __init__(self, before: Call, x: Tensor, names: Mapping[Tensor, str], outputs: dict[int, Tag]):
+        self.fn, self.name, self.kind, self.own, self.rows = before.fn, before.name, before.kind, before.own, before.rows
+        self.rng, self.inplace, self.buffers, self.surroundings = before.rng, before.inplace, before.buffers, before.surroundings
+        self._spec, self._weights, self._found, self._own_names = before._spec, before._weights, before._found, before._own_names
+        self._names, self._x, self._version = names, x.detach(), x._version
+        self.outputs, self.grad_output = outputs, NO_GRADIENT
+
+    @property
+    def input(self) -> Tensor:
+        if self._x._version != self._version:
+            self._refuse_input()
+        return self._x
+
+    def arguments(self) -> list[Any]:
+        return [self.input]
+
+
+def _arrived(call: Call, receive: Receive, index: int, seen: _View | torch.Size | None, grad: Tensor | None) -> None:
+    # none comes for a custom function's result that nothing used; while gradients are on they are not what .grad adds up:
+    # a pass for higher derivatives (create_graph=True)
+    if grad is None or torch.is_grad_enabled():
+        return
+    if seen is not None:
+        grad = seen.of(grad) if isinstance(seen, _View) else grad.reshape(seen)
+    elif call.rows is not None and not grad.ndim:
+        grad = grad.expand(call.rows)  # at each row of what was summed up
+    receive(call, index, grad)

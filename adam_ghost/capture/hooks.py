@@ -1,6 +1,5 @@
 """What hangs on a user's model, and on torch, while layer calls are recorded; copies of the model carry none of it."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -31,8 +30,9 @@ class StandIn:
 
     def detach(self) -> None:
         # whoever has replaced the layer's forward since keeps his own
-        if vars(self.layer).get("forward") is self:
-            del self.layer.forward
+        own = vars(self.layer)
+        if own.get("forward") is self:
+            del own["forward"]
 
     def __call__(self, input: Tensor) -> Tensor:  # as torch.nn's layers name it
         return self._forward(input)
@@ -59,8 +59,8 @@ class Told(StandIn):
 
     def detach(self) -> None:
         super().detach()
-        if self._before is not None and "forward" not in vars(self.layer):
-            vars(self.layer)["forward"] = self._before
+        if self._before is not None:
+            vars(self.layer).setdefault("forward", self._before)
         self._before, self._forward = None, _nothing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,12 +73,16 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+class _Hooks(dict):
+    """As torch keeps a tensor's hooks, which handles of others refer to weakly, in half of an ``OrderedDict``'s time."""
+
+
 def hook_gradient(x: Tensor, hook: Callable[[Tensor], None]) -> None:
     """``x.register_hook(hook)`` for good: without the handle to remove it, half of the time."""
     if x._backward_hooks is not None or x.grad_fn is None:
         x.register_hook(hook)
         return
-    x._backward_hooks = OrderedDict(((-1, hook),))  # handles count from 0
+    x._backward_hooks = _Hooks(((-1, hook),))  # handles count from 0
     x.grad_fn._register_hook_dict(x)
 
 

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.batch import Blocks
-from adam_ghost.capture.calls import Call
+from adam_ghost.capture.calls import Again, Call, Receive
 from adam_ghost.capture.hooks import Hook, Told
 from adam_ghost.capture.kinds import layer_kind
+from adam_ghost.capture.leaves import leaves_of
 from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Rows
 from adam_ghost.capture.rules import RESHAPES
+from adam_ghost.capture.walk import Tree
 
 AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
 
@@ -43,6 +45,7 @@ class Stop(NamedTuple):
     led: bool  # whether the samples lead its input
     argument: int | None  # of the model's argument leaves, which one is its input; None: the graph shows where that comes from
     template: Call | None  # None: the layer takes care of its own scores
+    direct: bool = False  # whether the graph leads through its output as it is, which nobody writes to
 
 
 Places: TypeAlias = tuple[tuple[int, Blocks], ...]  # which leaves of a module's output carry samples, and their tags
@@ -57,6 +60,7 @@ class Route(NamedTuple):
     inside: Mapping[nn.Module, str]  # layers called by these that are no stops, and their names
     # all else that is called by these, and where samples are in what they are given and in their outputs
     parts: tuple[tuple[nn.Module, Given, Places], ...]
+    heard: int  # calls in these bodies that are no stops: after the last one nothing has to be followed any more
     graph: tuple[Any, ...]
     reshapes: tuple[tuple[int, int], ...]  # nodes of the graph, and the dimension of the samples that they reshape
 
@@ -80,8 +84,10 @@ class _Lesson:
         self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
         self.bodies: list[nn.Module] = []  # those running now, from the model's down
         self.calls: list[tuple[list[nn.Module], Stop | None, Named]] = []  # bodies, the stop, what was called
+        self.made: list[Any] = []  # by these, the node of the output
         self.given: list[Given] = []  # what each of these was called with
-        self.exits: list[tuple[list[nn.Module], nn.Module, Given, Places]] = []  # bodies, what they called, stops too
+        # how many calls came before, bodies, what they called, stops too
+        self.exits: list[tuple[int, list[nn.Module], nn.Module, Given, Places]] = []
         self.moving: set[nn.Module] = set()  # bodies in which values decided where samples go
         self.reshapes: dict[Any, int] = {}  # nodes of the graph, and the dimension of the samples that they reshape
         self.route: Route | None = None
@@ -98,42 +104,57 @@ class _Lesson:
         reshapes = tuple(sorted((places[node], axis) for node, axis in self.reshapes.items()))
         followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
         inside = {call.fn: call.name for _, stop, call in self.calls if stop is None and isinstance(call.fn, nn.Module)}
-        stops = tuple(stop for _, stop, _ in self.calls if stop is not None)
+        stops = tuple(
+            stop._replace(direct=node in places)
+            for (_, stop, _), node in zip(self.calls, self.made, strict=True)
+            if stop is not None
+        )
         if not {names[p] for stop in stops for p in stop.layer.parameters() if p in names} <= set(graph):
             return
-        parts = tuple(exit[1:] for exit in self.exits if exit[0][-1] in followed and exit[1] not in followed)
-        elsewhere = {part for bodies, part, *_ in self.exits if bodies[-1] not in followed}
+        last = max((i for i, (_, stop, _) in enumerate(self.calls) if stop is None), default=-1)
+        exits = [exit for exit in self.exits if exit[1][-1] in followed and exit[2] not in followed]
+        # with the first one after the last call nothing is followed any more; unless the order of the samples is looked at
+        needed = len(exits) if self.moving else sum(exit[0] <= last for exit in exits) + 1
+        if not {exit[2] for exit in exits[:needed]}.isdisjoint(exit[2] for exit in exits[needed:]):
+            needed = len(exits)
+        parts = tuple(exit[2:] for exit in exits[:needed])
+        elsewhere = {part for _, bodies, part, *_ in self.exits if bodies[-1] not in followed}
         apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint(
             {part for part, *_ in parts} | followed
         )
         pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
         if apart and pays:
-            self.route = Route(stops, frozenset(followed), inside, parts, graph, reshapes)
+            heard = sum(stop is None for _, stop, _ in self.calls)
+            self.route = Route(stops, frozenset(followed), inside, parts, heard, graph, reshapes)
 
-    def add(self, called: "Named", stop: Stop | None, given: Given = (), places: Places | None = None) -> None:
+    def add(
+        self, called: "Named", stop: Stop | None, given: Given = (), places: Places | None = None, output: Tensor | None = None
+    ) -> None:
         """A call of a layer, or of a function that met parameters or moves samples; None where no stop tells what it does."""
         bodies = list(self.bodies)
         stop = stop if self.moving.isdisjoint(bodies) and places is not None else None
         self.calls.append((bodies, stop, called))
+        self.made.append(None if output is None else output.grad_fn)
         if stop is not None and places is not None:
-            self.exits.append((bodies, stop.layer, given, places))
+            self.exits.append((len(self.calls), bodies, stop.layer, given, places))
 
 
 class LearningRecorder(Recorder):
     """A recorder that takes known kinds of steps by their routes; what it records is the same, to the bit."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, tree: Tree | None = None):
+        super().__init__(model, tree)
         self._routes: dict[Hashable, Route | None] = {}  # None: left once, followed for good
         self._lessons: dict[Hashable, tuple[Route, int]] = {}  # the last one's, and how many agreed
         self._lesson: _Lesson | None = None
         self._route: Route | None = None  # of the step now running
         self._hung: Route | None = None  # whose hooks are on the model, if any; else those of all layers
         self._attached = False
-        self._told: list[Told] = []  # the layers of the route whose hooks are on the model
+        self._told: list[Told] = []  # the layers of the route whose hooks are on the model, or were last
         self._listening = False  # whether they tell
-        self._stop = self._part = 0  # how many were passed
+        self._stop = self._part = self._heard = 0  # how many were passed
         self._arguments: list[Any] = []
+        self._receive: Receive = _nowhere
 
     # hooks
 
@@ -152,6 +173,7 @@ class LearningRecorder(Recorder):
     def end(self) -> None:
         super().end()
         self._listen(False)
+        self._receive = _nowhere
 
     def _listen(self, on: bool) -> None:
         """Has the layers on the route tell of their calls, or no longer."""
@@ -186,13 +208,15 @@ class LearningRecorder(Recorder):
                 module.register_forward_pre_hook(Hook(self._enter_part), with_kwargs=True),
                 module.register_forward_hook(Hook(self._leave_part), prepend=True),
             ]
-        self._told = [Told(layer, self._pass) for layer in {stop.layer for stop in route.stops}]
+        if not self._told:
+            self._told = [Told(layer, self._pass) for layer in {stop.layer for stop in route.stops}]
 
     # a step begins and ends
 
     def begin(self, recording: Recording) -> None:
         self._conclude()
         self._route = None
+        self._receive = recording.receive
         super().begin(recording)
 
     def _conclude(self) -> None:
@@ -222,7 +246,7 @@ class LearningRecorder(Recorder):
         device = next(iter(self.names)).device.type if self.names else "cpu"
         # one sample in a row is attended to in another way than several
         packed = None if recording.packing is None else len(recording.packing.offsets) - 1 > n
-        how = self.model.training, torch.is_autocast_enabled(device), packed, type(recording)
+        how = self.model.training, torch.is_autocast_enabled(device), packed, type(recording), recording.beyond
         return tuple(described), spec, how, getattr(recording, "keep", False), len(self.names)
 
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -255,7 +279,7 @@ class LearningRecorder(Recorder):
             self._kind_now, self._arguments = kind, leaves
         self._listen(False)
         self._change(route)
-        self._route, self._stop, self._part = route, 0, 0
+        self._route, self._stop, self._part, self._heard = route, 0, 0, 0
         self._listen(route is not None)
 
     def _deviate(self, what: str) -> None:
@@ -270,17 +294,19 @@ class LearningRecorder(Recorder):
         self.mode.remove()
 
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        lesson = self._lesson if self.in_forward else None
+        if lesson is not None and any(self._is_source(x) for x in leaves_of(output) if isinstance(x, Tensor)):
+            lesson.add(Named("output", None), None)
         super()._leave_model(module, args, output)
         if not self.in_forward:
             return
-        lesson = self._lesson
         if lesson is not None:
             if self.inside_model > 1:
                 tags = self._tags(output)
                 if tags is None:
                     lesson.void = True
                 else:
-                    lesson.exits.append((lesson.bodies[:-1], module, lesson.given[-1], tags))
+                    lesson.exits.append((len(lesson.calls), lesson.bodies[:-1], module, lesson.given[-1], tags))
             elif not self._into.unattributed:
                 lesson.end(*graph_of(output, self.names), self.names)
         elif self._route is not None and self.inside_model == 1:
@@ -294,7 +320,7 @@ class LearningRecorder(Recorder):
                 self._deviate("samples were reshaped into each other")
         if self._into.deviation and self.inside_model == 1:
             arrival = self._into.on_arrival
-            for x in pytree.tree_leaves(output):
+            for x in leaves_of(output):
                 if isinstance(x, Tensor) and x.requires_grad and arrival is not None:
                     x.register_hook(lambda grad: arrival())
 
@@ -310,18 +336,21 @@ class LearningRecorder(Recorder):
 
     def _classify(self, call: Call, tensors: list[Tensor], outs: list[Any], place: Any, aliased: Sequence[Tensor] = ()) -> None:
         super()._classify(call, tensors, outs, place, aliased)
+        self._heard += 1
         lesson = self._lesson
         if lesson is None:
             return
         if _in_backward() or not lesson.bodies:
             lesson.void = True  # a checkpoint that runs again, a layer that is called outside of the model
             return
-        lesson.add(Named(call.name, call.fn), self._as_stop(call, tensors), self._given(tensors), self._tags(outs))
+        stop = self._as_stop(call, tensors)
+        lesson.add(Named(call.name, call.fn), stop, self._given(tensors), self._tags(outs), None if stop is None else outs[0])
 
     def _leave_layer(self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         scored = self.scored
         new_output = super()._leave_layer(name, module, args, kwargs, output)
         lesson = self._lesson
+        self._heard += scored
         if scored and lesson is not None and self.active:
             if _in_backward() or not lesson.bodies:
                 lesson.void = True
@@ -368,7 +397,7 @@ class LearningRecorder(Recorder):
     def _given(self, arguments: Any) -> Given:
         """Where samples are in the leaves of what a module is called with."""
         found: list[tuple[int, Blocks | str]] = []
-        for i, x in enumerate(pytree.tree_leaves(arguments)):
+        for i, x in enumerate(leaves_of(arguments)):
             if not isinstance(x, Tensor):
                 continue
             tag = self.batch[x]
@@ -381,7 +410,7 @@ class LearningRecorder(Recorder):
     def _tags(self, output: Any) -> Places | None:
         """Where samples are in the leaves of a module's output; None where no route can tell."""
         found = []
-        for i, x in enumerate(pytree.tree_leaves(output)):
+        for i, x in enumerate(leaves_of(output)):
             if not isinstance(x, Tensor):
                 continue
             tag = self.batch[x]
@@ -415,7 +444,7 @@ class LearningRecorder(Recorder):
             return
         tags = route.parts[self._part][2]
         self._part += 1
-        leaves = [output] if isinstance(output, Tensor) else pytree.tree_leaves(output) if tags else []
+        leaves = [output] if isinstance(output, Tensor) else leaves_of(output) if tags else []
         for i, (axis, rows, tokens) in tags:
             x = leaves[i] if i < len(leaves) else None
             size = x.shape[axis] if isinstance(x, Tensor) and axis < x.ndim else -1
@@ -423,7 +452,8 @@ class LearningRecorder(Recorder):
                 self._deviate(f"{type(module).__name__} returned other sizes")
                 return
             self.batch.tag(x, Blocks(axis, size // self.batch.n, tokens))
-        self.mode.__enter__()
+        if self._part < len(route.parts) or self._heard < route.heard:
+            self.mode.__enter__()
 
     def next_stop(self, layer: nn.Module) -> Stop | None:
         """The stop that a call of ``layer`` is at, on the route."""
@@ -442,28 +472,39 @@ class LearningRecorder(Recorder):
         return super().leads(layer, x)
 
     def _pass(self, layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self._route is None or not self.open or _in_backward():
+        """A layer on the route has run. In one piece: this is what a step on its route pays for every layer."""
+        route, place = self._route, self._stop
+        if route is None or not self.open or _in_backward():
             return
-        stop = self.next_stop(layer)
-        given = (*args, *kwargs.values())
-        if stop is None or len(given) != 1:
+        if place >= len(route.stops) or route.stops[place].layer is not layer or len(args) + len(kwargs) != 1:
             self._deviate(f"{type(layer).__name__} ran out of order")
             return
-        self._stop += 1
-        x, n, axis = given[0], self.batch.n, stop.axis
-        known = x.grad_fn is not None if stop.argument is None else x is self._arguments[stop.argument]
-        size = output.shape[axis] if axis < output.ndim else -1
-        if not known or size % n or size <= 0 or (stop.single and size != n):
+        self._stop = place + 1
+        _, axis, single, _, argument, template, direct = route.stops[place]
+        x = args[0] if args else next(iter(kwargs.values()))
+        known = x.grad_fn is not None if argument is None else x is self._arguments[argument]
+        n, shape = self.batch.n, output.shape
+        size = shape[axis] if axis < len(shape) else -1
+        if not known or size % n or size <= 0 or (single and size != n):
             self._deviate(f"{type(layer).__name__} was called in another way")
             return
         scored, self.scored = self.scored, False
-        if (stop.template is None) != scored:
+        if (template is None) != scored:
             self._deviate(f"{type(layer).__name__} was scored in another way")
             return
-        if stop.template is not None:
+        if template is not None:
             recording = self._into
-            call = stop.template.again(x, self.names)
-            recording.awaits(call.watch(0, output, (axis, size // n), [given[0]], recording.receive))
+            outputs = template.outputs
+            if outputs.get(0) != (axis, size // n):  # the sizes of the last step do, nearly always
+                outputs = template.outputs = {0: (axis, size // n)}
+            call = Again(template, x, self.names, outputs)
+            watched = call.await_gradient(0, output, None if direct else (x,), self._receive)
+            if recording.outputs is not None:
+                recording.awaits(watched)
+
+
+def _nowhere(call: Call, index: int, grad: Tensor) -> None:
+    pass
 
 
 def _some(tag: Blocks) -> Blocks:
@@ -474,8 +515,7 @@ def _some(tag: Blocks) -> Blocks:
 _READ: dict[type, tuple[str, ...]] = {}  # per kind of node, which of its attributes are looked at
 
 
-def _attributes(node: Any) -> tuple[str, ...]:
-    kind = type(node)
+def _attributes(kind: type) -> tuple[str, ...]:
     if kind not in _READ:
         saved = (*(f"_saved_{name}" for name in _DIMENSIONS), "_saved_indices", "variable")
         _READ[kind] = tuple(name for name in saved if hasattr(kind, name))
@@ -488,28 +528,28 @@ def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[tuple[Any, ...],
     """
     found: list[Any] = []
     places: dict[Any, int] = {}
-    waiting: list[Any] = [x.grad_fn for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+    waiting: list[Any] = [(x.grad_fn, 0) for x in leaves_of(output) if isinstance(x, Tensor)]
+    read, named, tell = _READ, names.get, found.append
+    new = 0
     while waiting:
-        node = waiting.pop()
+        node, _ = waiting.pop()
         if node is None:
-            found.append(None)
-            continue
-        new = len(places)
-        place = places.setdefault(node, new)
-        if place != new:
-            found.append(place)
-            continue
-        kind = type(node)
-        found.append(kind)
-        for name in _READ[kind] if kind in _READ else _attributes(node):
-            value = getattr(node, name)
-            if name == "variable":
-                value = names.get(value)
-            elif name == "_saved_indices":
-                value = _which(value)
-            found.append(value)
-        for parent, _ in node.next_functions:
-            waiting.append(parent)
+            tell(None)
+        elif node in places:
+            tell(places[node])
+        else:
+            places[node] = new
+            new += 1
+            kind = type(node)
+            tell(kind)
+            for name in read[kind] if kind in read else _attributes(kind):
+                value = getattr(node, name)
+                if name == "variable":
+                    value = named(value)
+                elif name == "_saved_indices":
+                    value = _which(value)
+                tell(value)
+            waiting += node.next_functions
     return tuple(found), list(places)
 
 
@@ -530,8 +570,8 @@ def _which(indices: Any) -> tuple[bool, ...]:
     return tuple(x is None for x in indices) if isinstance(indices, tuple) else ()
 
 
-def recorder_of(model: nn.Module, alone: bool) -> Recorder:
+def recorder_of(model: nn.Module, alone: bool, tree: Tree) -> Recorder:
     """One that learns. Where several processes train the model all steps are followed: one that left its route in one process would
     have no scores there, and others in the rest.
     """
-    return LearningRecorder(model) if alone else Recorder(model)
+    return LearningRecorder(model, tree) if alone else Recorder(model, tree)

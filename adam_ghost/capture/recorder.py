@@ -18,6 +18,7 @@ from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, decl
 from adam_ghost.capture.heads import HEADS, declare_heads
 from adam_ghost.capture.hooks import FunctionMode, Hook
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis, token_axis
+from adam_ghost.capture.leaves import leaves_of, leaves_of_call
 from adam_ghost.capture.pointwise import FACTORIES
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing
@@ -107,9 +108,9 @@ class Recorder:
     the backward pass, after ``end``: these are recorded as long as ``recording`` is set.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, tree: Tree | None = None):
         self.model = model
-        self._tree = Tree(model)
+        self._tree = tree or Tree(model)
         self._named: dict[str, nn.Parameter] = {}  # of the model, and which of them are trained, as ``names`` was made
         self._trained: list[bool] = []
         self.mode = FunctionMode(self._follow)
@@ -229,10 +230,10 @@ class Recorder:
         if not self.in_forward:
             return
         self._name(module)
-        self._pass_on(pytree.tree_leaves((args, kwargs)))
+        self._pass_on(leaves_of_call(args, kwargs))
         self.inside_model += 1
         if self.inside_model == 1:
-            new = self._untagged(pytree.tree_leaves((args, kwargs)))
+            new = self._untagged(leaves_of_call(args, kwargs))
             if new and module is self.model and self.batch.n not in (-1, new[0].shape[0]):
                 raise ValueError(
                     f"the model was called with batches of {self.batch.n} and {new[0].shape[0]} samples within one `with cache`"
@@ -243,7 +244,7 @@ class Recorder:
     def _leave_model(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self.in_forward or self.inside_model > 1:
             return
-        for x in pytree.tree_leaves(output):
+        for x in leaves_of(output):
             # made by ways that carry no tags (through numpy, say): exact all the same, as one long replay
             alone = (
                 isinstance(x, Tensor) and x.ndim and x.shape[0] == self.batch.n and (x.shape.count(x.shape[0]) == 1 or len(x) == 1)
@@ -312,7 +313,7 @@ class Recorder:
             return
         self._name(module)
         self.inside_layer += 1
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = leaves_of_call(args, kwargs)
         self._pass_on(leaves)
         new = self._untagged(leaves)
         if _in_backward():
@@ -361,7 +362,7 @@ class Recorder:
         if not self.active or self.batch.n < 0:
             return None
         outs, spec = pytree.tree_flatten(output)
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in leaves_of_call(args, kwargs) if isinstance(x, Tensor)]
         first = next((x for x in tensors if self.batch[x]), None)
         tag = None if first is None else self.batch[first]
         if isinstance(tag, Blocks) and tag.axis != batch_axis(module, tag.axis):
@@ -426,7 +427,7 @@ class Recorder:
         meets_parameters = torch.is_grad_enabled() and any(self._is_source(x) for x in tensors)
         if not batched and not meets_parameters:
             out = func(*args, **kwargs)
-            self._keep_constants(tensors, pytree.tree_leaves(out))
+            self._keep_constants(tensors, leaves_of(out))
             return out
 
         call = None
@@ -453,7 +454,7 @@ class Recorder:
         out = func(*args, **kwargs)
         if out is None and func not in _WRITING:  # backward, retain_grad and the like leave tensors as they were
             return out
-        outs = pytree.tree_leaves(args[0] if out is None else out)
+        outs = leaves_of(args[0] if out is None else out)
 
         def place(i: int, x: Tensor) -> Followed | None:
             if call is not None and func in HEADS:
@@ -498,6 +499,8 @@ class Recorder:
 
     def _recorded(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments with every tensor made of parameters alone replaced by the call that made it."""
+        if not any(isinstance(x, Tensor) and x.requires_grad and x in self.sources for x in leaves_of_call(args, kwargs)):
+            return args, kwargs
         return pytree.tree_map(
             lambda x: self.sources[x] if isinstance(x, Tensor) and x.requires_grad and x in self.sources else x, (args, kwargs)
         )

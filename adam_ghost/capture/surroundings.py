@@ -14,21 +14,33 @@ from torch import Tensor, nn
 
 _OWN = set(vars(nn.Module()))  # what every module holds: parameters, hooks and so on are taken care of elsewhere
 _MUTABLE = {list, dict, set, deque, OrderedDict, defaultdict, Counter, random.Random}
+_ATOMS = {int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device}
 _LARGEST = 1 << 20  # elements of a tensor kept: larger ones are tables
 
 RandomState = tuple[Any, Any]
 
 
 def random_state() -> RandomState:
-    """Where Python's and NumPy's random streams are, in plain values."""
-    state: Any = np.random.get_state()  # a tuple, as legacy=True has it
-    kind, keys, *rest = state
-    return random.getstate(), (kind, keys.tolist(), *rest)
+    """Where Python's and NumPy's random streams are."""
+    return random.getstate(), np.random.get_state()
 
 
 def set_random_state(state: RandomState) -> None:
-    (version, inner, gauss), numpy_state = state
-    _set_streams((version, tuple(inner), gauss), tuple(numpy_state))
+    python, numpy = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def plain_state(state: RandomState) -> RandomState:
+    """The state in plain values."""
+    python, (kind, keys, *rest) = state
+    return python, (kind, np.asarray(keys).tolist(), *rest)
+
+
+def state_of_plain(state: RandomState) -> RandomState:
+    """Of what ``plain_state`` returned, tuples of which may have come back as lists."""
+    (version, inner, gauss), numpy = state
+    return (version, tuple(inner), gauss), tuple(numpy)
 
 
 def custom_modules(root: nn.Module) -> list[nn.Module]:
@@ -56,7 +68,7 @@ class Surroundings:
     def __init__(self, modules: Iterable[nn.Module]):
         self._modules = list(modules)
         self._attributes = [{k: _copy(x) for k, x in _plain(m).items()} for m in self._modules]
-        self._random = random.getstate(), np.random.get_state()
+        self._random = random_state()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -64,7 +76,7 @@ class Surroundings:
         with kept(self._modules):
             for module, held in zip(self._modules, self._attributes, strict=True):
                 vars(module).update({k: _copy(x) for k, x in held.items()})
-            _set_streams(*self._random)
+            set_random_state(self._random)
             yield
 
 
@@ -75,26 +87,22 @@ def kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     Inside, attributes are copies: what changes them in place does not reach the module's own.
     """
     now = [(module, _plain(module)) for module in modules]
-    streams = random.getstate(), np.random.get_state()
+    streams = random_state()
     try:
         for module, held in now:
-            vars(module).update({k: _copy(x) for k, x in held.items()})
+            vars(module).update({k: _copy(x) for k, x in held.items() if type(x) not in _ATOMS})
         yield
     finally:
         for module, held in now:
-            for name in _plain(module).keys() - held.keys():
-                del vars(module)[name]
-            vars(module).update(held)
-        _set_streams(*streams)
+            own = vars(module)
+            for name in own.keys() - held.keys() - _OWN:
+                del own[name]
+            own.update(held)
+        set_random_state(streams)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
     return {k: x for k, x in vars(module).items() if k not in _OWN}
-
-
-def _set_streams(python: Any, numpy: Any) -> None:
-    random.setstate(python)
-    np.random.set_state(numpy)
 
 
 def _copy(x: Any) -> Any:

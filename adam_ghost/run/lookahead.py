@@ -6,12 +6,13 @@ call is contracted when its gradient arrives; on a CPU those of small linear lay
 megabytes have come, and are contracted together.
 """
 
+import weakref
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from adam_ghost.capture.calls import Call
+from adam_ghost.capture.calls import NO_GRADIENT, Call
 from adam_ghost.capture.hooks import StandIn
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.recorder import Recorder, unseen
@@ -22,7 +23,7 @@ from adam_ghost.scores.contract import score_calls
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
 from adam_ghost.scores.shapes import add, in_line, lead_rows, owners
-from adam_ghost.scores.together import is_small, may_wait
+from adam_ghost.scores.together import TOGETHER, is_small
 
 WAITING = 16 << 20  # bytes of inputs and gradients that wait to be contracted together
 
@@ -35,16 +36,18 @@ class ContractingRecording(Recording):
         self.P, self.keep = P, keep
         some = next(iter((P.parts if isinstance(P, Carried) else P).values()))
         self.slot = some.new_zeros(n, len(some)).requires_grad_()
-        self.slot.register_hook(lambda grad: self._tell())
+        # which holds nothing of ours: in a circle with its slot, the recording would keep P until garbage is collected
+        self.slot.register_hook(partial(_comes, weakref.ref(self)))
         self._arrived: Tensor | None = None
-        self._waiting: list[tuple[Call, int, Tensor]] = []  # calls with their gradients at one output
+        self._patient = not keep and not isinstance(P, Carried) and some.device.type == "cpu"
+        self._waiting: list[Call] = []  # with their gradients
         self._bytes = 0  # of these, about
-        self._task = -1  # the backward pass at whose end they are contracted
         self.scored: set[str] = set()  # names of the parameters that the scores cover
 
-    def _tell(self) -> None:
-        if self.on_arrival is not None:
-            self.on_arrival()
+    def _begins(self) -> None:
+        super()._begins()
+        if self._patient:  # what waits is contracted at the pass's end at the latest
+            torch.autograd.Variable._execution_engine.queue_callback(self._contract_waiting)
 
     @property
     def scores(self) -> Tensor:
@@ -53,34 +56,30 @@ class ContractingRecording(Recording):
         return self.doubted(add(parts)) if parts else torch.zeros_like(self.slot)
 
     def receive(self, call: Call, index: int, grad: Tensor) -> None:
-        self._tell()
+        self.comes()
+        if self._patient and call.kind in TOGETHER and not call.grad_output:
+            call.grad_output = {index: grad}
+            self._waiting.append(call)
+            self._bytes += 2 * grad.nbytes
+            if self._bytes > WAITING:
+                self._contract_waiting()
+            return
         if self.keep:
             super().receive(call, index, grad)
-        params = self.P.keys() & call.parameters().keys()
-        if not params:
-            return
-        self.scored |= params
-        if not self.batch_size:
-            return
+        alone = call.with_gradient(index, grad)
         if isinstance(self.P, Carried):
-            self.P.when_whole(params, partial(self._contract, [call.with_gradient(index, grad)]))
-        elif may_wait(call, grad):
-            self._wait(call, index, grad)
+            self.P.when_whole(self.P.keys() & call.parameters().keys(), partial(self._contract, [alone]))
         else:
-            self._contract([call.with_gradient(index, grad)])
-
-    def _wait(self, call: Call, index: int, grad: Tensor) -> None:
-        """Contracts the call with others, at the end of this backward pass at the latest."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._contract_waiting)
-        self._waiting.append((call, index, grad))
-        self._bytes += 2 * grad.nbytes
-        if self._bytes > WAITING:
-            self._contract_waiting()
+            self._contract([alone])
 
     def _contract(self, calls: list[Call]) -> None:
+        params = set().union(*(call.parameters() for call in calls))
+        if not params <= self.P.keys():
+            calls = [call for call in calls if not self.P.keys().isdisjoint(call.parameters())]
+            params &= self.P.keys()
+        self.scored |= params
+        if not calls or not self.batch_size:
+            return
         # a backward pass under the loop's autocast would round the sums
         with torch.no_grad(), torch.autocast(self.slot.device.type, enabled=False, cache_enabled=False):
             parts = score_calls(calls, self.P, Asked(self.batch_size, self.packing))
@@ -89,15 +88,28 @@ class ContractingRecording(Recording):
     def _contract_waiting(self) -> None:
         waiting, self._waiting, self._bytes = self._waiting, [], 0
         if waiting:
-            self._contract([call.with_gradient(index, grad) for call, index, grad in waiting])
+            self._contract(waiting)
+        for call in waiting:  # another pass may bring another gradient
+            call.grad_output = NO_GRADIENT
+
+    def close(self) -> None:
+        """The scores were read: lets go of ``P``, which would stay as long as the loop keeps its loss, whose graph leads here."""
+        self.P = {}
 
     def forget(self) -> None:
         super().forget()
         self._arrived = self.slot.grad = None
+        for call in self._waiting:
+            call.grad_output = NO_GRADIENT
         self._waiting, self._bytes = [], 0
 
     def touched(self) -> set[str]:
         return self.scored
+
+
+def _comes(recording: "weakref.ref[ContractingRecording]", grad: Tensor) -> None:
+    if (here := recording()) is not None:
+        here.comes()
 
 
 class ScoredLinears:

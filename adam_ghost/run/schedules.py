@@ -111,6 +111,10 @@ class Schedule(Protocol):
 
     per_step: bool  # whether a step is scored and booked when it is taken, by what it did alone
 
+    @property
+    def foreseen(self) -> Directions | None:
+        """Of the step about to be taken, where they are known before its gradients are."""
+
     def attach(self) -> None:
         """Hangs its hooks on the model."""
 
@@ -165,6 +169,10 @@ class Collecting:
         self.loop = loop
         self._micro: list[MicroBatch] = []
 
+    @property
+    def foreseen(self) -> Directions | None:
+        return None
+
     def _watch(self) -> None:
         """Follows what becomes of the gradients, from now until the watch is told to remove its hooks."""
         self.loop.watch.on_cleared = lambda: self._forget(self.loop.watch.ended - 1)
@@ -210,7 +218,7 @@ class After(Collecting):
     def __init__(self, loop: Loop, place: str):
         super().__init__(loop)
         self.place = place
-        self.recorder = recorder_of(loop.model, alone=loop.world.size == 1)
+        self.recorder = recorder_of(loop.model, loop.world.size == 1, loop.validation.tree)
         self._val: ValidationGradient | None = None
         self._armed: MicroBatch | None = None
         self._handles: list[Any] = []
@@ -274,7 +282,7 @@ class After(Collecting):
         if micro is None or micro.recording is None:
             yield
             return
-        self._following = True
+        self._following = micro.recording.beyond = True
         self.recorder.begin(micro.recording)
         try:
             yield
@@ -362,6 +370,10 @@ class Ahead(After):
             entrance = world.entrance(self.loop.model)
             self._handles.append(entrance.register_forward_pre_hook(Hook(self._runs), prepend=True))
 
+    @property
+    def foreseen(self) -> Directions | None:
+        return None if self._direction is None else self._direction.P
+
     def detach(self) -> None:
         super().detach()  # a forward pass that is still under way has the layers' stand-ins behind its own
         self._layers.detach()
@@ -422,12 +434,14 @@ class Ahead(After):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
         recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
         scores = torch.cat([r.scores for r in recordings])
+        for recording in recordings:
+            recording.close()
         by_passes = step.whole_scores({name: direction.P[name] for name in step.whole})
         scores = scores if by_passes is None else scores + by_passes
         scores = scores * (scale.mean() * self.loop.world.share)
         self._lost = {*step.whole, *step.missing}
         at = 0.0 if self.loop.refreshes else None
-        total = self.loop.world.sum_parts(inner(direction.P, step.grads))
+        total = self.loop.world.sum_parts(inner(direction.P, step.grads) if step.reached is None else step.reached)
         accounted = step.accounted(direction.P, total)
         return Scored(scores, direction.val_loss, total, accounted, direction.history, edited, at)
 

@@ -13,6 +13,7 @@ from adam_ghost.capture.rows import Rows
 from adam_ghost.scores import ops
 from adam_ghost.scores.forms import Asked, Directions
 
+TOGETHER = ("linear", "norm", "embedding")  # kinds of layers
 _LINEAR, _LAYER_NORM, _RMS_NORM, _EMBEDDING = range(4)  # in the order of csrc/calls.h
 SMALL = 2**14  # elements of a linear layer's weight up to which its calls are contracted so, whatever their tokens
 LARGEST = 2**22  # multiplications of a layer from which on the threads of the library's product pay
@@ -25,11 +26,6 @@ def is_small(layer: nn.Module) -> bool:
     weight: Any = layer.weight  # nn.Module types its attributes as modules too
     plain = weight.device.type == "cpu" and weight.element_size() >= 4
     return bool(plain and weight.numel() <= SMALL and not extension.reason("cpu"))
-
-
-def may_wait(call: Call, grad: Tensor) -> bool:
-    """Whether a call, whose gradient ``grad`` has come, is of a kind that is contracted with others."""
-    return call.kind in ("linear", "norm", "embedding") and grad.device.type == "cpu"
 
 
 def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tensor | None, list[Call]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from adam_ghost.processes.world import World
 from adam_ghost.step.step import Step
 from adam_ghost.step.validation import Validation
 
+_ONE_TARGET = methodcaller("unsqueeze", 0)
 PLACES = ("midpoint", "gauss", "lookahead", "current")
 # the points of the two-point Gauss-Legendre rule, in halves of the way from w(empty) to the step's end
 _GAUSS = (1 - 3**-0.5, 1 + 3**-0.5)
@@ -55,7 +57,7 @@ def validation_gradient(
         else:
             _move(opt_state, params, grads, weights, at)
             loss, val_grads = validation.gradient(held)
-    return ValidationGradient(loss, {k: g if loss.ndim else g.unsqueeze(0) for k, g in zip(params, val_grads, strict=True)})
+    return ValidationGradient(loss, dict(zip(params, val_grads if loss.ndim else map(_ONE_TARGET, val_grads), strict=True)))
 
 
 class _Moving(NamedTuple):

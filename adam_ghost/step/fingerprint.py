@@ -4,8 +4,10 @@ Clipping and unscaling multiply each gradient by one number, which is found from
 Whatever else is done to them (noise, masks, clipping by value) changes the proportion of two different norms.
 """
 
-from collections.abc import Callable, Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +15,27 @@ from torch import Tensor
 
 from adam_ghost.optim.gradient_sums import gradient_sums
 from adam_ghost.processes.world import World
+from adam_ghost.same import same
 
 EDITED = (
     "gradients were edited element by element between the backward pass and the step (clipped by value, masked, noise added):"
     " no sample's share of that is defined; scaling and clip_grad_norm_ are fine"
 )
+
+
+@functools.cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def gradients(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The ``.grad`` of those parameters that have one, by name."""
+    return {name: g for name, g in zip(params, map(attrgetter("grad"), params.values()), strict=True) if g is not None}
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was written to, as autograd counts."""
+    return [*map(attrgetter("_version"), tensors)]
 
 
 class Changes(NamedTuple):
@@ -27,6 +45,7 @@ class Changes(NamedTuple):
     scale: Tensor  # [number of gradients]: the factor that each was multiplied by
     edited: Tensor  # [number of gradients], bool: where it was not one factor
     void: Tensor  # [number of gradients], bool: where it is not finite
+    reached: Tensor | None  # [K]: < P , g >, if asked for
 
     def factors(self) -> dict[str, Tensor]:
         """``scale`` by name; empty where looking costs no synchronisation and shows that nothing was multiplied."""
@@ -44,14 +63,12 @@ class Seen:
 
     @classmethod
     def now(cls, grads: Mapping[str, Tensor]) -> "Seen":
-        return cls(dict(grads), [g._version for g in grads.values()])
+        return cls(dict(grads), versions(grads.values()))
 
     def untouched(self, grads: Mapping[str, Tensor]) -> bool:
         """Whether autograd knows of no change since, at no cost: a gradient scaler's unscaling, for one, escapes it."""
-        return grads.keys() == self.tensors.keys() and all(
-            grads[name] is g and g._version == version
-            for (name, g), version in zip(self.tensors.items(), self.versions, strict=True)
-        )
+        held = list(grads.values())
+        return list(grads) == list(self.tensors) and same(held, list(self.tensors.values())) and versions(held) == self.versions
 
 
 class FinalGradients:
@@ -66,7 +83,7 @@ class FinalGradients:
         self._small = [(g, g.detach().clone()) for g in small]
 
     def _now(self) -> dict[str, Tensor]:
-        return {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        return gradients(self._params)
 
     def untouched(self) -> bool:
         """Whether autograd knows of no change since."""
@@ -90,7 +107,7 @@ class Fingerprint(Seen):
     def of(cls, grads: Mapping[str, Tensor]) -> "Fingerprint":
         tensors = list(grads.values())
         sums = gradient_sums(tensors)
-        return cls(dict(grads), [g._version for g in tensors], sums.l1, sums.l2)
+        return cls(dict(grads), versions(tensors), sums.l1, sums.l2)
 
     def only(self, names: Collection[str]) -> "Fingerprint":
         """Of those of the gradients that are named."""
@@ -109,11 +126,13 @@ class Fingerprint(Seen):
             return False
         return not any(bool(g.any()) for g in sorted(grads.values(), key=Tensor.numel))
 
-    def changes(self, grads: Mapping[str, Tensor], world: World | None = None) -> Changes:
+    def changes(self, grads: Mapping[str, Tensor], world: World | None = None, P: Mapping[str, Tensor] | None = None) -> Changes:
         """What was done to the gradients since. Raises ValueError if some were added or removed."""
         if grads.keys() != self.tensors.keys():
             raise ValueError("gradients were added or removed between the backward pass and the step")
-        now = Fingerprint.of({name: grads[name] for name in self.tensors})
+        held = [grads[name] for name in self.tensors]
+        now = gradient_sums(held, [] if P is None else [P[name] for name in self.tensors])
+        reached = None if P is None else now.reached.sum(0).to(next(iter(P.values())).dtype)
         l1, l2, l1_now, l2_now = self.l1, self.l2, now.l1, now.l2
         if world is not None and world.sharded:  # of whole gradients
             l1, l2, l1_now, l2_now = world.sum(torch.stack([l1, l2.square(), l1_now, l2_now.square()]))
@@ -123,10 +142,12 @@ class Fingerprint(Seen):
         # a gradient of zeros does not tell: it was scaled as the others were
         scale = torch.where(seen, scale, torch.where(seen.any(), scale.sum() / seen.sum(), 1.0))
         # half-precision gradients are rounded anew when scaled: independent errors, of which the norms see the mean
-        eps = [torch.finfo(g.dtype).eps for g in now.tensors.values()]
-        resolution = torch.tensor(eps, dtype=scale.dtype).to(scale.device, non_blocking=True)
+        eps = [*map(_eps, map(attrgetter("dtype"), held))]
+        resolution: float | Tensor = eps[0]
+        if eps.count(eps[0]) < len(eps):
+            resolution = torch.tensor(eps, dtype=scale.dtype).to(scale.device, non_blocking=True)
         edited = (l1_now - scale * l1).abs() > (1e-4 + resolution) * l1_now + (l2 == 0) * l1_now
-        return Changes(list(self.tensors), scale, edited, ~l1_now.isfinite())
+        return Changes(list(self.tensors), scale, edited, ~l1_now.isfinite(), reached)
 
 
 class GradientWatch:
@@ -148,7 +169,7 @@ class GradientWatch:
 
     def grads(self) -> dict[str, Tensor]:
         """The gradients as they are now."""
-        grads = {name: p.grad for name, p in self.params.items() if p.grad is not None}
+        grads = gradients(self.params)
         return dict(zip(grads, self.world.parts(grads.values()), strict=True))
 
     def forward_begins(self) -> None:

@@ -17,7 +17,7 @@ from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.sample_gradients import sample_gradients
 from adam_ghost.scores.shapes import add
 from adam_ghost.step.coverage import Coverage, Joined
-from adam_ghost.step.fingerprint import Fingerprint
+from adam_ghost.step.fingerprint import Fingerprint, gradients
 from adam_ghost.step.whole_pass import WholePass
 
 _BLOCK_BYTES = 64 * 2**20  # of per-sample gradients held at once
@@ -47,6 +47,7 @@ class Step:
     passes: list[WholePass] = field(default_factory=list)
     coverage: Coverage | None = None
     world: World = field(default_factory=World)
+    reached: Tensor | None = None  # [K]: < P , g >, where P was foreseen and the gradients' scaling was told by the same pass
 
     def sample_gradients(self, name: str, block: slice = slice(None)) -> Tensor:
         """``[n, *p[block].shape]``: each sample's share of a parameter's gradient, for a block of its first dimension."""
@@ -212,19 +213,23 @@ def gather_step(
     ``passes``: of the recordings, by which those can be scored.
     """
     world = world or World()
-    params = {name: p for name, p in named.items() if p.requires_grad and p.grad is not None}
-    grads = {name: p.grad for name, p in params.items() if p.grad is not None}
-    grads = dict(zip(grads, world.parts(grads.values()), strict=True))
+    found = gradients(named)
+    params = {name: p for name, p in named.items() if name in found and p.requires_grad}
+    if len(params) < len(found):
+        for name in found.keys() - params.keys():
+            if named[name] in opt_state:
+                raise ValueError(
+                    f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None"
+                )
+        found = {name: found[name] for name in params}
+    grads = dict(zip(found, world.parts(found.values()), strict=True))
     if not params:
         raise ValueError("no parameter has a gradient: compute the scores before optimizer.zero_grad()")
-    for name, p in params.items():
+    for (name, p), g in zip(params.items(), grads.values(), strict=True):
         if p not in opt_state:
             raise ValueError(f"'{name}' has a gradient but is not among the optimizer's parameters: freeze it or add it")
-        if grads[name].layout is not torch.strided:
+        if g.layout is not torch.strided:
             raise ValueError(f"'{name}' has a sparse gradient, whose samples' shares are not followed: use sparse=False")
-    for name, p in named.items():
-        if not p.requires_grad and p.grad is not None and p in opt_state:
-            raise ValueError(f"'{name}' is frozen but has a .grad still, by which the optimizer goes on moving it: set it to None")
     step = Step(opt_state, params, grads, recordings, coverage=coverage, world=world)
     if recordings:
         moving = [p for p in opt_state.parameters() if p.grad is not None]  # the model's among them, as was checked above
@@ -260,34 +265,42 @@ def report_coverage(
     ``outside``: trained parameters that are not the model's; ``reached``: as ``reached_by`` says.
     """
     world, known = world or World(), list(grads)
-    covered = world.union({name for r in recordings for name in r.touched()}, known)
-    covered -= world.union({name for r in recordings for name in r.touched() - r.covered()}, known)
+    touched = [r.touched() for r in recordings]
+    covered = world.union(set().union(*touched), known)
+    covered -= world.union({name for r, names in zip(recordings, touched, strict=True) for name in names & r.unattributed}, known)
     # zeros left by zero_grad(set_to_none=False) under a layer that did not run are no gradient: nothing is missing there
     missing = [name for name, g in grads.items() if name not in covered and bool(g.any())]
     if world.sharded:
         anywhere = world.union(set(missing), known)
         missing = [name for name in known if name in anywhere]
     whole: list[str] = []
-    total = sum(x.numel() for x in (*grads.values(), *outside))
     # what was contracted as it came is in the scores already, in part
-    contracted = {name for r in recordings if not r.calls for name in r.touched()}
+    contracted = {name for r, names in zip(recordings, touched, strict=True) if not r.calls for name in names}
     if missing and world.everywhere(reached is not None and contracted.isdisjoint(missing)):
         by_passes = world.union(set(reached or ()), known)
         whole = [name for name in missing if name in by_passes]
         missing = [name for name in missing if name not in by_passes]
+    if not missing and not outside:
+        coverage.report([], 1.0)
+        return whole, missing
+    total = sum(x.numel() for x in (*grads.values(), *outside))
     lost = sum(grads[name].numel() for name in missing) + sum(p.numel() for p in outside)
     coverage.report(missing + ["parameters outside the model"] * bool(outside), 1 - lost / total)
     return whole, missing
 
 
-def follow_scaling(step: Step, before: Fingerprint, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[Tensor, Tensor]:
-    """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``.
+def follow_scaling(
+    step: Step, before: Fingerprint, optimizers: Sequence[torch.optim.Optimizer], P: Directions | None = None
+) -> tuple[Tensor, Tensor]:
+    """Finds by what the gradients were multiplied since the backward pass, ``before``, for ``step``; of a foreseen ``P``, what they
+    reach along it as well.
 
     Returns which were edited otherwise, per gradient, and per optimizer whether its gradients are void (not finite, or a scaler's
     fused step found them so).
     """
-    changes = before.changes(step.grads, step.world)
+    changes = before.changes(step.grads, step.world, P)
     scale, edited, device = changes.scale, changes.edited, changes.void.device
+    step.reached = changes.reached
     void = []
     for optimizer in optimizers:
         names = changes.names if len(optimizers) == 1 else held_by(optimizer, step.params)
@@ -297,7 +310,7 @@ def follow_scaling(step: Step, before: Fingerprint, optimizers: Sequence[torch.o
         # a fused optimizer unscales inside its step, on what the scaler leaves with it
         if (factor := getattr(optimizer, "grad_scale", None)) is not None:
             inverse = factor.to(device).reciprocal()
-            scale = torch.where(theirs, scale * inverse, scale)
+            scale, step.reached = torch.where(theirs, scale * inverse, scale), None
             step.grads = step.grads | {name: step.grads[name] * inverse.to(step.grads[name].dtype) for name in names}
         gone = (changes.void & theirs).any()
         if (found := getattr(optimizer, "found_inf", None)) is not None:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adam_ghost.capture import walk
-from adam_ghost.capture.surroundings import is_custom, kept, random_state, set_random_state
+from adam_ghost.capture.surroundings import is_custom, kept, plain_state, random_state, set_random_state, state_of_plain
 from adam_ghost.processes.world import World
+
+_TRAINING, _BUFFERS, _IS_CUDA = attrgetter("training"), attrgetter("_buffers"), attrgetter("is_cuda")
 
 
 class Validation:
@@ -30,7 +33,7 @@ class Validation:
         self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
         self.running = False  # whether a pass of the model is the validation's
-        self._kinds: list[Any] = []  # shapes, types and devices of the copies
+        self._places: list[int] = []  # in memory, of what they are copies of
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
     @contextmanager
@@ -41,10 +44,10 @@ class Validation:
         """
         self.world.settle()
         held = self.world.parts([p.data for p in params])
-        kinds = [(x.shape, x.dtype, x.device) for x in held]
+        places = [*map(methodcaller("data_ptr"), held)]
         # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
-        if kinds != self._kinds:
-            self._kinds, self._copies = kinds, [torch.empty_like(x) for x in held]
+        if places != self._places:
+            self._places, self._copies = places, [torch.empty_like(x) for x in held]
         torch._foreach_copy_(self._copies, held)
         try:
             yield held, self._copies
@@ -56,11 +59,12 @@ class Validation:
     def undisturbed(self, advance: bool = True) -> Iterator[None]:
         """The model and the training's random numbers are afterwards as before; inside, random numbers are the loss' own."""
         modules, named = self.tree.look()
-        modes = [(m, m.training) for m in modules]
-        held = [(m, dict(m._buffers)) for m in modules if m._buffers]  # a forward pass may replace them
+        modes = [*map(_TRAINING, modules)]
+        held = [(m, dict(own)) for m, own in zip(modules, map(_BUFFERS, modules), strict=True) if own]  # which may be replaced
         # running statistics, power iterations
         buffers = [(x.data, x.clone()) for _, own in held for x in own.values() if x is not None]
-        devices = sorted({p.device.index for p in named.values() if p.is_cuda})
+        on_gpu = any(map(_IS_CUDA, named.values()))
+        devices = sorted({p.device.index for p in named.values() if p.is_cuda}) if on_gpu else []
         outer, self.running = self.running, True
         with torch.random.fork_rng(devices), kept(filter(is_custom, modules)), self.world.quiet():
             if self._stream is None and self.world.size > 1 and not self.split:
@@ -75,9 +79,10 @@ class Validation:
                 if advance:
                     self._stream = _streams(devices)
             finally:
+                self.tree.stir()
                 self.running = outer
-                for module, mode in modes:
-                    if module.training is not mode:
+                if [*map(_TRAINING, modules)] != modes:
+                    for module, mode in zip(modules, modes, strict=True):
                         module.training = mode
                 for module, own in held:
                     module._buffers.update(own)
@@ -121,7 +126,7 @@ class Validation:
         if rows is None:
             return self.gradient(params, advance)
         filled = [
-            self.world.parts([torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)]) for row in rows
+            self.world.parts(torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)) for row in rows
         ]
         grads = filled[0] if loss.ndim == 0 else [torch.stack(column) for column in zip(*filled, strict=True)]
         loss = loss.detach().clone()
@@ -148,10 +153,10 @@ class Validation:
 
     def state_dict(self) -> dict[str, Any] | None:
         """Where the random streams are, in tensors and plain values."""
-        return self._stream
+        return None if self._stream is None else self._stream | {"others": plain_state(self._stream["others"])}
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        self._stream = state
+        self._stream = None if state is None else state | {"others": state_of_plain(state["others"])}
 
 
 def _streams(devices: Sequence[int]) -> dict[str, Any]:

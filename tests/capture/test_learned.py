@@ -7,6 +7,7 @@ from torch import nn
 
 import adam_ghost as ag
 from adam_ghost.capture import learned, walk
+from adam_ghost.capture.recorder import Recorder
 from adam_ghost.demo.model import GPT
 from adam_ghost.scores.contract import score_recordings
 
@@ -17,8 +18,27 @@ def by_keyword():
 
 MODELS = {**ONE, **SEQUENCES, "gpt": (lambda: GPT(VOCABULARY, 9, layers=2, width=D, heads=2), "ids")}
 MODELS["by-keyword"] = by_keyword, "x"
+
+
+def written_to_in_place():
+    """What ``a`` returns is a view of what its product made; ``b``'s is written to by nobody."""
+    return Fn(lambda s, x: s.c(s.b(s.a(x).relu_())), a=nn.Linear(D, D), b=nn.Linear(D, D), c=nn.Linear(D, 2))
+
+
+MODELS["in-place"] = written_to_in_place, "x"
 SIZES = [(5, 7), (5, 7), (5, 7), (3, 7), (5, 4), (5, 7), (1, 7), (7, 7), (5, 7)]  # samples, tokens
-ROUTED = {"gpt", "linear-2d", "linear-3d", "layernorm", "rmsnorm", "conv1d", "embedding", "tied-modules", "by-keyword"}  # at least
+ROUTED = {
+    "gpt",
+    "linear-2d",
+    "linear-3d",
+    "layernorm",
+    "rmsnorm",
+    "conv1d",
+    "embedding",
+    "tied-modules",
+    "by-keyword",
+    "in-place",
+}  # at least
 
 
 def scores_of(name, monkeypatch, agreeing):
@@ -69,6 +89,8 @@ class Fickle(nn.Module):
 
     def forward(self, x):
         x = self.block(x)
+        if self.mood == "writes in place":
+            x.relu_()
         if self.mood == "flips samples":
             x = x.flip(0)
         if self.mood == "flips features":
@@ -82,7 +104,7 @@ class Fickle(nn.Module):
         return self.last(x.roll(1, 0 if self.mood == "rolls samples" else 1))
 
 
-MOODS = ("flips samples", "flips features", "skips a layer", "another layer", "twice", "rolls samples")
+MOODS = ("writes in place", "flips samples", "flips features", "skips a layer", "another layer", "twice", "rolls samples")
 
 
 def step(model, cache, n=4):
@@ -366,3 +388,49 @@ def test_a_layer_frozen_between_two_steps_is_none_of_the_next():
     step(model, cache)
     assert not cache.recorded.deviation
     assert cache.recorded.covered() == {"block.2.weight", "block.2.bias", "last.weight", "last.bias"}
+
+
+class Shifted(nn.Module):
+    """Layers, and one function that meets a parameter: behind it, or not, the block runs once more."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+        self.other = nn.Sequential(nn.Linear(D, D), nn.Tanh())
+        self.last = nn.Linear(D, 2)
+        self.shift = nn.Parameter(torch.ones(D))
+        self.again = again
+
+    def forward(self, x):
+        x = self.block(x) + self.shift
+        x = self.other(x).sin()
+        return self.last((self.block(x) if self.again else x).cos())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_nothing_is_followed_after_the_last_call_that_has_to_be(again, monkeypatch):
+    followed = []
+    real = Recorder._follow
+    monkeypatch.setattr(Recorder, "_follow", lambda self, func, *rest: followed.append(func.__name__) or real(self, func, *rest))
+    model = Shifted(again)
+    cache = ag.LayerCache(model)
+    for _ in range(4):
+        followed.clear()
+        with cache:
+            out = model(torch.randn(4, D))
+        out.square().sum().backward()
+    assert any(cache._recorder._routes.values()) and not cache.recorded.deviation
+    assert "add" in followed and ("cos" in followed) is again  # the block's hooks serve both of its calls
+
+
+def test_one_look_at_a_model_serves_until_somebody_could_exchange_a_module():
+    model = Fickle()
+    tree = walk.Tree(model)
+    with tree.steady() as modules:
+        assert modules == list(model.modules())
+        take_out(model)
+        assert tree.modules() is modules
+        tree.stir()
+        assert tree.modules() == list(model.modules())
+    put_in(model)
+    assert tree.modules() == list(model.modules())

@@ -1,5 +1,8 @@
 """Lookahead's direction P, from its definition: what the optimizer's own steps do, and which gradient its history foresees."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from models import SEQUENCES, D, Fn, around, normal, problem
@@ -93,3 +96,24 @@ def test_a_rate_set_after_the_step_was_foreseen_is_refused(when, lr):
         change("after the step")
         assert run.step == step + 1
     run.close()
+
+
+@pytest.mark.together
+def test_a_steps_directions_are_freed_with_it():
+    """As much memory as the model: it must not stay until garbage is collected."""
+    case = problem(*MODELS["layernorm"])
+    case.warm(11)
+    run = ag.InRun(case.model, case.optimizer, case.val_loss, "lookahead", strict=True)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            run.batch(range(case.n))
+            held = [weakref.ref(x) for x in run._schedule.foreseen.values()]
+            assert held and all(x() is not None for x in held)
+            loss = case.backward()  # which the loop keeps
+            case.optimizer.step()
+            assert loss is not None and not any(x() is not None for x in held)
+    finally:
+        gc.enable()
+        run.close()
