@@ -312,7 +312,7 @@ def launches(json: Json = None, lines: Annotated[int, typer.Option(help="Source 
 def host(json: Json = None, rounds: Annotated[int, typer.Option(min=3, help="Steps of each variant.")] = 40) -> None:
     """The host's time in one step, as a ratio to that of training and a bare validation pass."""
     found = host_bench.measure(rounds)
-    table = Table(caption=f"{host_bench.LAYERS} layers of width {host_bench.WIDTH}, one thread, medians of {rounds} steps in turn")
+    table = Table(caption=f"{host_bench.LAYERS} layers of width {host_bench.WIDTH}, one thread, medians of {rounds} steps")
     for name in ("", "ms", "of the bound", "budget", "function calls"):
         table.add_column(name, justify="right" if name else "left")
     for v, row in found.items():

@@ -309,6 +309,7 @@ class LearningRecorder(Recorder):
                     lesson.exits.append((len(lesson.calls), lesson.bodies[:-1], module, lesson.given[-1], tags))
             elif not self._into.unattributed:
                 lesson.end(*graph_of(output, self.names), self.names)
+                lesson.made, lesson.reshapes = [], {}  # the graph is the loop's
         elif self._route is not None and self.inside_model == 1:
             route = self._route
             graph, nodes = graph_of(output, self.names)
