@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from adam_ghost.scores import definition
+from adam_ghost.scores import cpu, definition
 from adam_ghost.scores.cpu import wgrad_score
 
 EPS = torch.finfo(torch.float32).eps
@@ -19,6 +19,11 @@ SHAPES = [  # n, T, d_in, d_out, K
     (9, 16, 12, 20, 2),
 ]
 shapes = pytest.mark.parametrize("n, T, d_in, d_out, K", SHAPES, ids=lambda x: str(x))
+
+
+@pytest.fixture(autouse=True, params=[1 << 62, 0], ids=["in-blocks", "one-by-one"])
+def alone(request, monkeypatch):
+    monkeypatch.setattr(cpu, "ALONE", request.param)
 
 
 def draw(n, T, d_in, d_out, K, dtype=torch.float32):
@@ -74,6 +79,7 @@ def test_takes_views(T):
 
 
 def test_holds_no_more_than_a_block(monkeypatch):
+    monkeypatch.setattr(cpu, "ALONE", 1 << 62)
     a, b, P = draw(32, 20, 16, 16, 1)
     held = []
     product = torch.bmm
