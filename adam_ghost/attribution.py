@@ -58,7 +58,7 @@ def attribute(
     validation = layer_cache.validation
     with validation.world.together(), plain_precision(layer_cache.model), validation.tree.steady():
         step = open_step(layer_cache, opt_state)
-        direction = find_direction(step, layer_cache.validation, rule, at)
+        direction = find_direction(step, validation, rule, at)
         scores = step.scores(direction.P, per_token)
         layer_cache.mark_weights()
         accounted = step.accounted(direction.P, direction.total)

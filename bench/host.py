@@ -64,7 +64,7 @@ class ByHeart:
         torch._foreach_copy_(data, self.kept)
         P, _ = adam_op.variance_correction(data, grads, *moments, val_grads, steps, out=val_grads)
         of = dict(zip(self.params, P, strict=True))
-        kinds = {nn.Linear: 0, nn.LayerNorm: 1, nn.Embedding: 3}  # as scores/together.py has them
+        kinds = {nn.Linear: together._LINEAR, nn.LayerNorm: together._LAYER_NORM, nn.Embedding: together._EMBEDDING}
         told = []
         for layer, x, (grad,) in self.calls:
             bias = getattr(layer, "bias", None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from adam_ghost.capture import walk
 from adam_ghost.capture.surroundings import is_custom, kept, plain_state, random_state, set_random_state, state_of_plain
 from adam_ghost.processes.world import World
 
-_TRAINING, _BUFFERS, _IS_CUDA = attrgetter("training"), attrgetter("_buffers"), attrgetter("is_cuda")
+_KIND, _TRAINING, _BUFFERS = attrgetter("shape", "dtype", "device"), attrgetter("training"), attrgetter("_buffers")
 
 
 class Validation:
@@ -33,7 +33,7 @@ class Validation:
         self._stream: dict[str, Any] | None = None
         self._copies: list[Tensor] = []
         self.running = False  # whether a pass of the model is the validation's
-        self._places: list[int] = []  # in memory, of what they are copies of
+        self._kinds: list[Any] = []  # shapes, types and devices of the copies
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
     @contextmanager
@@ -44,10 +44,10 @@ class Validation:
         """
         self.world.settle()
         held = self.world.parts([p.data for p in params])
-        places = [*map(methodcaller("data_ptr"), held)]
+        kinds = [*map(_KIND, held)]
         # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
-        if places != self._places:
-            self._places, self._copies = places, [torch.empty_like(x) for x in held]
+        if kinds != self._kinds:
+            self._kinds, self._copies = kinds, [torch.empty_like(x) for x in held]
         torch._foreach_copy_(self._copies, held)
         try:
             yield held, self._copies
@@ -63,8 +63,7 @@ class Validation:
         held = [(m, dict(own)) for m, own in zip(modules, map(_BUFFERS, modules), strict=True) if own]  # which may be replaced
         # running statistics, power iterations
         buffers = [(x.data, x.clone()) for _, own in held for x in own.values() if x is not None]
-        on_gpu = any(map(_IS_CUDA, named.values()))
-        devices = sorted({p.device.index for p in named.values() if p.is_cuda}) if on_gpu else []
+        devices = sorted({p.device.index for p in named.values() if p.is_cuda})
         outer, self.running = self.running, True
         with torch.random.fork_rng(devices), kept(filter(is_custom, modules)), self.world.quiet():
             if self._stream is None and self.world.size > 1 and not self.split:
@@ -81,8 +80,8 @@ class Validation:
             finally:
                 self.tree.stir()
                 self.running = outer
-                if [*map(_TRAINING, modules)] != modes:
-                    for module, mode in zip(modules, modes, strict=True):
+                for module, mode in zip(modules, modes, strict=True):
+                    if module.training is not mode:
                         module.training = mode
                 for module, own in held:
                     module._buffers.update(own)
