@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,8 +62,9 @@ def exact_shapley(
 
 def play(step: Step, validation: Validation, permutations: int, seed: int) -> ShapleyValues:
     """The sampled values of ``step``'s game, with the random numbers that the next validation gradient will draw."""
-    with validation.weights_kept(list(step.params.values())):
-        return _sample(_Game(step, validation), permutations, torch.Generator().manual_seed(seed))
+    game = _Game(step, validation)
+    with validation.weights_kept(game.params):
+        return _sample(game, permutations, torch.Generator().manual_seed(seed))
 
 
 def _sample(game: "_Game", permutations: int, generator: torch.Generator) -> ShapleyValues:
@@ -81,7 +83,10 @@ def _sample(game: "_Game", permutations: int, generator: torch.Generator) -> Sha
 
 
 class _Game:
-    """``U(S)`` of any subset of the samples: the validation loss that their share of the step takes off."""
+    """``U(S)`` of any subset of the samples: the validation loss that their share of the step takes off.
+
+    Made while the weights are still those of the step's forward pass, of which the samples' shares are; played by moving them.
+    """
 
     def __init__(self, step: Step, validation: Validation):
         self.step, self.validation, self.evaluations = step, validation, 0
@@ -89,7 +94,11 @@ class _Game:
         self.start = [p.detach().clone() for p in self.params]
         self.shares = [step.sample_gradients(name) for name in step.params]
         self.n = len(self.shares[0])
-        self.empty = self._loss([torch.zeros_like(s[0]) for s in self.shares])
+
+    @cached_property
+    def empty(self) -> Tensor:
+        """The loss where history alone takes the weights."""
+        return self._loss([torch.zeros_like(s[0]) for s in self.shares])
 
     def _loss(self, grads: Sequence[Tensor]) -> Tensor:
         for p, w, g in zip(self.params, self.start, grads, strict=True):

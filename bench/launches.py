@@ -276,8 +276,8 @@ def count(variant: str, packed: bool = False, blocks: int = BLOCKS) -> dict[str,
 
     with books:
         step()
-        if run:
-            run._loop.step += 100  # lookahead needs a history, whose length the device alone knows
+        if variant == "lookahead":
+            run._loop.step += 100  # it needs a history, whose length the device alone knows
         for _ in range(4):  # after which the model's ways are known
             step()
         books.clear()

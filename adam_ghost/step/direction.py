@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import methodcaller
 from typing import NamedTuple
 
@@ -51,11 +52,15 @@ def validation_gradient(
     ``gauss``: the mean of those at the two Gauss points of the step, of losses that draw the same random numbers.
     """
     held = list(params.values())
-    with validation.weights_kept(held) as (weights, _):
+    write = None
+    if at == "lookahead":
+        write = partial(_to_empty, opt_state, held)
+    elif at == "midpoint" and grads is not None:
+        write = partial(_to_middle, opt_state, params, grads)
+    with validation.weights_kept(held, write) as (weights, _):
         if at == "gauss" and grads is not None:
             loss, val_grads = _gauss_gradient(opt_state, params, grads, weights, validation)
         else:
-            _move(opt_state, params, grads, weights, at)
             loss, val_grads = validation.gradient(held)
     return ValidationGradient(loss, dict(zip(params, val_grads if loss.ndim else map(_ONE_TARGET, val_grads), strict=True)))
 
@@ -65,24 +70,27 @@ class _Moving(NamedTuple):
 
     params: list[Tensor]
     grads: list[Tensor]
-    data: list[Tensor]  # their memory
+    places: list[Tensor]  # for their weights
 
     @classmethod
-    def of(cls, params: Mapping[str, Tensor], grads: Gradients, weights: Sequence[Tensor]) -> "_Moving":
-        found = [(p, g, x) for (name, p), x in zip(params.items(), weights, strict=True) if (g := grads[name]) is not None]
+    def of(cls, params: Mapping[str, Tensor], grads: Gradients, places: Sequence[Tensor]) -> "_Moving":
+        found = [(p, g, x) for (name, p), x in zip(params.items(), places, strict=True) if (g := grads[name]) is not None]
         return cls([p for p, _, _ in found], [g for _, g, _ in found], [x for _, _, x in found])
 
 
-def _move(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients | None, weights: Sequence[Tensor], at: str) -> None:
-    """Puts the weights at the ``midpoint`` of the step, or after history alone (``lookahead``), in place.
+def _to_empty(opt_state: OptState, params: list[Tensor], places: list[Tensor]) -> None:
+    """Writes where history alone takes the weights."""
+    opt_state.weight_points(params, [None] * len(params), empty=places)
 
-    ``weights``: their memory. The weights come back, so a graph that saved the parameters stays valid.
-    """
-    if at == "lookahead":
-        opt_state.weight_points(list(params.values()), [None] * len(params), empty=list(weights))
-    elif at == "midpoint" and grads is not None:
-        moving = _Moving.of(params, grads, weights)
-        opt_state.weight_points(moving.params, moving.grads, mid=moving.data)
+
+def _to_middle(opt_state: OptState, params: Mapping[str, Tensor], grads: Gradients, places: list[Tensor]) -> None:
+    """Writes the weights at the midpoint of the step, or as they are."""
+    moving = _Moving.of(params, grads, places)
+    if len(moving.params) < len(params):
+        for (name, p), x in zip(params.items(), places, strict=True):
+            if grads[name] is None:
+                x.copy_(p.detach())
+    opt_state.weight_points(moving.params, moving.grads, mid=moving.places)
 
 
 def _gauss_gradient(

@@ -1,8 +1,9 @@
 """The validation gradient at weights of choice, with everything of the user's put back afterwards, to the bit."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from adam_ghost.capture import walk
 from adam_ghost.capture.surroundings import is_custom, kept, plain_state, random_state, set_random_state, state_of_plain
 from adam_ghost.processes.world import World
 
-_KIND, _TRAINING, _BUFFERS = attrgetter("shape", "dtype", "device"), attrgetter("training"), attrgetter("_buffers")
+_DATA, _KIND = attrgetter("data"), attrgetter("shape", "dtype", "device")
+_PLAIN, _CDATA, _STORAGE = (Tensor, nn.Parameter), attrgetter("_cdata"), methodcaller("untyped_storage")
+_USERS = torch._C._storage_Use_Count
+_TRAINING, _BUFFERS = attrgetter("training"), attrgetter("_buffers")
 
 
 class Validation:
@@ -31,28 +35,48 @@ class Validation:
         self.val_loss, self.model, self.tree = val_loss, model, walk.Tree(model)
         self.world, self.split = world or World(), split
         self._stream: dict[str, Any] | None = None
-        self._copies: list[Tensor] = []
+        self._others: list[Tensor] = []
         self.running = False  # whether a pass of the model is the validation's
-        self._kinds: list[Any] = []  # shapes, types and devices of the copies
+        self._kinds: list[Any] = []  # shapes, types, devices and strides of these
+        # a CUDA graph reads the weights where they were when it was captured
+        self._fixed = any(getattr(m.__dict__.get("forward"), "__module__", None) == "torch.cuda.graphs" for m in model.modules())
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
 
     @contextmanager
-    def weights_kept(self, params: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def weights_kept(
+        self, params: Sequence[Tensor], write: Callable[[list[Tensor]], None] | None = None
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """The weights may be changed inside the block, in place; afterwards they are as before.
 
-        Gives the memory of this process's parts of them, as tensors that no graph knows, and copies.
+        Gives the memory of this process's parts of them, as tensors that no graph knows, and what was in it before. ``write``
+        fills this memory when the block begins, while the parameters are still as they were; without it they begin as they were.
         """
         self.world.settle()
-        held = self.world.parts([p.data for p in params])
-        kinds = [*map(_KIND, held)]
-        # one copy of the parameters, kept from step to step: mapping fresh memory would cost more than copying
+        free = [] if self._fixed or self.world.sharded else free_among(params)  # before anything here knows their memory, too
+        held = self.world.parts([*map(_DATA, params)])
+        kinds = [*map(_KIND, held), *map(Tensor.stride, held)]
+        # other memory for the weights, kept from step to step: mapping it afresh would cost more than copying
         if kinds != self._kinds:
-            self._kinds, self._copies = kinds, [torch.empty_like(x) for x in held]
-        torch._foreach_copy_(self._copies, held)
+            self._kinds, self._others = kinds, [*map(torch.empty_like, held)]
+        others = self._others
+        places, before, stay = [*others], [*held], sorted({*range(len(held))} - {*free})
+        for i in stay:
+            places[i], before[i] = held[i], others[i]
+        _copy(before, held, stay)
         try:
-            yield held, self._copies
+            if write is None:
+                _copy(places, before, free)
+            else:
+                write(places)
+            for i in free:
+                params[i].data = places[i]
+            yield places, before
         finally:
-            torch._foreach_copy_(held, self._copies)
+            for i in free:
+                params[i].data = held[i]
+            _copy(held, before, stay)
+            for i in {*free} - {*free_among(others)}:  # someone keeps a view of the weights that was made inside
+                params[i].data, others[i] = others[i].copy_(held[i]), torch.empty_like(held[i])
             self.world.settle()
 
     @contextmanager
@@ -176,6 +200,25 @@ def _by_backward(losses: Tensor, params: Sequence[Tensor], leaves: Sequence[Tens
             x.backward(retain_graph=k < len(losses) - 1)
             rows.append([p.grad for p in params])
     return rows
+
+
+def free_among(tensors: Sequence[Tensor]) -> list[int]:
+    """The places of those whose memory no other tensor knows, so that other memory may take its place for a while."""
+    users, plain = map(_USERS, map(_CDATA, map(_STORAGE, tensors))), map(_PLAIN.__contains__, map(type, tensors))
+    one = _users_of_one()
+    return [i for i, (n, x) in enumerate(zip(users, plain, strict=True)) if x and n == one]
+
+
+@functools.cache
+def _users_of_one() -> int:
+    x = torch.empty(1)
+    return _USERS(x.untyped_storage()._cdata)
+
+
+def _copy(into: Sequence[Tensor], out_of: Sequence[Tensor], which: Sequence[int]) -> None:
+    """What some of the tensors hold into the others."""
+    if which:
+        torch._foreach_copy_([into[i] for i in which], [out_of[i] for i in which])
 
 
 @contextmanager
