@@ -291,6 +291,7 @@ def launches(json: Json = None, lines: Annotated[int, typer.Option(help="Source 
         "beyond the bound",
         "budget",
         "bytes per parameter beyond",
+        "budget",
         "copies that block",
         "kernels' operands",
     ):
@@ -298,7 +299,8 @@ def launches(json: Json = None, lines: Annotated[int, typer.Option(help="Source 
     for v, row in found.items():
         extra, allowed = row["launches"] - bound["launches"], launches_bench.budget(v, bound["launches"])
         moved = row["bytes_per_parameter"] - bound["bytes_per_parameter"]
-        cells = (row["launches"], extra, "" if allowed is None else allowed - bound["launches"], f"{moved:.0f}")
+        most = launches_bench.BYTES if v == "lookahead" else ""
+        cells = (row["launches"], extra, "" if allowed is None else allowed - bound["launches"], f"{moved:.1f}", most)
         table.add_row(v, *map(str, cells), str(sum(row["waits"].values())), ", ".join(f"{n} {k}" for k, n in row["dtypes"].items()))
     console.print(table)
     for v in ("lookahead", "midpoint", "thin layer"):

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 VARIANTS = ("plain", "bound", "lookahead", "midpoint", "thin layer", "window")
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = 12  # of GPT-2 124M
+BYTES = 48  # per parameter that a lookahead step may move beyond the bound
 SLOTS = 100  # parameters of a launch, in csrc/cuda.cu
 
 
@@ -133,7 +134,9 @@ class Books(TorchDispatchMode):
         if name in adam_op.FAKES:
             tensors = given.get("params") or given["grads"]
             launches = -(-len(tensors) // SLOTS) * (2 if name in ("variance_correction", "gradient_sums") else 1)
-            self.enter(name, launches + ("table" in given and given["table"].device.type == "meta"), args)
+            # what is written in the place of an input is another pass over it
+            again = [x.detach() for x in given.get("out", ()) if any(x is y for y in given["val_grads"])]
+            self.enter(name, launches + ("table" in given and given["table"].device.type == "meta"), (args, again))
             return adam_op.FAKES[name](*given.values())
         with self:
             return getattr(ops, f"_{name}_impl")(**given)

@@ -21,6 +21,10 @@ def test_launches_of_a_step(books):
     assert books["lookahead"]["launches"] <= launches.budget("lookahead", bound, BLOCKS), books["lookahead"]["by_line"]
 
 
+def test_memory_that_a_step_moves(books):
+    assert books["lookahead"]["bytes_per_parameter"] <= books["bound"]["bytes_per_parameter"] + launches.BYTES
+
+
 @pytest.mark.parametrize("variant", ["lookahead", "midpoint", "lookahead+packed"])
 def test_nothing_waits_for_the_device(books, variant):
     assert not books[variant]["waits"]

@@ -156,8 +156,8 @@ class AdamState:
         own, m, v, v_max, steps = self._lists(params)
         state = own, list(grads), m, v, v_max
         P, sums = adam_op.variance_correction(*state, list(val_grads), steps, rule=rule, foreseen=foreseen, out=out)
-        sums = sums.total()
-        return Linearized(P, sums.history.to(out[0].dtype), sums.reached.to(out[0].dtype))
+        sums, dtype = sums.total(), torch.promote_types(out[0].dtype, torch.float32)
+        return Linearized(P, sums.history.to(dtype), sums.reached.to(dtype))
 
     def linearize_expected(self, params: Sequence[Tensor], val_grads: Sequence[Tensor], rule: str, out: list[Tensor]) -> Linearized:
         return self._linearize(params, [None] * len(params), val_grads, rule, out, foreseen=True)

@@ -18,6 +18,11 @@ class GradientSums(NamedTuple):
     l1: Tensor  # [n]
     l2: Tensor  # [n]
     reached: Tensor  # [n, K]: < P , g >; K = 0 without directions
+    dtype: torch.dtype  # the widest among the directions', at least float32
+
+    def along(self) -> Tensor:
+        """``< P , g >`` over all gradients, ``[K]``, in ``dtype``."""
+        return self.reached.sum(0).to(self.dtype)
 
 
 def gradient_sums(grads: list[Tensor], along: Sequence[Tensor] = (), impl: str | None = None) -> GradientSums:
@@ -27,20 +32,26 @@ def gradient_sums(grads: list[Tensor], along: Sequence[Tensor] = (), impl: str |
     the reference in the widest dtype among the gradients', at least float32. Raises ValueError where a shape does not fit.
     """
     table = adam_op.run("gradient_sums", grads, list(along), impl)
-    return GradientSums(table[:, 0], table[:, 1].sqrt(), table[:, 2:])
+    return GradientSums(table[:, 0], table[:, 1].sqrt(), table[:, 2:], _widest(along))
 
 
 def _gradient_sums(grads, along, impl):
     sums = _fake(grads, along, impl)
     if adam_op.in_extension("gradient_sums", impl, lambda: _check(grads, along), [grads, along], [], sums):
         return sums
-    dtype = reduce(torch.promote_types, {g.dtype for g in grads}, torch.float32)
+    dtype = _widest(grads)
     norms = [torch.stack(torch._foreach_norm(grads, p, dtype=dtype)).double() for p in (1, 2)]
     columns = [norms[0], norms[1].square()]
     if along:
-        reached = torch.stack([P.reshape(len(P), g.numel()) @ g.flatten().to(P.dtype) for P, g in zip(along, grads, strict=True)])
+        dtype = _widest(along)
+        pairs = [(P.reshape(len(P), g.numel()).to(dtype), g.flatten().to(dtype)) for P, g in zip(along, grads, strict=True)]
+        reached = torch.stack([P @ g for P, g in pairs])
         columns += reached.double().unbind(1)
     return torch.stack(columns, 1)
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, {x.dtype for x in tensors}, torch.float32)
 
 
 def _fake(grads, along, impl):

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from adam_ghost.capture.hooks import Hook, StandIn
 from adam_ghost.capture.kinds import is_plain_lookup, layer_kind
-from adam_ghost.run.lookahead import ContractingRecording
+from adam_ghost.run.lookahead import ContractingRecording, read_in
 from adam_ghost.run.plan import Plan, kind_of_step
 from adam_ghost.scores.linear import own_parameters, scored_linear
 
@@ -119,8 +119,24 @@ class CompiledLayers:
         recording.unattributed |= plan.unattributed
         for site in self.sites:
             site.led = plan.led.get(site.layer, False)
+        self._round(recording)
         if not any(site.led for site in self.sites):
             raise ValueError("in no layer of the compiled model can its samples be told apart: there is nothing to attribute")
+
+    def _round(self, recording: ContractingRecording) -> None:
+        """``P`` of weights as its kernel reads them, from the first pass on: in another dtype the model is compiled again."""
+        sites = [(site, site.names[0]) for site in self.sites]
+        weights = [(site, name) for site, name in sites if name is not None]
+        for site, name in weights:
+            if site.led and site.kind == "linear":
+                weight: Any = site.layer.weight
+                recording.read(name, read_in(weight))
+        for site, name in weights:
+            if site.kind not in ("linear", "embedding") and name in recording.reads:
+                recording.read(name, torch.float32)
+        for site, name in weights:
+            if recording.reads.get(name) == torch.bfloat16:
+                site.P = (recording.P[name].to(torch.bfloat16), *site.P[1:])
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         before, self._compilations = self._compilations, None

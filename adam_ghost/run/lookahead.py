@@ -19,6 +19,7 @@ from adam_ghost.capture.recorder import Recorder, unseen
 from adam_ghost.capture.recording import Recording
 from adam_ghost.capture.rows import Packing, Rows
 from adam_ghost.processes.carried import Carried
+from adam_ghost.scores import ops
 from adam_ghost.scores.contract import score_calls
 from adam_ghost.scores.forms import Asked, Directions
 from adam_ghost.scores.linear import own_parameters, scored_linear
@@ -35,7 +36,8 @@ class ContractingRecording(Recording):
         super().__init__(packing)
         self.P, self.keep = P, keep
         some = next(iter((P.parts if isinstance(P, Carried) else P).values()))
-        self.slot = some.new_zeros(n, len(some)).requires_grad_()
+        dtype = torch.promote_types(some.dtype, torch.float32)
+        self.slot = torch.zeros(n, len(some), dtype=dtype, device=some.device, requires_grad=True)
         # which holds nothing of ours: in a circle with its slot, the recording would keep P until garbage is collected
         self.slot.register_hook(partial(_comes, weakref.ref(self)))
         self._arrived: Tensor | None = None
@@ -43,6 +45,7 @@ class ContractingRecording(Recording):
         self._waiting: list[Call] = []  # with their gradients
         self._bytes = 0  # of these, about
         self.scored: set[str] = set()  # names of the parameters that the scores cover
+        self.reads: dict[str, torch.dtype] = {}  # of a linear layer's weight P is read in this dtype
 
     def _begins(self) -> None:
         super()._begins()
@@ -78,6 +81,11 @@ class ContractingRecording(Recording):
             calls = [call for call in calls if not self.P.keys().isdisjoint(call.parameters())]
             params &= self.P.keys()
         self.scored |= params
+        if self.reads:
+            for call in calls:
+                if call.kind != "embedding":  # which gathers rows of any dtype
+                    for name in call.parameters().keys() & self.reads.keys():
+                        self.read(name, torch.float32)
         if not calls or not self.batch_size:
             return
         # a backward pass under the loop's autocast would round the sums
@@ -92,6 +100,10 @@ class ContractingRecording(Recording):
         for call in waiting:  # another pass may bring another gradient
             call.grad_output = NO_GRADIENT
 
+    def read(self, name: str, dtype: torch.dtype) -> None:
+        """A linear layer reads ``P`` of this weight in ``dtype``, or another layer does that shares it."""
+        self.reads[name] = torch.promote_types(self.reads.get(name, dtype), dtype)
+
     def close(self) -> None:
         """The scores were read: lets go of ``P``, which would stay as long as the loop keeps its loss, whose graph leads here."""
         self.P = {}
@@ -105,6 +117,14 @@ class ContractingRecording(Recording):
 
     def touched(self) -> set[str]:
         return self.scored
+
+
+def read_in(x: Tensor) -> torch.dtype:
+    """What a linear layer of input ``x`` reads ``P`` in: its kernel rounds it to what the product's operands are."""
+    kind = x.device.type
+    if not ops.has_kernel("wgrad_score", x):
+        return torch.float32
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _comes(recording: "weakref.ref[ContractingRecording]", grad: Tensor) -> None:
@@ -151,6 +171,8 @@ class ScoredLinears:
             return None
         recorder.scored = True
         recording.scored.update(trained)
+        if names[0] is not None:
+            recording.read(names[0], read_in(x))
 
         def directions() -> tuple[Tensor | None, ...]:
             return tuple(None if name is None else recording.P[name] for name in names)

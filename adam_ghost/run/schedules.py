@@ -3,7 +3,7 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -325,15 +325,24 @@ class After(Collecting):
         why = partial(step.unexplained, direction.P)
         return Scored(scores, direction.val_loss, direction.total, accounted, direction.history, edited, at, why, tokens)
 
-    def _form(self, opt_state: OptState, params: dict, grads: dict[str, Tensor | None] | None, at: str) -> Direction:
-        """``P`` for ``params``; ``grads`` are those of all trainable parameters, None for what history lets expect."""
+    def _form(
+        self,
+        opt_state: OptState,
+        params: dict,
+        grads: dict[str, Tensor | None] | None,
+        at: str,
+        rounded: Collection[str] = (),
+    ) -> Direction:
+        """``P`` for ``params``, those ``rounded`` that are read so; ``grads`` are those of all trainable parameters, None for what
+        history lets expect.
+        """
         loop = self.loop
         val = self._val
         if val is None or loop.refreshes:
             val = validation_gradient(opt_state, loop.params, grads, loop.validation, at)
         keep = loop.refresh > 1
         self._val = val if keep else None
-        return form_direction(opt_state, params, grads, val, loop.rule, loop.world, keep)
+        return form_direction(opt_state, params, grads, val, loop.rule, loop.world, keep, rounded)
 
     def state_dict(self) -> Any:
         # parts of a gradient are of use to as many processes alone: a run on shards takes a new one when it goes on
@@ -359,6 +368,7 @@ class Ahead(After):
         self._direction: Direction | None = None
         self._P: Directions = {}  # of it, what layers are contracted with
         self._settings: list[dict[str, Any]] = []  # of the optimizers, which it was foreseen by
+        self._reads: dict[str, torch.dtype] = {}  # what ``P`` of linear layers' weights was read in, in the last step that had them
         self._opened = 0  # the step that was announced last, counted from 1
         self._layers: ScoredLinears | CompiledLayers = ScoredLinears(loop.model, self.recorder)
 
@@ -410,7 +420,8 @@ class Ahead(After):
         if not self._foreseeable(opt_state):
             return None
         self._settings = settings(loop.optimizer)
-        return self._form(opt_state, loop.params, None, "lookahead")
+        rounded = () if loop.world.sharded else [name for name, dtype in self._reads.items() if dtype == torch.bfloat16]
+        return self._form(opt_state, loop.params, None, "lookahead", rounded)
 
     def _foreseeable(self, opt_state: OptState) -> bool:
         # a step count on the device is not read; ours is never the larger
@@ -435,6 +446,7 @@ class Ahead(After):
         recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
         scores = torch.cat([r.scores for r in recordings])
         for recording in recordings:
+            self._reads |= recording.reads
             recording.close()
         by_passes = step.whole_scores({name: direction.P[name] for name in step.whole})
         scores = scores if by_passes is None else scores + by_passes
@@ -452,6 +464,7 @@ class AheadCompiled(Ahead):
     def __init__(self, loop: Loop):
         After.__init__(self, loop, "midpoint")
         self._direction: Direction | None = None
+        self._reads: dict[str, torch.dtype] = {}
         self._layers = self._compiled = CompiledLayers(loop.model)
         self._running: ContractingRecording | None = None  # of the forward pass that was announced last
 

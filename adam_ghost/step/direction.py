@@ -1,6 +1,6 @@
 """The direction ``P``: what a unit of each parameter's gradient does to the validation loss, through the optimizer's step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import methodcaller
@@ -20,8 +20,6 @@ PLACES = ("midpoint", "gauss", "lookahead", "current")
 # the points of the two-point Gauss-Legendre rule, in halves of the way from w(empty) to the step's end
 _GAUSS = (1 - 3**-0.5, 1 + 3**-0.5)
 
-_WIDE = (torch.float32, torch.float64)  # P is at least the first
-
 # by parameter name; None: no gradient, the parameter stays where it is
 Gradients = Mapping[str, Tensor | None]
 
@@ -36,7 +34,7 @@ class ValidationGradient:
 
 @dataclass
 class Direction:
-    """``P`` by parameter name, each ``[K, *shape]`` in at least float32, and the validation loss where it was taken."""
+    """``P`` by parameter name, each ``[K, *shape]`` in at least float32, or ``rounded``; and the validation loss at its weights."""
 
     P: dict[str, Tensor]
     val_loss: Tensor  # [] or [K]
@@ -108,10 +106,6 @@ def _gauss_gradient(
     return (loss + other_loss) / 2, list(torch._foreach_lerp(val_grads, others, 0.5))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in _WIDE else torch.float32
-
-
 def form_direction(
     opt_state: OptState,
     params: Mapping[str, Tensor],
@@ -120,12 +114,22 @@ def form_direction(
     rule: str,
     world: World | None = None,
     keep: bool = False,
+    rounded: Collection[str] = (),
 ) -> Direction:
     """``P`` of ``params`` by ``rule`` for a step whose gradient is ``grads``, or what history lets expect where that is None.
 
-    Takes the place of ``val``'s gradients, unless these are to ``keep``."""
+    Takes the place of ``val``'s gradients, unless these are to ``keep``. Those that nothing reads in more than bfloat16, the
+    ``rounded`` ones, are written in it, by optimizers that read and write memory once.
+    """
     val_grads = [val.grads[name] for name in params]
-    out = [x if x.dtype in _WIDE and not keep else torch.empty_like(x, dtype=_wide(x.dtype)) for x in val_grads]
+    rounds = isinstance(opt_state, Foreseeing)
+    dtypes = [
+        torch.bfloat16 if rounds and name in rounded else torch.promote_types(x.dtype, torch.float32)
+        for name, x in zip(params, val_grads, strict=True)
+    ]
+    out = [
+        x if x.dtype == dtype and not keep else torch.empty_like(x, dtype=dtype) for x, dtype in zip(val_grads, dtypes, strict=True)
+    ]
     held = list(params.values())
     if grads is None and isinstance(opt_state, Foreseeing):
         found = opt_state.linearize_expected(held, val_grads, rule, out)

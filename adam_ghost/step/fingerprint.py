@@ -132,7 +132,7 @@ class Fingerprint(Seen):
             raise ValueError("gradients were added or removed between the backward pass and the step")
         held = [grads[name] for name in self.tensors]
         now = gradient_sums(held, [] if P is None else [P[name] for name in self.tensors])
-        reached = None if P is None else now.reached.sum(0).to(next(iter(P.values())).dtype)
+        reached = None if P is None else now.along()
         l1, l2, l1_now, l2_now = self.l1, self.l2, now.l1, now.l2
         if world is not None and world.sharded:  # of whole gradients
             l1, l2, l1_now, l2_now = world.sum(torch.stack([l1, l2.square(), l1_now, l2_now.square()]))

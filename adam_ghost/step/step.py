@@ -195,10 +195,10 @@ def join(world: World, scores: Tensor, val_loss: Tensor) -> Tensor:
 
 def inner(P: Directions, grads: Mapping[str, Tensor]) -> Tensor:
     """``< P , g >``, ``[K]``, over the parameters of ``grads``."""
-    some = next(iter(P.values()))
     if not grads:
-        return some.new_zeros(len(some))
-    return gradient_sums(list(grads.values()), [P[name] for name in grads]).reached.sum(0).to(some.dtype)
+        some = next(iter(P.values()))
+        return torch.zeros(len(some), dtype=torch.promote_types(some.dtype, torch.float32), device=some.device)
+    return gradient_sums(list(grads.values()), [P[name] for name in grads]).along()
 
 
 def gather_step(

@@ -9,6 +9,7 @@ from models import SEQUENCES, D, Fn, around, normal, problem
 from oracles import close, gradients, gradients_one_by_one, inner
 
 import adam_ghost as ag
+from adam_ghost.scores import ops
 
 MODELS = {
     "nanogpt": SEQUENCES["nanogpt"],
@@ -117,3 +118,66 @@ def test_a_steps_directions_are_freed_with_it():
     finally:
         gc.enable()
         run.close()
+
+
+class Tied(torch.nn.Module):
+    """A language model whose head is its embedding; or with a layer, too, whose weight is used otherwise as well."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.again = again
+        self.embedding, self.a, self.b = torch.nn.Embedding(20, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+        self.norm, self.head = torch.nn.LayerNorm(16), torch.nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        x = x + self.b(torch.tanh(self.a(x)))
+        x = x @ self.b.weight if self.again else x
+        return self.head(self.norm(x))
+
+
+@pytest.mark.filterwarnings("ignore:adam_ghost. step 1 has no scores")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_directions_are_as_narrow_as_their_readers(monkeypatch, compiled):
+    """Under autocast a kernel reads ``P`` of a linear layer's weight in bfloat16; another reader, or none at all, in float32."""
+
+    def scores(kernel, autocast=True):
+        # which CPUs have not: the definitions serve, and take any dtype
+        monkeypatch.setattr(ops, "has_kernel", lambda op, *tensors: kernel)
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = Tied(again=not compiled)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        tokens = torch.randint(20, (12, 9))
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+
+        def loss(rows):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and (compiled or run.step < 14)):
+                logits = called(rows[:, :-1])
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+        run = ag.InRun(called, optimizer, lambda: loss(tokens[8:]), "lookahead", fallback=False)
+        dtypes = []
+        for step in range(16):
+            run.batch([f"{step}-{i}" for i in range(8)])
+            foreseen = run._schedule.foreseen or {}
+            dtypes.append({k.removeprefix("_orig_mod.") for k, x in foreseen.items() if x.dtype == torch.bfloat16})
+            assert all(x.dtype in (torch.bfloat16, torch.float32) for x in foreseen.values())
+            loss(tokens[:8]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        run.close()
+        return dtypes, torch.from_numpy(run.scores().total)
+
+    narrow = {"embedding.weight", "a.weight"} | ({"b.weight"} if compiled else set())
+    dtypes, found = scores(kernel=True)
+    assert dtypes[13] == narrow
+    assert dtypes[15] == (narrow if compiled else set())  # after a step without autocast
+    wide, expected = scores(kernel=False)
+    assert not any(wide)
+    assert found.isfinite().all() and found.dtype == torch.float64 and len(found) == len(expected)
+    assert not torch.equal(found, expected)
+    assert (found - expected).norm() < 4e-3 * expected.norm()  # of bfloat16's 2^-9 per element
+    plain, _ = scores(kernel=True, autocast=False)
+    assert not any(plain)
