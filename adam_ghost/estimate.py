@@ -106,7 +106,7 @@ def operations(
 
 def held(schedule: str, job: Job) -> float:
     """Bytes beside plain training's."""
-    directions = KEPT * job.parameters * (1 + job.targets)  # the weights as they were, and P in the validation gradients' place
+    directions = KEPT * job.parameters * (1 + job.targets)  # other weights, and P in the validation gradients' place
     if schedule in ("midpoint", "gauss"):
         return directions + job.activations
     if schedule == "lookahead":
@@ -135,8 +135,8 @@ def estimate(job: Job, device: Device) -> list[Estimate]:
         counted = operations(
             schedule, job.forward, validation, job.targets * job.linear, job.targets * spread, job.window, job.ahead
         )
-        # weights to another place and back, and P of moments and gradients; a window's adjoint does the like in each step
-        moved = 14 * KEPT * job.parameters * job.targets
+        # other weights and then P, of weights, moments and gradients, and sums; a window's adjoint does the like in each step
+        moved = 12 * KEPT * job.parameters * job.targets
         added = counted / flops + moved / device.bandwidth
         share = plain / (plain + added / job.every)
         more = held(schedule, job)

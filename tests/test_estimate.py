@@ -37,9 +37,12 @@ def test_shares_of_windows_are_those_measured(schedule, ahead, every, measured):
 
 
 def test_every_for_nine_tenths_keeps_its_word():
-    for row in estimate(Job(), DEVICES["h100"])[1:]:
+    rows = estimate(Job(), DEVICES["h100"])[1:]
+    for row in rows:
         thinned = shares(Job(every=row.every), DEVICES["h100"])[row.schedule]
-        assert thinned >= 0.9 > shares(Job(every=row.every - 1), DEVICES["h100"])[row.schedule]
+        assert thinned >= 0.9
+        assert row.every == 1 or shares(Job(every=row.every - 1), DEVICES["h100"])[row.schedule] < 0.9
+    assert any(row.every > 1 for row in rows)
 
 
 def test_more_of_everything_costs_more():
