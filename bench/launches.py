@@ -134,8 +134,10 @@ class Books(TorchDispatchMode):
         if name in adam_op.FAKES:
             tensors = given.get("params") or given["grads"]
             launches = -(-len(tensors) // SLOTS) * (2 if name in ("variance_correction", "gradient_sums") else 1)
-            # what is written in the place of an input is another pass over it
+            # what is written in the place of an input is another pass over it, and so is the mean of what history foresees
             again = [x.detach() for x in given.get("out", ()) if any(x is y for y in given["val_grads"])]
+            if given.get("foreseen"):
+                launches, again = 2 * launches, again + [x.detach() for x in given["exp_avg_sqs"]]
             self.enter(name, launches + ("table" in given and given["table"].device.type == "meta"), (args, again))
             return adam_op.FAKES[name](*given.values())
         with self:
@@ -143,7 +145,10 @@ class Books(TorchDispatchMode):
 
     def kernel(self, name: str, *args: Any) -> None:
         """A launch of Triton's."""
-        self.enter(name, 1, [x.base if hasattr(x, "base") else x for x in args])
+        tensors = [x.base if hasattr(x, "base") else x for x in args]
+        if name == "_wgrad_score":  # a tile of G is written by it or by _join, where G is counted
+            tensors = [x for x in tensors if not isinstance(x, torch.Tensor) or x.dtype != torch.float32]
+        self.enter(name, 1, tensors)
         if name in ("_contract", "_contract_grouped", "_wgrad_score"):
             a, b, *_ = (getattr(x, "base", x).dtype for x in args if hasattr(x, "base") or isinstance(x, torch.Tensor))
             self.dtypes[f"{name.strip('_')}: {a} x {b}".replace("torch.", "")] += 1
