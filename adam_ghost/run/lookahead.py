@@ -102,7 +102,9 @@ class ContractingRecording(Recording):
 
     def read(self, name: str, dtype: torch.dtype) -> None:
         """A linear layer reads ``P`` of this weight in ``dtype``, or another layer does that shares it."""
-        self.reads[name] = torch.promote_types(self.reads.get(name, dtype), dtype)
+        before = self.reads.setdefault(name, dtype)
+        if before is not dtype:
+            self.reads[name] = torch.promote_types(before, dtype)
 
     def close(self) -> None:
         """The scores were read: lets go of ``P``, which would stay as long as the loop keeps its loss, whose graph leads here."""

@@ -20,6 +20,8 @@ PLACES = ("midpoint", "gauss", "lookahead", "current")
 # the points of the two-point Gauss-Legendre rule, in halves of the way from w(empty) to the step's end
 _GAUSS = (1 - 3**-0.5, 1 + 3**-0.5)
 
+_WIDE = (torch.float32, torch.float64)  # ``P`` is at least the first, where nothing reads it in less
+
 # by parameter name; None: no gradient, the parameter stays where it is
 Gradients = Mapping[str, Tensor | None]
 
@@ -122,13 +124,14 @@ def form_direction(
     ``rounded`` ones, are written in it, by optimizers that read and write memory once.
     """
     val_grads = [val.grads[name] for name in params]
-    rounds = isinstance(opt_state, Foreseeing)
-    dtypes = [
-        torch.bfloat16 if rounds and name in rounded else torch.promote_types(x.dtype, torch.float32)
-        for name, x in zip(params, val_grads, strict=True)
-    ]
+    narrow = {*rounded} if isinstance(opt_state, Foreseeing) else set()
     out = [
-        x if x.dtype == dtype and not keep else torch.empty_like(x, dtype=dtype) for x, dtype in zip(val_grads, dtypes, strict=True)
+        torch.empty_like(x, dtype=torch.bfloat16)
+        if name in narrow
+        else x
+        if x.dtype in _WIDE and not keep
+        else torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for name, x in zip(params, val_grads, strict=True)
     ]
     held = list(params.values())
     if grads is None and isinstance(opt_state, Foreseeing):
