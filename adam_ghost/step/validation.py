@@ -14,7 +14,7 @@ from adam_ghost.capture.surroundings import is_custom, kept, plain_state, random
 from adam_ghost.processes.world import World
 
 _DATA, _KIND = attrgetter("data"), attrgetter("shape", "dtype", "device")
-_PLAIN, _CDATA, _STORAGE = (Tensor, nn.Parameter), attrgetter("_cdata"), methodcaller("untyped_storage")
+_PLAIN, _CDATA, _STORAGE = {Tensor, nn.Parameter}, attrgetter("_cdata"), methodcaller("untyped_storage")
 _USERS = torch._C._storage_Use_Count
 _TRAINING, _BUFFERS = attrgetter("training"), attrgetter("_buffers")
 
@@ -37,7 +37,7 @@ class Validation:
         self._stream: dict[str, Any] | None = None
         self._others: list[Tensor] = []
         self.running = False  # whether a pass of the model is the validation's
-        self._kinds: list[Any] = []  # shapes, types, devices and strides of these
+        self._kinds: list[Any] = []  # shapes, types and devices of these
         # a CUDA graph reads the weights where they were when it was captured
         self._fixed = any(getattr(m.__dict__.get("forward"), "__module__", None) == "torch.cuda.graphs" for m in model.modules())
         self._reentrant = False  # whether val_loss runs reentrant checkpoints, which torch.autograd.grad cannot differentiate
@@ -52,14 +52,17 @@ class Validation:
         fills this memory when the block begins, while the parameters are still as they were; without it they begin as they were.
         """
         self.world.settle()
-        free = [] if self._fixed or self.world.sharded else free_among(params)  # before anything here knows their memory, too
+        free: Sequence[int] = (
+            [] if self._fixed or self.world.sharded else free_among(params)
+        )  # before anything here knows their memory, too
         held = self.world.parts([*map(_DATA, params)])
-        kinds = [*map(_KIND, held), *map(Tensor.stride, held)]
+        kinds = [*map(_KIND, held)]
         # other memory for the weights, kept from step to step: mapping it afresh would cost more than copying
         if kinds != self._kinds:
             self._kinds, self._others = kinds, [*map(torch.empty_like, held)]
         others = self._others
-        places, before, stay = [*others], [*held], sorted({*range(len(held))} - {*free})
+        places, before = [*others], [*held]
+        stay = [] if len(free) == len(held) else sorted({*range(len(held))} - {*free})
         for i in stay:
             places[i], before[i] = held[i], others[i]
         _copy(before, held, stay)
@@ -69,7 +72,7 @@ class Validation:
             else:
                 write(places)
             for i in free:
-                params[i].data = places[i]
+                params[i].data = others[i]
             yield places, before
         finally:
             for i in free:
@@ -202,11 +205,12 @@ def _by_backward(losses: Tensor, params: Sequence[Tensor], leaves: Sequence[Tens
     return rows
 
 
-def free_among(tensors: Sequence[Tensor]) -> list[int]:
+def free_among(tensors: Sequence[Tensor]) -> Sequence[int]:
     """The places of those whose memory no other tensor knows, so that other memory may take its place for a while."""
-    users, plain = map(_USERS, map(_CDATA, map(_STORAGE, tensors))), map(_PLAIN.__contains__, map(type, tensors))
-    one = _users_of_one()
-    return [i for i, (n, x) in enumerate(zip(users, plain, strict=True)) if x and n == one]
+    one, users = _users_of_one(), [*map(_USERS, map(_CDATA, map(_STORAGE, tensors)))]
+    if users.count(one) == len(users) and {*map(type, tensors)} <= _PLAIN:  # as nearly always
+        return range(len(users))
+    return [i for i, (n, x) in enumerate(zip(users, tensors, strict=True)) if n == one and type(x) in _PLAIN]
 
 
 @functools.cache
