@@ -13,7 +13,7 @@ BLOCKS = 2  # of GPT-2's twelve, which are all alike
 
 @pytest.fixture(scope="module")
 def books():
-    return launches.measure(("bound", "lookahead", "midpoint", "lookahead+packed"), BLOCKS)
+    return launches.measure(("bound", "lookahead", "midpoint", "window", "lookahead+packed"), BLOCKS)
 
 
 def test_launches_of_a_step(books):
@@ -25,7 +25,7 @@ def test_memory_that_a_step_moves(books):
     assert books["lookahead"]["bytes_per_parameter"] <= books["bound"]["bytes_per_parameter"] + launches.BYTES
 
 
-@pytest.mark.parametrize("variant", ["lookahead", "midpoint", "lookahead+packed"])
+@pytest.mark.parametrize("variant", ["lookahead", "midpoint", "window", "lookahead+packed"])
 def test_nothing_waits_for_the_device(books, variant):
     assert not books[variant]["waits"]
 

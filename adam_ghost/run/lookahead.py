@@ -122,7 +122,7 @@ class ContractingRecording(Recording):
 
 
 def read_in(x: Tensor) -> torch.dtype:
-    """What a linear layer of input ``x`` reads ``P`` in: its kernel rounds it to what the product's operands are."""
+    """What a linear layer reads ``P`` in, of its input or weight ``x``: its kernel rounds it to what the product's operands are."""
     kind = x.device.type
     if not ops.has_kernel("wgrad_score", x):
         return torch.float32

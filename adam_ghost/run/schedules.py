@@ -445,8 +445,12 @@ class Ahead(After):
             raise ValueError("gradients were scaled by different factors, which needs schedule='midpoint'")
         recordings = [m.recording for m in micro if isinstance(m.recording, ContractingRecording)]
         scores = torch.cat([r.scores for r in recordings])
+        first, *later = recordings
+        for recording in later:
+            for name, dtype in recording.reads.items():
+                first.read(name, dtype)
+        self._reads |= first.reads
         for recording in recordings:
-            self._reads |= recording.reads
             recording.close()
         by_passes = step.whole_scores({name: direction.P[name] for name in step.whole})
         scores = scores if by_passes is None else scores + by_passes
@@ -462,9 +466,7 @@ class AheadCompiled(Ahead):
     """``lookahead`` in a model under torch.compile: no hooks; the first step, which has no history at all, is not attributed."""
 
     def __init__(self, loop: Loop):
-        After.__init__(self, loop, "midpoint")
-        self._direction: Direction | None = None
-        self._reads: dict[str, torch.dtype] = {}
+        super().__init__(loop)
         self._layers = self._compiled = CompiledLayers(loop.model)
         self._running: ContractingRecording | None = None  # of the forward pass that was announced last
 

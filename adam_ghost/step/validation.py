@@ -35,7 +35,7 @@ class Validation:
         self.val_loss, self.model, self.tree = val_loss, model, walk.Tree(model)
         self.world, self.split = world or World(), split
         self._stream: dict[str, Any] | None = None
-        self._others: list[Tensor] = []
+        self._spare: list[Tensor] = []
         self.running = False  # whether a pass of the model is the validation's
         self._kinds: list[Any] = []  # shapes, types and devices of these
         # a CUDA graph reads the weights where they were when it was captured
@@ -52,19 +52,18 @@ class Validation:
         fills this memory when the block begins, while the parameters are still as they were; without it they begin as they were.
         """
         self.world.settle()
-        free: Sequence[int] = (
-            [] if self._fixed or self.world.sharded else free_among(params)
-        )  # before anything here knows their memory, too
+        # told before anything here knows their memory, too
+        free: Sequence[int] = [] if self._fixed or self.world.sharded else free_among(params)
         held = self.world.parts([*map(_DATA, params)])
         kinds = [*map(_KIND, held)]
         # other memory for the weights, kept from step to step: mapping it afresh would cost more than copying
         if kinds != self._kinds:
-            self._kinds, self._others = kinds, [*map(torch.empty_like, held)]
-        others = self._others
-        places, before = [*others], [*held]
+            self._kinds, self._spare = kinds, [*map(torch.empty_like, held)]
+        spare = self._spare
+        places, before = [*spare], [*held]
         stay = [] if len(free) == len(held) else sorted({*range(len(held))} - {*free})
         for i in stay:
-            places[i], before[i] = held[i], others[i]
+            places[i], before[i] = held[i], spare[i]
         _copy(before, held, stay)
         try:
             if write is None:
@@ -72,14 +71,14 @@ class Validation:
             else:
                 write(places)
             for i in free:
-                params[i].data = others[i]
+                params[i].data = spare[i]
             yield places, before
         finally:
             for i in free:
                 params[i].data = held[i]
             _copy(held, before, stay)
-            for i in {*free} - {*free_among(others)}:  # someone keeps a view of the weights that was made inside
-                params[i].data, others[i] = others[i].copy_(held[i]), torch.empty_like(held[i])
+            for i in {*free} - {*free_among(spare)}:  # someone keeps a view of the weights that was made inside
+                params[i].data, spare[i] = spare[i].copy_(held[i]), torch.empty_like(held[i])
             self.world.settle()
 
     @contextmanager

@@ -164,6 +164,8 @@ def test_directions_are_as_narrow_as_their_readers(monkeypatch, compiled):
             foreseen = run._schedule.foreseen or {}
             dtypes.append({k.removeprefix("_orig_mod.") for k, x in foreseen.items() if x.dtype == torch.bfloat16})
             assert all(x.dtype in (torch.bfloat16, torch.float32) for x in foreseen.values())
+            direction = run._schedule._direction
+            assert direction is None or direction.total.dtype == direction.history.dtype == torch.float32
             loss(tokens[:8]).backward()
             optimizer.step()
             optimizer.zero_grad()
