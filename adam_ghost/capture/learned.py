@@ -12,8 +12,8 @@ reshape that samples go through, that the sizes of this step keep them apart too
 ``Recording.deviation`` says so, and the kind is followed from then on.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,122 +21,18 @@ from torch.utils import _pytree as pytree
 
 from adam_ghost.capture.batch import Blocks
 from adam_ghost.capture.calls import Again, Call, Receive
+from adam_ghost.capture.graph import graph_of, keep_apart
 from adam_ghost.capture.hooks import Hook, Told
 from adam_ghost.capture.kinds import layer_kind
 from adam_ghost.capture.leaves import leaves_of
 from adam_ghost.capture.recorder import Recorder, _in_backward, unseen
 from adam_ghost.capture.recording import Recording
+from adam_ghost.capture.route import Given, Lesson, Named, Places, Route, Stop
 from adam_ghost.capture.rows import Rows
 from adam_ghost.capture.rules import RESHAPES
 from adam_ghost.capture.walk import Tree
 
 AGREEING = 2  # followed steps of a kind that have to agree before it is taken for granted
-
-# attributes of the graph's nodes by which samples could change places, as far as they do not grow with the data
-_DIMENSIONS = ("dim", "dims", "dim0", "dim1", "axis0", "axis1", "dimension", "source", "destination", "shifts")
-
-
-class Stop(NamedTuple):
-    """One call of a layer on a route."""
-
-    layer: nn.Module
-    axis: int  # of the samples in its output
-    single: bool  # whether that has one row per sample, or several
-    led: bool  # whether the samples lead its input
-    argument: int | None  # of the model's argument leaves, which one is its input; None: the graph shows where that comes from
-    template: Call | None  # None: the layer takes care of its own scores
-    direct: bool = False  # whether the graph leads through its output as it is, which nobody writes to
-
-
-Places: TypeAlias = tuple[tuple[int, Blocks], ...]  # which leaves of a module's output carry samples, and their tags
-Given: TypeAlias = tuple[tuple[int, Blocks | str], ...]  # the same of its arguments, in any order and lost ones too
-
-
-class Route(NamedTuple):
-    """What steps of a kind do."""
-
-    stops: tuple[Stop, ...]
-    followed: frozenset[nn.Module]  # modules whose own body is followed
-    inside: Mapping[nn.Module, str]  # layers called by these that are no stops, and their names
-    # all else that is called by these, and where samples are in what they are given and in their outputs
-    parts: tuple[tuple[nn.Module, Given, Places], ...]
-    heard: int  # calls in these bodies that are no stops: after the last one nothing has to be followed any more
-    graph: tuple[Any, ...]
-    reshapes: tuple[tuple[int, int], ...]  # nodes of the graph, and the dimension of the samples that they reshape
-
-    def same(self, other: "Route") -> bool:
-        bare = [[stop._replace(template=None) for stop in route.stops] for route in (self, other)]
-        return bare[0] == bare[1] and self[1:] == other[1:]
-
-
-class Named(NamedTuple):
-    """A layer, or a function, that was called."""
-
-    name: str
-    fn: Any
-
-
-class _Lesson:
-    """What is seen of one followed step."""
-
-    def __init__(self, kind: Hashable, arguments: list[Any]):
-        self.kind = kind
-        self.arguments = {id(x): i for i, x in enumerate(arguments) if isinstance(x, Tensor)}
-        self.bodies: list[nn.Module] = []  # those running now, from the model's down
-        self.calls: list[tuple[list[nn.Module], Stop | None, Named]] = []  # bodies, the stop, what was called
-        self.made: list[Any] = []  # by these, the node of the output
-        self.given: list[Given] = []  # what each of these was called with
-        # how many calls came before, bodies, what they called, stops too
-        self.exits: list[tuple[int, list[nn.Module], nn.Module, Given, Places]] = []
-        self.moving: set[nn.Module] = set()  # bodies in which values decided where samples go
-        self.reshapes: dict[Any, int] = {}  # nodes of the graph, and the dimension of the samples that they reshape
-        self.route: Route | None = None
-        self.void = False  # whether something happened that no route foresees
-
-    def end(self, graph: tuple[Any, ...], nodes: Sequence[Any], names: Mapping[Tensor, str]) -> None:
-        """The model's forward pass is over: finds the bodies to be followed, with all those around them.
-
-        There is no route where the graph behind the outputs does not show all that is to be verified.
-        """
-        places = {node: i for i, node in enumerate(nodes)}
-        if not self.reshapes.keys() <= places.keys():
-            return
-        reshapes = tuple(sorted((places[node], axis) for node, axis in self.reshapes.items()))
-        followed = {body for bodies, stop, _ in self.calls if stop is None for body in bodies}
-        inside = {call.fn: call.name for _, stop, call in self.calls if stop is None and isinstance(call.fn, nn.Module)}
-        stops = tuple(
-            stop._replace(direct=node in places)
-            for (_, stop, _), node in zip(self.calls, self.made, strict=True)
-            if stop is not None
-        )
-        if not {names[p] for stop in stops for p in stop.layer.parameters() if p in names} <= set(graph):
-            return
-        last = max((i for i, (_, stop, _) in enumerate(self.calls) if stop is None), default=-1)
-        exits = [exit for exit in self.exits if exit[1][-1] in followed and exit[2] not in followed]
-        # with the first one after the last call nothing is followed any more; unless the order of the samples is looked at
-        needed = len(exits) if self.moving else sum(exit[0] <= last for exit in exits) + 1
-        if not {exit[2] for exit in exits[:needed]}.isdisjoint(exit[2] for exit in exits[needed:]):
-            needed = len(exits)
-        parts = tuple(exit[2:] for exit in exits[:needed])
-        elsewhere = {part for _, bodies, part, *_ in self.exits if bodies[-1] not in followed}
-        apart = inside.keys().isdisjoint(stop.layer for stop in stops) and elsewhere.isdisjoint(
-            {part for part, *_ in parts} | followed
-        )
-        pays = any(stop is not None and bodies[-1] not in followed for bodies, stop, _ in self.calls)
-        if apart and pays:
-            heard = sum(stop is None for _, stop, _ in self.calls)
-            self.route = Route(stops, frozenset(followed), inside, parts, heard, graph, reshapes)
-
-    def add(
-        self, called: "Named", stop: Stop | None, given: Given = (), places: Places | None = None, output: Tensor | None = None
-    ) -> None:
-        """A call of a layer, or of a function that met parameters or moves samples; None where no stop tells what it does."""
-        bodies = list(self.bodies)
-        stop = stop if self.moving.isdisjoint(bodies) and places is not None else None
-        self.calls.append((bodies, stop, called))
-        self.made.append(None if output is None else output.grad_fn)
-        if stop is not None and places is not None:
-            self.exits.append((len(self.calls), bodies, stop.layer, given, places))
 
 
 class LearningRecorder(Recorder):
@@ -146,7 +42,7 @@ class LearningRecorder(Recorder):
         super().__init__(model, tree)
         self._routes: dict[Hashable, Route | None] = {}  # None: left once, followed for good
         self._lessons: dict[Hashable, tuple[Route, int]] = {}  # the last one's, and how many agreed
-        self._lesson: _Lesson | None = None
+        self._lesson: Lesson | None = None
         self._route: Route | None = None  # of the step now running
         self._hung: Route | None = None  # whose hooks are on the model, if any; else those of all layers
         self._attached = False
@@ -275,7 +171,7 @@ class LearningRecorder(Recorder):
             if kind in self._routes and n:  # of no rows, nothing shows where they would be
                 route = self._routes[kind]
             elif n:
-                self._lesson = _Lesson(kind, leaves)
+                self._lesson = Lesson(kind, leaves)
             self._kind_now, self._arguments = kind, leaves
         self._listen(False)
         self._change(route)
@@ -317,7 +213,7 @@ class LearningRecorder(Recorder):
                 self._deviate(f"the model ended after {self._stop} of {len(route.stops)} layers")
             elif graph != route.graph:
                 self._deviate("the model's autograd graph is another one")
-            elif not _keep_apart(nodes, route.reshapes, self.batch.n):
+            elif not keep_apart(nodes, route.reshapes, self.batch.n):
                 self._deviate("samples were reshaped into each other")
         if self._into.deviation and self.inside_model == 1:
             arrival = self._into.on_arrival
@@ -511,64 +407,6 @@ def _nowhere(call: Call, index: int, grad: Tensor) -> None:
 def _some(tag: Blocks) -> Blocks:
     """The tag, in which of several rows any number may vary."""
     return tag if tag.rows == 1 else tag._replace(rows=-1)
-
-
-_READ: dict[type, tuple[str, ...]] = {}  # per kind of node, which of its attributes are looked at
-
-
-def _attributes(kind: type) -> tuple[str, ...]:
-    if kind not in _READ:
-        saved = (*(f"_saved_{name}" for name in _DIMENSIONS), "_saved_indices", "variable")
-        _READ[kind] = tuple(name for name in saved if hasattr(kind, name))
-    return _READ[kind]
-
-
-def graph_of(output: Any, names: Mapping[Tensor, str]) -> tuple[tuple[Any, ...], list[Any]]:
-    """The autograd graph behind a model's outputs: kinds of nodes, their dimensions, the parameters, and how they hang together;
-    and the nodes in their order.
-    """
-    found: list[Any] = []
-    places: dict[Any, int] = {}
-    waiting: list[Any] = [(x.grad_fn, 0) for x in leaves_of(output) if isinstance(x, Tensor)]
-    read, named, tell = _READ, names.get, found.append
-    new = 0
-    while waiting:
-        node, _ = waiting.pop()
-        if node is None:
-            tell(None)
-        elif node in places:
-            tell(places[node])
-        else:
-            places[node] = new
-            new += 1
-            kind = type(node)
-            tell(kind)
-            for name in read[kind] if kind in read else _attributes(kind):
-                value = getattr(node, name)
-                if name == "variable":
-                    value = named(value)
-                elif name == "_saved_indices":
-                    value = _which(value)
-                tell(value)
-            waiting += node.next_functions
-    return tuple(found), list(places)
-
-
-def _keep_apart(nodes: Sequence[Any], reshapes: Sequence[tuple[int, int]], n: int) -> bool:
-    """Whether ``reshapes``, nodes and the dimension of ``n`` samples in each, are made within every sample.
-
-    As ``Batch`` knows reshapes, but in a loop that calls nothing: every step pays for it.
-    """
-    for i, axis in reshapes:
-        before, after = [*nodes[i]._saved_self_sym_sizes], [*nodes[i]._input_metadata[0].shape]
-        if before[:axis] != after[:axis] or before[axis] % n or not after[axis:] or after[axis] % n:
-            return False
-    return True
-
-
-def _which(indices: Any) -> tuple[bool, ...]:
-    """Which dimensions ``x[indices]`` went along; an embedding's indices are one tensor, and no dimensions."""
-    return tuple(x is None for x in indices) if isinstance(indices, tuple) else ()
 
 
 def recorder_of(model: nn.Module, alone: bool, tree: Tree) -> Recorder:
