@@ -10,6 +10,7 @@ from torch import nn
 
 from adam_ghost.same import same
 
+_PARAMETERS, _MODULES = attrgetter("_parameters"), attrgetter("_modules")
 _KEYS, _VALUES = methodcaller("keys"), methodcaller("values")  # a scripted module has no dicts
 
 
@@ -20,7 +21,8 @@ class Tree:
         self._model = model
         self._modules: list[nn.Module] = []
         self._named: dict[str, nn.Parameter] = {}
-        self._held: list[Any] = []  # names, modules and parameters, as all modules held them
+        self._sizes: list[int] = []  # how many parameters each module held, and how many modules
+        self._held: list[Any] = []  # these, and their names
         self._steady = False
 
     @contextmanager
@@ -41,10 +43,10 @@ class Tree:
         """``list(model.modules())`` and ``dict(model.named_parameters())``; the same objects while nothing was exchanged."""
         if self._steady:
             return self._modules, self._named
-        held = _held(self._modules)
-        if not same(held, self._held) or not held:
+        sizes, held = _held(self._modules)
+        if not held or sizes != self._sizes or not same(held, self._held):
             self._modules, self._named = modules(self._model), named_parameters(self._model)
-            self._held = _held(self._modules)
+            self._sizes, self._held = _held(self._modules)
         return self._modules, self._named
 
     def modules(self) -> list[nn.Module]:
@@ -54,9 +56,11 @@ class Tree:
         return self.look()[1]
 
 
-def _held(modules: list[nn.Module]) -> list[Any]:
-    held = [*map(attrgetter("_parameters"), modules), *map(attrgetter("_modules"), modules)]
-    return [*chain.from_iterable(map(_KEYS, held)), *chain.from_iterable(map(_VALUES, held))]
+def _held(modules: list[nn.Module]) -> tuple[list[int], list[Any]]:
+    dicts = [*map(_PARAMETERS, modules), *map(_MODULES, modules)]
+    full = [*filter(None, dicts)]
+    names = chain.from_iterable(full if {*map(type, full)} == {dict} else map(_KEYS, full))
+    return [*map(len, dicts)], [*names, *chain.from_iterable(map(_VALUES, full))]
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
