@@ -249,11 +249,9 @@ def _throughput(setting: throughput_bench.Setting, rounds: int, memory: bool, wi
         table.add_column(name, justify="right")
     for v in setting.variants:
         share = shares.get(v, {"of_plain": 1.0})
-        low, high = share.get("of_bound_quartiles", (float("nan"),) * 2)
         of_bound = f"{share['of_bound']:.3f}" if "of_bound" in share else ""
-        table.add_row(
-            v, f"{share['of_plain']:.3f}", of_bound, f"{low:.3f} to {high:.3f}", f"{peaks[v] / 2**20:.0f} MiB" if peaks else ""
-        )
+        quartiles = "{:.3f} to {:.3f}".format(*share["of_bound_quartiles"]) if "of_bound_quartiles" in share else ""
+        table.add_row(v, f"{share['of_plain']:.3f}", of_bound, quartiles, f"{peaks[v] / 2**20:.0f} MiB" if peaks else "")
     of_windows = throughput_bench.measure_windows(setting) if windows else {}
     for v, found in of_windows.items():
         table.add_row(v, f"{found['of_plain']:.3f}", "", "", f"{found['peak_bytes'] / 2**20:.0f} MiB")
