@@ -102,9 +102,10 @@ class InRun:
         train_loss: in ``window``, a function of what ``run.batch(ids, inputs=...)`` is given that returns the loss which the
             loop calls ``backward()`` on, once per micro-batch, up to a constant factor. Random numbers that it draws, of torch,
             come out as in the loop where it begins right after ``run.batch``; those that the model draws do anyhow.
-        feedback: how later gradients react, in ``window``: ``differences`` of gradients (any code, error 1e-3 in float32),
+        feedback: how later gradients react, in ``window``: ``differences`` of gradients (any smooth code, error 1e-3 in float32),
             ``double`` backward or ``forward`` mode (exact, where the code can be differentiated twice), ``gauss-newton`` on a
-            quarter of each batch (a third of the price), ``none``.
+            quarter of each batch (a third of the price), ``none``; ``auto``: differences, or double backward where the loss has
+            kinks (ReLU, max pooling).
         memory: bytes that kept steps may take on the device, such as ``8GB``; the rest goes to pinned memory, or on a CPU to
             files. A window keeps one gradient per step and the optimizer's state at every eighth or so.
         half: in ``midpoint``, round the operands of the scores' large float32 products to bfloat16 (sums stay in float32),
@@ -146,7 +147,7 @@ class InRun:
         ahead: int = 32,
         bounded: bool = True,
         train_loss: Callable[[Any], Tensor] | None = None,
-        feedback: str = "differences",
+        feedback: str = "auto",
         memory: str | int | None = None,
         audit_samples: int = 4,
         half: bool | None = None,

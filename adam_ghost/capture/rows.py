@@ -47,12 +47,15 @@ class Packing(NamedTuple):
 def find_packing(offsets: Tensor | None, samples: Tensor | None, device: torch.device, n: int | None = None) -> Packing | None:
     """How ``n`` samples are packed in rows, as the user tells; None where a row is a sample.
 
-    Raises ValueError where both are told, or one of another shape or type.
+    Raises TypeError for what is no tensor, ValueError where both are told, or one of another shape or type, or (on the CPU, where
+    looking costs no synchronisation) offsets that fall.
     """
     given = offsets if samples is None else samples
     if given is None:
         return None
     name = "offsets" if samples is None else "samples"
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(given).__name__}")
     if offsets is not None and samples is not None:
         raise ValueError("samples packed in rows are told by offsets or by samples, got both")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
@@ -67,7 +70,14 @@ def find_packing(offsets: Tensor | None, samples: Tensor | None, device: torch.d
     if given.ndim != 1 or len(given) < 2 or (n is not None and len(given) != n + 1):
         size, count = ("n + 1", "n") if n is None else (n + 1, n)
         raise ValueError(f"offsets must be [{size}] integers for {count} samples, got {list(given.shape)}")
+    if given.device.type == "cpu" and (int(given[0]) < 0 or bool((given.diff() < 0).any())):
+        raise ValueError(f"offsets must rise from 0 to the number of tokens of all rows, got {_listed(given)}")
     return Packing(moved, int(given[-1]))
+
+
+def _listed(x: Tensor) -> str:
+    head = ", ".join(map(str, x[:8].tolist()))
+    return f"{head}, ..." if len(x) > 8 else head
 
 
 class Rows:

@@ -10,6 +10,8 @@ def resample(
 ) -> np.ndarray:
     """Sums by key, or means where ``n`` is given, in ``draws`` resamplings of the run's blocks of steps: ``[draws, keys]``.
 
+    A mean is NaN where none of the key's blocks was drawn.
+
     Args:
         block, key: to which of ``blocks`` and of ``keys`` each addend belongs, ``[rows]``.
         x: the addends, ``[rows]``.
@@ -30,11 +32,17 @@ def resample(
         drawn[:, first : first + width] = weights @ sums
         if n is not None:
             counts = np.bincount(place, n[part], blocks * width).reshape(blocks, width)
-            drawn[:, first : first + width] /= np.maximum(weights @ counts, 1)
+            scores = weights @ counts
+            drawn[:, first : first + width] /= np.where(scores > 0, scores, np.nan)
     return drawn
 
 
 def middle(drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The middle 95% of ``[draws, keys]``: from and to, ``[keys]``."""
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0) if drawn.size else np.empty((2, drawn.shape[1]))
+    """The middle 95% of ``[draws, keys]``, of those that are numbers: from and to, ``[keys]``."""
+    if not drawn.size:
+        low, high = np.empty((2, drawn.shape[1]))
+    elif np.isnan(drawn).any():
+        low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
+    else:
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     return low, high

@@ -110,8 +110,8 @@ def window_options(
         raise ValueError("window='auto' goes by audits: give audit_every, in windows")
     if not isinstance(bounded, bool):
         raise TypeError(f"bounded must be True or False, got {bounded!r}")
-    if feedback not in FEEDBACKS:
-        raise ValueError(f"feedback must be one of {', '.join(FEEDBACKS)}, got {feedback!r}")
+    if feedback not in ("auto", *FEEDBACKS):
+        raise ValueError(f"feedback must be one of auto, {', '.join(FEEDBACKS)}, got {feedback!r}")
     if refresh != 1:
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
     if getattr(model, "_compiled_call_impl", None) is not None:

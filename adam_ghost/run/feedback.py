@@ -23,13 +23,18 @@ _LEAST_WEIGHT = 0.01
 Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], list[Tensor]]
 
 
+def is_exact(rerun: Rerun, batches: Sequence[KeptBatch]) -> bool:
+    """Whether gradients are of float32 throughout, or wider."""
+    wide = all(batch.autocast is None for batch in batches) and all(p.element_size() > 2 for p in rerun.params)
+    return wide and not rerun.world.rounds
+
+
 @contextmanager
 def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Iterator[Tensor]:
     """The weights a small step along ``vector``; yields the step, ``[]``, 0 where the vector is."""
     rerun.world.settle()
     data = rerun.world.parts(p.data for p in rerun.params)
-    exact = all(batch.autocast is None for batch in batches) and all(x.element_size() > 2 for x in data)
-    exact = exact and not rerun.world.rounds
+    exact = is_exact(rerun, batches)
     length, size = whole_norms(torch.stack([norm(vector), norm(data)]), rerun.world).unbind()
     size = size.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in rerun.params) ** 0.5)
     c = torch.where(length > 0, (_REACH if exact else _REACH_HALF) * size / length, 0.0)
@@ -147,7 +152,7 @@ FEEDBACKS: dict[str, Feedback] = {
 
 
 # those that know of the model's gradient only what a backward pass leaves in .grad
-OF_PARTS = ("differences", "gauss-newton", "none")
+OF_PARTS = ("auto", "differences", "gauss-newton", "none")
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

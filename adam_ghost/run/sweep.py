@@ -19,12 +19,13 @@ from adam_ghost.ledger.books import Audit
 from adam_ghost.optim import OptState
 from adam_ghost.optim.protocol import Adjoint
 from adam_ghost.run.compiled import is_compiled
-from adam_ghost.run.feedback import FEEDBACKS, norm, whole_norms
+from adam_ghost.run.feedback import norm, whole_norms
 from adam_ghost.run.leave_out import Trajectory, compare
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import CALLED_ONCE, KeptBatch, outputs_of, slopes
 from adam_ghost.run.schedules import Entry, Scored
 from adam_ghost.run.store import Held
+from adam_ghost.run.suited import SuitedFeedback
 from adam_ghost.step.coverage import share_of
 from adam_ghost.step.step import inner, reached_by, report_coverage, score_passes
 from adam_ghost.step.whole_pass import WholePass
@@ -82,9 +83,9 @@ class Sweep:
         self.params, self.names = window.params, list(window.loop.params)
         self.all = steps
         self.steps = [s for s in steps if not bool(s.void)]
-        self.feedback = FEEDBACKS[window.options.feedback]
         self.recorder = Recorder(self.loop.model)
         self.compiled = is_compiled(self.loop.model)
+        self.feedback = SuitedFeedback(window.rerun, window.options.feedback, window.coverage, self.compiled)
 
     def run(self) -> Iterator[tuple[Entry, Scored | None]]:
         """The scored steps, last first, None for those that the optimizer skipped.
@@ -221,9 +222,18 @@ class Sweep:
             )
         if same_factor or uneven:
             return base, None, set()
-        # a scaler's gradient that was clipped by a power of two looks as if it was not
-        down = down | (scaled & (norms > clipped.max() * (1 - 1e-5)))
-        return base, float(clipped.max()), {s.number for s, is_clipped in zip(self.steps, down.tolist(), strict=True) if is_clipped}
+        # one that was clipped by a power of two looks as a scaler's that was not; of gradients that were normalised, the one that
+        # grew most as one that was left alone
+        down = down | ((factors != 1) & ((norms - clipped.max()).abs() <= 1e-4 * clipped.max()))
+        numbers = {s.number for s, is_clipped in zip(self.steps, down.tolist(), strict=True) if is_clipped}
+        if len(numbers) == 1 and bool((norms > clipped.max() * (1 + 1e-3)).any()):
+            self.window.coverage.tell(
+                "clipping",
+                f"step {min(numbers)}: its gradient was scaled down, alone among steps of which others kept a larger one; credit"
+                " takes it for clip_grad_norm_'s doing, with its norm_type=2, which is wrong where the factor was a constant or"
+                " another norm's",
+            )
+        return base, float(clipped.max()), numbers
 
     def _pull(
         self, step: KeptStep, state: OptState, used: list[Tensor | None], adjoint: Adjoint
@@ -372,7 +382,7 @@ class Sweep:
     def _feed_back(self, step: KeptStep, raw: list[Tensor], P: list[Tensor], adjoint: Adjoint) -> None:
         for k in range(len(P[0])):
             vector = [x[k].to(p.dtype) for x, p in zip(P, self.params, strict=True)]
-            for x, h in zip(adjoint.weights, self.feedback(self.rerun, step.batches, raw, vector), strict=True):
+            for x, h in zip(adjoint.weights, self.feedback(step.number, step.batches, raw, vector), strict=True):
                 x[k] -= h
 
     def _audit(self, step: KeptStep, state: OptState, raw: list[Tensor], scored: Scored) -> Audit:

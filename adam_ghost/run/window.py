@@ -40,7 +40,7 @@ class WindowOptions:
     ahead: int = 32
     bounded: bool = True  # whether a step's derivative is bounded where it means nothing at a sample's distance
     auto: bool = False  # whether audits change both
-    feedback: str = "differences"
+    feedback: str = "auto"
     memory: int | None = None  # bytes
     audit_every: int | None = None  # windows
     audit_samples: int = 4

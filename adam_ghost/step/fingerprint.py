@@ -18,8 +18,8 @@ from adam_ghost.processes.world import World
 from adam_ghost.same import same
 
 EDITED = (
-    "gradients were edited element by element between the backward pass and the step (clipped by value, masked, noise added):"
-    " no sample's share of that is defined; scaling and clip_grad_norm_ are fine"
+    "gradients were edited element by element between the backward pass and the step (clipped by value, masked, noise added, or a"
+    " micro-batch's without run.batch added to them): no sample's share of that is defined; scaling and clip_grad_norm_ are fine"
 )
 
 

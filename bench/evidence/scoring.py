@@ -50,7 +50,7 @@ def training(task: Task, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int
         optimizer.zero_grad()
 
 
-def windows(task: Task, window: int, ahead: int = 0, feedback: str = "differences") -> Tensor:
+def windows(task: Task, window: int, ahead: int = 0, feedback: str = "auto") -> Tensor:
     """Total credit of every sample over windows."""
     window = min(window, len(task.batches))
     return in_run(task, "window", window=window, ahead=ahead, feedback=feedback)

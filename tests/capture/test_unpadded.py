@@ -356,15 +356,18 @@ def test_an_audit_finds_packed_rows_that_meet():
 
 
 @pytest.mark.parametrize(
-    "told,match",
+    "told,error,match",
     [
-        ({"offsets": torch.tensor([0, 3]), "samples": OF["in-line"]}, "got both"),
-        ({"samples": OF["in-line"].double()}, "samples must be integers, got torch.float64"),
-        ({"offsets": torch.tensor([[0, 3]])}, r"offsets must be \[n \+ 1\] integers for n samples, got \[1, 2\]"),
-        ({}, "packed needs offsets or samples"),
-        ({"samples": OF["in-line"] - 2}, "samples must be -1 to 2, got -2 to 2"),
+        ({"offsets": torch.tensor([0, 3]), "samples": OF["in-line"]}, ValueError, "got both"),
+        ({"samples": OF["in-line"].double()}, ValueError, "samples must be integers, got torch.float64"),
+        ({"offsets": torch.tensor([[0, 3]])}, ValueError, r"offsets must be \[n \+ 1\] integers for n samples, got \[1, 2\]"),
+        ({"offsets": [0, 3]}, TypeError, "offsets must be a tensor of integers, got list"),
+        ({"offsets": torch.tensor([0, 5, 3])}, ValueError, "offsets must rise from 0 to the number of tokens .*, got 0, 5, 3"),
+        ({"offsets": torch.tensor([-1, 3])}, ValueError, "offsets must rise from 0 to the number of tokens .*, got -1, 3"),
+        ({}, ValueError, "packed needs offsets or samples"),
+        ({"samples": OF["in-line"] - 2}, ValueError, "samples must be -1 to 2, got -2 to 2"),
     ],
 )
-def test_packing_that_says_nothing(told, match):
-    with pytest.raises(ValueError, match=match):
+def test_packing_that_says_nothing(told, error, match):
+    with pytest.raises(error, match=match):
         packed("in-line").cache.packed(**told)

@@ -482,7 +482,7 @@ def test_windows_of_the_shortest_and_the_longest_length_stay(monkeypatch, length
 
 WRONG = {
     "train_loss": (None, TypeError, "train_loss must be a callable of what run.batch.* got NoneType"),
-    "feedback": ("hessian", ValueError, "feedback must be one of differences, double, .* got 'hessian'"),
+    "feedback": ("hessian", ValueError, "feedback must be one of auto, differences, double, .* got 'hessian'"),
     "window": (0, ValueError, "window must be an integer of at least 1, got 0"),
     "ahead": (-1, ValueError, "ahead must be an integer of at least 0, got -1"),
     "memory": ("lots", ValueError, "memory must be an amount such as '8GB', or None, got 'lots'"),
