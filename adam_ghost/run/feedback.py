@@ -6,10 +6,12 @@ step, their gradient there, and a vector per parameter, and returns the product,
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.stateless import _reparametrize_module
 
 from adam_ghost.processes.world import World
@@ -26,7 +28,22 @@ Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], li
 def is_exact(rerun: Rerun, batches: Sequence[KeptBatch]) -> bool:
     """Whether gradients are of float32 throughout, or wider."""
     wide = all(batch.autocast is None for batch in batches) and all(p.element_size() > 2 for p in rerun.params)
-    return wide and not rerun.world.rounds
+    return wide and not rerun.world.rounds and not _rounds_products(rerun)
+
+
+def _rounds_products(rerun: Rerun) -> bool:
+    """Whether operands of float32 products are rounded: to TF32 on a GPU, as PyTorch's convolutions do unless told otherwise."""
+    if all(p.dtype == torch.float64 for p in rerun.params):
+        return False
+    backends: Any = torch.backends
+    on_gpu = rerun.device.type == "cuda"
+    settings = {
+        nn.Module: backends.cuda.matmul if on_gpu else backends.mkldnn.matmul,
+        _ConvNd: backends.cudnn.conv if on_gpu else backends.mkldnn.conv,
+        nn.RNNBase: backends.cudnn.rnn if on_gpu else backends.mkldnn.rnn,
+    }
+    rounded = tuple(kind for kind, setting in settings.items() if setting.fp32_precision in ("tf32", "bf16"))
+    return any(isinstance(m, rounded) for m in rerun.model.modules())
 
 
 @contextmanager

@@ -8,6 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import adam_ghost
+from adam_ghost.processes.world import World
+from adam_ghost.run.feedback import is_exact
+from adam_ghost.run.rerun import Rerun
 from adam_ghost.run.suited import bends
 
 N, D, C, BATCH, WINDOW, AHEAD = 60, 8, 3, 10, 4, 6
@@ -223,3 +226,19 @@ def test_a_scaler_whose_gradients_are_clipped_in_some_steps():
 def test_one_step_scaled_down_among_larger_gradients_is_named():
     with pytest.warns(UserWarning, match="step 3: its gradient was scaled down, alone among steps"):
         train(feedback="double", before_step=lambda model, step: _scale(model, 0.1) if step == 2 else None)
+
+
+@pytest.mark.parametrize(
+    "layer, products, exact",
+    [(nn.Linear(3, 3), "matmul", False), (nn.Conv1d(3, 3, 1), "conv", False), (nn.Linear(3, 3), "conv", True)],
+)
+def test_rounded_products_are_not_exact(layer, products, exact):
+    rerun = lambda layer: Rerun(layer, dict(layer.named_parameters()), lambda x: x, World())  # noqa: E731
+    setting = getattr(torch.backends.mkldnn, products)
+    assert is_exact(rerun(layer), [])
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    try:
+        assert is_exact(rerun(layer), []) is exact
+        assert is_exact(rerun(nn.Linear(3, 3).double()), [])
+    finally:
+        setting.fp32_precision = before
