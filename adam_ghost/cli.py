@@ -379,11 +379,21 @@ def _groups(path: Path | None) -> dict[str, str] | None:
         return None
     if not path.is_file():
         _fail(f"there is no file {path}", 1)
-    with path.open(newline="", encoding="utf-8") as f:
-        lines = csv.DictReader(f)
-        if not {"sample", "group"} <= set(lines.fieldnames or ()):
-            _fail(f"{path} must have the columns sample and group, it has {', '.join(lines.fieldnames or ())}", 2)
-        return {row["sample"]: row["group"] for row in lines}
+    found: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as f:
+            lines = csv.DictReader(f)
+            if not {"sample", "group"} <= set(lines.fieldnames or ()):
+                _fail(f"{path} must have the columns sample and group, it has {', '.join(lines.fieldnames or ())}", 2)
+            for row in lines:
+                sample, group = row["sample"], row["group"]
+                if not group:
+                    _fail(f"{path}, line {lines.line_num}: sample {sample!r} has no group", 2)
+                if found.setdefault(sample, group) != group:
+                    _fail(f"{path}, line {lines.line_num}: sample {sample!r} has two groups, {found[sample]!r} and {group!r}", 2)
+    except UnicodeDecodeError as error:
+        _fail(f"{path} must be a CSV in UTF-8: {error.reason} at byte {error.start}", 2)
+    return found
 
 
 def _console() -> Console:

@@ -57,7 +57,7 @@ class Trajectory:
         with torch.enable_grad():
             loss, out = rerun.loss_and_output(batch)
             (slope,) = torch.autograd.grad(loss, out, retain_graph=True)
-            if batch.packing is not None or out.ndim < 1 or len(out) != len(batch.ids):
+            if out.ndim < 1 or len(out) != len(batch.ids):
                 raise ValueError(
                     f"audit_every needs a model whose output has the batch as its first dimension, got shape {list(out.shape)} for"
                     f" {len(batch.ids)} samples"

@@ -354,6 +354,11 @@ class Sweep:
                 if not heads:
                     raise ValueError(CALLED_ONCE)
                 held = {name: p for p, name in recorder.names.items()}  # as they were in the pass
+                if gone := [name for name in small if name not in held]:
+                    raise ValueError(
+                        f"'{gone[0]}' is not the model's any more: through a change of its parameters within a window no credit is"
+                        " carried; close the run before one, and build another"
+                    )
                 wanted = [*(get_gradient_edge(x) for x in (heads[-1], *(held[name] for name in small))), *recording.outputs]
                 recording.outputs = None
                 with self.world.passing():

@@ -113,6 +113,11 @@ class Window(Collecting):
     def open(self, micro: MicroBatch, first: bool) -> None:
         if micro.inputs is None:
             raise ValueError("schedule='window' runs batches again: call run.batch(ids, inputs=...) with what train_loss takes")
+        if micro.packing is not None and self.options.audit_every is not None:
+            raise ValueError(
+                "audit_every, which leaves rows of a batch out and trains on, knows no samples that are packed in rows: build the"
+                " run without it"
+            )
         self._await(micro)
         self._armed, self._announced = micro, rng_state(self.rerun.device)
 

@@ -288,6 +288,24 @@ def test_commands(folder, args, code, says):
     assert says in done.output and "Traceback" not in done.output
 
 
+FILES = [
+    ("\ufeffsample,group\n0,a\n1,b\n".encode(), 0, "a"),  # as Excel writes UTF-8
+    ("sample,group\n0,caf\xe9\n".encode("latin-1"), 2, "must be a CSV in UTF-8"),
+    (b"sample,group\n0,a\n0,b\n", 2, "line 3: sample '0' has two groups, 'a' and 'b'"),
+    (b"sample,group\n0\n", 2, "line 2: sample '0' has no group"),
+    (b"id,name\n0,a\n", 2, "must have the columns sample and group, it has id, name"),
+]
+
+
+@pytest.mark.parametrize(("text", "code", "says"), FILES)
+def test_files_of_groups(folder, tmp_path, text, code, says):
+    path = tmp_path / "groups.csv"
+    path.write_bytes(text)
+    done = CliRunner().invoke(app, ["groups", str(folder), "--by", str(path)])
+    assert done.exit_code == code, done.output
+    assert says in " ".join(done.output.split()) and "Traceback" not in done.output
+
+
 def test_windows_are_not_held_against_the_drop(tmp_path):
     """Credit looks ahead of its step: no chart adds it up to the loss, and the books' times are of sweeps."""
     writer = ag.LedgerWriter(tmp_path / "ledger")

@@ -393,3 +393,24 @@ def test_credit_that_drowns_the_others_is_told():
     """The plain derivative is up to lr / eps."""
     with pytest.warns(UserWarning, match=r"the credit of steps \[1\] is more than 20 times"):
         train_from_a_cancelling_gradient(bounded=False)
+
+
+def test_audits_of_packed_samples_are_refused_when_they_are_announced():
+    model = small_network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    (x, y), (x_val, y_val) = batches(2)
+    val_loss = lambda: cross_entropy(model(x_val), y_val)  # noqa: E731
+    options = {"train_loss": lambda batch: mean_loss(model, batch), "audit_every": 1}
+    run = adam_ghost.InRun(model, optimizer, val_loss, "window", **options)
+    with pytest.raises(ValueError, match=r"audit_every, .*, knows no samples that are packed in rows"):
+        run.batch([0, 1], torch.tensor([0, 3, SAMPLES]), inputs=(x, y))
+    run.close()
+
+
+def test_a_parameter_that_left_the_model_is_named():
+    def leave(step, model, optimizer, batch):
+        if step == WINDOW:
+            model[2].bias = None
+
+    with pytest.raises((ValueError, RuntimeError), match=r"'2\.bias' is not the model's any more"):
+        run_window(small_network(), after_step=leave)
