@@ -46,15 +46,19 @@ def _rounds_products(rerun: Rerun) -> bool:
     return any(isinstance(m, rounded) for m in rerun.model.modules())
 
 
+def small_step(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Tensor:
+    """``[]``: the factor of ``vector`` by which the weights are moved for a difference, 0 where the vector is."""
+    data = rerun.world.parts(p.data for p in rerun.params)
+    length, size = whole_norms(torch.stack([norm(vector), norm(data)]), rerun.world).unbind()
+    size = size.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in rerun.params) ** 0.5)
+    return torch.where(length > 0, (_REACH if is_exact(rerun, batches) else _REACH_HALF) * size / length, 0.0)
+
+
 @contextmanager
 def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Iterator[Tensor]:
     """The weights a small step along ``vector``; yields the step, ``[]``, 0 where the vector is."""
     rerun.world.settle()
-    data = rerun.world.parts(p.data for p in rerun.params)
-    exact = is_exact(rerun, batches)
-    length, size = whole_norms(torch.stack([norm(vector), norm(data)]), rerun.world).unbind()
-    size = size.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in rerun.params) ** 0.5)
-    c = torch.where(length > 0, (_REACH if exact else _REACH_HALF) * size / length, 0.0)
+    data, c = list(rerun.world.parts(p.data for p in rerun.params)), small_step(rerun, batches, vector)
     before = [x.clone() for x in data]
     torch._foreach_add_(data, [v * c.to(v.dtype) for v in vector])
     try:

@@ -39,6 +39,7 @@ def units(*word):
 # a window of two steps and one ahead, swept by the third: the random numbers, every process's samples, the kept states' ends
 BEGUN = [AGREE, ("broadcast_object_list", 0)]
 SAMPLES = [AGREE, ("all_gather_object", 0)]
+LOOK = [AGREE, ("all_gather_object", 0)]  # whether the loss has kinks
 FEEDBACK = [AGREE, ("all_reduce", EVERYTHING)]  # the mean of the gradients at moved weights
 SMALL = [AGREE, ("all_reduce", sum(sorted(SIZES.values())[:3]))]  # gradients that tell whether a batch runs as it did
 SWEPT = [*SMALL, *COVERED]
@@ -54,7 +55,7 @@ EXPECTED = {
     ("fsdp", "lookahead", False): [AGREE, *sums(2), AGREE, *units(), *COVERED, AGREE, WORDS, *SCALES, *sums(1), *END],
     ("ddp", "window", False): [
         *[AGREE, *BEGUN, *SAMPLES, AGREE],
-        *[*FEEDBACK, AGREE, *SWEPT, *FEEDBACK, *SWEPT],
+        *[*LOOK, *FEEDBACK, AGREE, *SWEPT, *FEEDBACK, *SWEPT],
         *BOOKED,
     ],
     ("fsdp", "window", False): [
