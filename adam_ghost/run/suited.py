@@ -86,8 +86,6 @@ class SuitedFeedback:
         here = self.rerun.gradient(batches)
         own = differences(self.rerun, batches, here, vector)
         size, off = norm(own), norm([x - y for x, y in zip(product, own, strict=True)])
-        # what rounding leaves of a gradient, which a difference has over its step
-        noise, c = 8 * max(torch.finfo(g.dtype).eps for g in grads) * norm(grads), small_step(self.rerun, batches, vector)
         if self._chosen == "differences":
             apart = norm([x - y for x, y in zip(here, grads, strict=True)]) / norm(grads)
             if bool((apart > _ROUNDING) & (off > _NOTHING * size)):
@@ -97,7 +95,10 @@ class SuitedFeedback:
                     " gradients that feedback='differences' takes): it must return what the loop calls backward() on, up to a"
                     " factor, and draw random numbers from torch alone"
                 )
-        elif bool(off > _SAME * size + noise / c):
+            return
+        # what rounding leaves of a gradient, which a difference has over its step
+        noise = 8 * max(torch.finfo(g.dtype).eps for g in grads) * norm(grads)
+        if bool(off > _SAME * size + noise / small_step(self.rerun, batches, vector)):
             self.coverage.tell(
                 "feedback",
                 f"feedback={self._chosen!r} is {float(off / size):.0%} away from a difference of two gradients: a part of the"

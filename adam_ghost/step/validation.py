@@ -37,7 +37,7 @@ class Validation:
         self.world, self.split = world or World(), split
         self._stream: dict[str, Any] | None = None
         self._spare: list[Tensor] = []
-        self._told = False  # that no trained parameter has a part in the loss
+        self._looked = False  # whether any trained parameter has a part in the loss
         self.running = False  # whether a pass of the model is the validation's
         self._kinds: list[Any] = []  # shapes, types and devices of these
         # a CUDA graph reads the weights where they were when it was captured
@@ -152,12 +152,13 @@ class Validation:
                     rows = None
         if rows is None:
             return self.gradient(params, advance)
-        if not self._told and all(g is None for row in rows for g in row):
-            self._told = True
-            warn(
-                "val_loss depends on none of the parameters that are trained, all scores are zero: it has to run the very model"
-                " that is trained, not a copy, an average or another one"
-            )
+        if not self._looked:
+            self._looked = True
+            if all(g is None for row in rows for g in row):
+                warn(
+                    "val_loss depends on none of the parameters that are trained, all scores are zero: it has to run the very model"
+                    " that is trained, not a copy, an average or another one"
+                )
         filled = [
             self.world.parts(torch.zeros_like(p) if g is None else g for g, p in zip(row, params, strict=True)) for row in rows
         ]

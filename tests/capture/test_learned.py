@@ -367,6 +367,15 @@ def test_a_tree_is_walked_again_where_something_was_exchanged(change):
     assert list(tree.named_parameters().items()) == list(model.named_parameters())
 
 
+def test_a_parameter_that_moved_to_the_next_module_has_its_name():
+    """All names and parameters come in the same order as before."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    tree = walk.Tree(model)
+    tree.look()
+    model[1].bias = model[0]._parameters.pop("bias")
+    assert [*tree.named_parameters()] == ["0.weight", "1.bias"]
+
+
 def test_layers_that_a_followed_body_calls_are_stops_too():
     """The head and the norm of a body that adds positions: a hook each, where functions around them are followed."""
     model = GPT(VOCABULARY, 9, layers=1, width=D, heads=2)

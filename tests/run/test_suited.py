@@ -136,10 +136,10 @@ def test_a_loss_with_kinks_is_differentiated_twice():
     bent = lambda: Net(F.relu)  # noqa: E731
     places, credit = retrained(build=bent)
     auto, double = (train(build=bent, feedback=way) for way in ("auto", "double"))
-    assert torch.equal(auto, double) and error(auto, places, credit) < 1e-4
+    assert torch.equal(auto, double) and error(auto, places, credit) < 1e-7
     with pytest.warns(UserWarning, match=r"the training loss has kinks \(Relu\)"):
         jumping = train(build=bent, feedback="differences")
-    assert error(jumping, places, credit) > 0.1
+    assert error(jumping, places, credit) > 10
 
 
 def test_a_smooth_loss_keeps_the_cheaper_differences():
@@ -177,7 +177,7 @@ def test_a_detached_part_is_named_by_what_takes_it_for_constant():
 
 def test_credit_takes_a_derivative_for_symmetric_that_a_reversed_gradient_has_not():
     """As docs/limits.md says."""
-    assert error(train(loss=reversed_domain, feedback="auto"), *retrained(loss=reversed_domain)) > 0.02
+    assert error(train(loss=reversed_domain, feedback="auto"), *retrained(loss=reversed_domain)) > 0.2
 
 
 def test_a_small_part_that_train_loss_forgets_is_refused():
