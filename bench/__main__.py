@@ -19,6 +19,7 @@ from rich.table import Table
 
 from bench import books as books_bench
 from bench import compile as compile_bench
+from bench import feedback as feedback_bench
 from bench import fidelity as fidelity_bench
 from bench import host as host_bench
 from bench import kernels as kernels_bench
@@ -194,6 +195,23 @@ def predictions(json: Json = None) -> None:
     for name in predictions_bench.VARIANTS:
         r, error = ([row[name][k] for row in rows] for k in ("r", "relative_l2"))
         table.add_row(name, *(f"{x:.4f}" for x in (median(r), min(r))), *(f"{x:.3f}" for x in (median(error), max(error))))
+    console.print(table)
+    _write(json, {"rows": rows})
+
+
+@app.command()
+def feedback(json: Json = None) -> None:
+    """What windows' feedback is worth by differences of gradients, against double backward, in language models."""
+    table = Table(caption="errors of products, then R / relative L2 of a window's credit")
+    for name in ("width, autocast", "step of fixed length", "differences", *feedback_bench.WAYS):
+        table.add_column(name, justify="right")
+    with Progress(console=console) as progress:
+        task = progress.add_task("settings", total=len(feedback_bench.SETTINGS))
+        rows = feedback_bench.measure(lambda row: progress.advance(task))
+    for row in rows:
+        errors = (f"{row['products'][k]:.4f}" for k in ("fixed", "differences"))
+        cells = (f"{row[way]['r']:.4f} / {row[way]['relative_l2']:.3f}" for way in feedback_bench.WAYS)
+        table.add_row(f"{row['width']}, {row['precision']}", *errors, *cells)
     console.print(table)
     _write(json, {"rows": rows})
 

@@ -4,82 +4,36 @@
 step, their gradient there, and a vector per parameter, and returns the product, per parameter.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.stateless import _reparametrize_module
 
-from adam_ghost.processes.world import World
 from adam_ghost.run.rerun import EVERY, KeptBatch, Rerun, slopes
+from adam_ghost.run.small_step import SmallSteps, norm
 
-# of the weights' norm, the step of a difference: below it float32 rounds the difference away, or bfloat16 does (measured)
-_REACH, _REACH_HALF = 1e-3, 3e-2
-# what weights are at least taken to measure, each: a model that starts from zeros would take no step
-_LEAST_WEIGHT = 0.01
-
-Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor]], list[Tensor]]
+Feedback = Callable[[Rerun, Sequence[KeptBatch], list[Tensor], list[Tensor], SmallSteps], list[Tensor]]
 
 
-def is_exact(rerun: Rerun, batches: Sequence[KeptBatch]) -> bool:
-    """Whether gradients are of float32 throughout, or wider."""
-    wide = all(batch.autocast is None for batch in batches) and all(p.element_size() > 2 for p in rerun.params)
-    return wide and not rerun.world.rounds and not _rounds_products(rerun)
-
-
-def _rounds_products(rerun: Rerun) -> bool:
-    """Whether operands of float32 products are rounded: to TF32 on a GPU, as PyTorch's convolutions do unless told otherwise."""
-    if all(p.dtype == torch.float64 for p in rerun.params):
-        return False
-    backends: Any = torch.backends
-    on_gpu = rerun.device.type == "cuda"
-    settings = {
-        nn.Module: backends.cuda.matmul if on_gpu else backends.mkldnn.matmul,
-        _ConvNd: backends.cudnn.conv if on_gpu else backends.mkldnn.conv,
-        nn.RNNBase: backends.cudnn.rnn if on_gpu else backends.mkldnn.rnn,
-    }
-    rounded = tuple(kind for kind, setting in settings.items() if setting.fp32_precision in ("tf32", "bf16"))
-    return any(isinstance(m, rounded) for m in rerun.model.modules())
-
-
-def small_step(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Tensor:
-    """``[]``: the factor of ``vector`` by which the weights are moved for a difference, 0 where the vector is."""
-    data = rerun.world.parts(p.data for p in rerun.params)
-    length, size = whole_norms(torch.stack([norm(vector), norm(data)]), rerun.world).unbind()
-    size = size.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in rerun.params) ** 0.5)
-    return torch.where(length > 0, (_REACH if is_exact(rerun, batches) else _REACH_HALF) * size / length, 0.0)
-
-
-@contextmanager
-def _moved(rerun: Rerun, batches: Sequence[KeptBatch], vector: list[Tensor]) -> Iterator[Tensor]:
-    """The weights a small step along ``vector``; yields the step, ``[]``, 0 where the vector is."""
-    rerun.world.settle()
-    data, c = list(rerun.world.parts(p.data for p in rerun.params)), small_step(rerun, batches, vector)
-    before = [x.clone() for x in data]
-    torch._foreach_add_(data, [v * c.to(v.dtype) for v in vector])
-    try:
-        yield c
-    finally:
-        torch._foreach_copy_(data, before)
-        rerun.world.settle()
-
-
-def differences(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
-    """``(g(w + c vector) - g(w)) / c``: one more gradient, of any code, compiled or not; error of 1e-3 in float32."""
+def differences(
+    rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor], steps: SmallSteps
+) -> list[Tensor]:
+    """``(g(w + c vector) - g(w)) / c``: one more gradient, of any smooth code, compiled or not; error of 1e-3 in float32."""
     rerun.find_scales(batches)
-    with _moved(rerun, batches, vector) as c:
+
+    def look() -> list[Tensor]:
         there = rerun.gradient(batches)
-    per = torch.where(c > 0, 1 / c, 0.0)
-    for x, g in zip(there, grads, strict=True):
-        x.sub_(g).mul_(per.to(x.dtype))
-    return there
+        torch._foreach_sub_(there, grads)
+        return there
+
+    return steps.difference(batches, vector, norm(grads), look)
 
 
-def double(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+def double(
+    rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor], steps: SmallSteps
+) -> list[Tensor]:
     """The gradient of ``< g(w) , vector >``: exact, for code whose backward pass can be differentiated, at twice the price."""
     scales = rerun.find_scales(batches)
     total = [torch.zeros_like(p) for p in rerun.params]
@@ -94,7 +48,9 @@ def double(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vect
     return total
 
 
-def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+def forward(
+    rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor], steps: SmallSteps
+) -> list[Tensor]:
     """The derivative of the gradient along ``vector``: exact, for code with forward-mode derivatives."""
     scales = rerun.find_scales(batches)
     total = [torch.zeros_like(p) for p in rerun.params]
@@ -116,7 +72,9 @@ def forward(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vec
     return total
 
 
-def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+def gauss_newton(
+    rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor], steps: SmallSteps
+) -> list[Tensor]:
     """``J^T H_out J vector`` on every fourth row: the loss' curvature in the model's output alone, never negative.
 
     Unlike the Hessian it bears a part of the batch: for a third of the price of a step.
@@ -134,9 +92,13 @@ def gauss_newton(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor]
                     f" {list(out.shape)} for {n} samples; use feedback='differences'"
                 )
             (slope,) = torch.autograd.grad(loss, out, create_graph=True)  # [rows, ...]
-        with _moved(rerun, [batch], vector) as c, torch.no_grad():
-            _, there = rerun.loss_and_output(batch, rows)
-        change = torch.where(c > 0, (there - out.detach()) / c.to(out.dtype), 0.0)  # J vector
+        here = out.detach()
+
+        def look(batch: KeptBatch = batch, rows: Tensor | None = rows, here: Tensor = here) -> list[Tensor]:
+            with torch.no_grad():
+                return [rerun.loss_and_output(batch, rows)[1] - here]
+
+        (change,) = steps.difference([batch], vector, norm([here]), look, rows=True)  # J vector
         ends, along = [out], [torch.zeros_like(out)]  # a loss that is linear in the output bends nowhere
         if slope.requires_grad:
             ends, along = [*ends, slope], [*along, change]
@@ -158,7 +120,7 @@ def _add(total: list[Tensor], found: Sequence[Tensor | None], scale: Tensor) -> 
             x += h * scale.to(h.dtype)
 
 
-def none(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
+def none(rerun: Rerun, batches: Sequence[KeptBatch], grads: list[Tensor], vector: list[Tensor], steps: SmallSteps) -> list[Tensor]:
     """No feedback: what a sample does through momentum alone."""
     return [torch.zeros_like(x) for x in vector]
 
@@ -174,13 +136,3 @@ FEEDBACKS: dict[str, Feedback] = {
 
 # those that know of the model's gradient only what a backward pass leaves in .grad
 OF_PARTS = ("auto", "differences", "gauss-newton", "none")
-
-
-def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """``[]``, float64: of all tensors together."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64)))
-
-
-def whole_norms(norms: Tensor, world: World) -> Tensor:
-    """The norms of whole tensors, from those of this process's parts."""
-    return world.sum_parts(norms.square()).sqrt() if world.sharded else norms

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adam_ghost.ledger.books import Audit
 from adam_ghost.optim import OptState
-from adam_ghost.run.feedback import norm
+from adam_ghost.run.small_step import norm
 
 if TYPE_CHECKING:
     from adam_ghost.run.sweep import KeptStep, Sweep

@@ -19,13 +19,12 @@ from adam_ghost.ledger.books import Audit
 from adam_ghost.optim import OptState
 from adam_ghost.optim.protocol import Adjoint
 from adam_ghost.run.compiled import is_compiled
-from adam_ghost.run.feedback import norm, whole_norms
 from adam_ghost.run.leave_out import Trajectory, compare
 from adam_ghost.run.lookahead import ContractingRecording
 from adam_ghost.run.rerun import CALLED_ONCE, KeptBatch, outputs_of, slopes
 from adam_ghost.run.schedules import Entry, Scored
+from adam_ghost.run.small_step import norm, whole_norms
 from adam_ghost.run.store import Held
-from adam_ghost.run.suited import SuitedFeedback
 from adam_ghost.step.coverage import share_of
 from adam_ghost.step.step import inner, reached_by, report_coverage, score_passes
 from adam_ghost.step.whole_pass import WholePass
@@ -85,7 +84,7 @@ class Sweep:
         self.steps = [s for s in steps if not bool(s.void)]
         self.recorder = Recorder(self.loop.model)
         self.compiled = is_compiled(self.loop.model)
-        self.feedback = SuitedFeedback(window.rerun, window.options.feedback, window.coverage, self.compiled)
+        self.feedback = window.feedback
 
     def run(self) -> Iterator[tuple[Entry, Scored | None]]:
         """The scored steps, last first, None for those that the optimizer skipped.
@@ -97,6 +96,7 @@ class Sweep:
         validation = self.loop.validation
         with validation.weights_kept(self.params) as (_, now), validation.undisturbed(advance=False), torch.no_grad():
             self.now = now
+            self.feedback.begin()
             self.unclipped, self.max_norm, self.clipped = self._clipping()
             self.samples = self._samples()
             yield from self._walk()
@@ -387,7 +387,7 @@ class Sweep:
     def _feed_back(self, step: KeptStep, raw: list[Tensor], P: list[Tensor], adjoint: Adjoint) -> None:
         for k in range(len(P[0])):
             vector = [x[k].to(p.dtype) for x, p in zip(P, self.params, strict=True)]
-            for x, h in zip(adjoint.weights, self.feedback(step.number, step.batches, raw, vector), strict=True):
+            for x, h in zip(adjoint.weights, self.feedback(step.number, step.batches, raw, vector, k), strict=True):
                 x[k] -= h
 
     def _audit(self, step: KeptStep, state: OptState, raw: list[Tensor], scored: Scored) -> Audit:

@@ -20,6 +20,7 @@ from adam_ghost.ledger.books import StepRecord
 from adam_ghost.run.rerun import KeptBatch, Rerun, outputs_of, slopes
 from adam_ghost.run.schedules import Collecting, Entry, Loop, MicroBatch, Scored
 from adam_ghost.run.store import Store
+from adam_ghost.run.suited import SuitedFeedback
 from adam_ghost.run.sweep import KeptStep, Sweep
 from adam_ghost.step.coverage import Coverage
 from adam_ghost.step.step import Step
@@ -66,6 +67,7 @@ class Window(Collecting):
         self.options, self.coverage = options, coverage
         self.params = list(loop.params.values())
         self.rerun = Rerun(loop.model, loop.params, options.train_loss, loop.world)
+        self.feedback = SuitedFeedback(self.rerun, options.feedback, coverage)
         self.store = Store(options.memory)
         self._armed: MicroBatch | None = None
         self._kept: list[KeptStep] = []

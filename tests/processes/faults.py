@@ -282,14 +282,17 @@ def counting(made: list) -> Iterator[None]:
 
 
 def exchanges(spread: str, schedule: str, split: bool) -> list[tuple[str, int]]:
-    """What the third step exchanges beside the training's own exchanges; in windows it ends one of two steps."""
+    """What the third step exchanges beside the training's own exchanges; of windows the fifth, which ends the second of two steps.
+
+    In the first window's sweep differences find how far they go.
+    """
     model, optimizer = wrapped(spread)
     for p in model.parameters():
         give_history(optimizer, p)
     made: list = []
     windows = {"window": 2, "ahead": 1, "train_loss": lambda given: loss_of(model, *given)} if schedule == "window" else {}
     with ag.InRun(model, optimizer, validation(model, split), schedule, val_split=split, **windows) as run:
-        for t in range(3):
+        for t in range(5 if windows else 3):
             made.clear()
             with counting(made):
                 step(model, optimizer, run, t)
@@ -347,10 +350,11 @@ def traffic(schedule: str, K: int, feedback: str = "differences") -> tuple[int, 
     setattr(distributed, scatter, adding)
     shards.Shards._gather_parts = sending
     try:
-        for t in range(5 if windows else 1):
+        # of windows the second: in the first sweep differences find how far they go
+        for t in range(8 if windows else 1):
             run.batch([10 * t, 10 * t + 1, 10 * t + 2], inputs=x)
             train_loss(x).backward()
-            if t == 4:
+            if t == 7:
                 seen[:] = [0, 0, 0]
             optimizer.step()
             optimizer.zero_grad()

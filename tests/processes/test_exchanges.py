@@ -36,11 +36,11 @@ def units(*word):
     return [*word, gathered(False), *word, gathered(True)]
 
 
-# a window of two steps and one ahead, swept by the third: the random numbers, every process's samples, the kept states' ends
-BEGUN = [AGREE, ("broadcast_object_list", 0)]
+# a window of two steps and one ahead, swept by the next: every process's samples, the kept states' ends
 SAMPLES = [AGREE, ("all_gather_object", 0)]
 LOOK = [AGREE, ("all_gather_object", 0)]  # whether the loss has kinks
 FEEDBACK = [AGREE, ("all_reduce", EVERYTHING)]  # the mean of the gradients at moved weights
+FEEDBACK_PARTS = [*sums(3), *sums(1)]  # the norms of vector, weights and gradient, and of the gradient's change
 SMALL = [AGREE, ("all_reduce", sum(sorted(SIZES.values())[:3]))]  # gradients that tell whether a batch runs as it did
 SWEPT = [*SMALL, *COVERED]
 SWEPT_PARTS = [*sums(len(SIZES)), *units(), *SMALL, *sums(2), *COVERED, AGREE, WORDS, *sums(1)]
@@ -54,13 +54,13 @@ EXPECTED = {
     ("fsdp", "midpoint", False): [*COVERED, AGREE, WORDS, *SCALES, *sums(2), *units(AGREE), *END],
     ("fsdp", "lookahead", False): [AGREE, *sums(2), AGREE, *units(), *COVERED, AGREE, WORDS, *SCALES, *sums(1), *END],
     ("ddp", "window", False): [
-        *[AGREE, *BEGUN, *SAMPLES, AGREE],
+        *[AGREE, *SAMPLES, AGREE],
         *[*LOOK, *FEEDBACK, AGREE, *SWEPT, *FEEDBACK, *SWEPT],
         *BOOKED,
     ],
     ("fsdp", "window", False): [
-        *[*SCALES, AGREE, *BEGUN, *sums(3), *SAMPLES, AGREE],
-        *[*sums(len(SIZES)), *sums(2), AGREE, *SWEPT_PARTS, *sums(2), *SWEPT_PARTS],
+        *[*SCALES, AGREE, *sums(3), *SAMPLES, AGREE],
+        *[*sums(len(SIZES)), *FEEDBACK_PARTS, AGREE, *SWEPT_PARTS, *FEEDBACK_PARTS, *SWEPT_PARTS],
         *BOOKED,
     ],
 }

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import adam_ghost
 from adam_ghost.processes.world import World
-from adam_ghost.run.feedback import is_exact
 from adam_ghost.run.rerun import Rerun
+from adam_ghost.run.small_step import is_exact
 from adam_ghost.run.suited import bends
 
 N, D, C, BATCH, WINDOW, AHEAD = 60, 8, 3, 10, 4, 6
@@ -23,16 +23,16 @@ X_VAL, Y_VAL = X[:20], Y[:20]
 class Net(nn.Module):
     """A class of each sample, and its domain from features whose gradient is reversed."""
 
-    def __init__(self, activation=F.gelu):
+    def __init__(self, activation=F.gelu, reverse=lambda z: 2 * z.detach() - z, half=False, width=16):
         super().__init__()
         torch.manual_seed(1)
-        self.activation, self.features = activation, nn.Linear(D, 16)
-        self.deeper, self.classes, self.domain = nn.Linear(16, 16), nn.Linear(16, C), nn.Linear(16, 2)
-        self.double()
+        self.activation, self.reverse, self.features = activation, reverse, nn.Linear(D, width)
+        self.deeper, self.classes, self.domain = (nn.Linear(width, n) for n in (width, C, 2))
+        self.to(torch.bfloat16 if half else torch.float64)
 
     def forward(self, x):
-        z = self.activation(self.deeper(self.activation(self.features(x))))
-        return torch.cat([self.classes(z), self.domain(2 * z.detach() - z)], 1)
+        z = self.activation(self.deeper(self.activation(self.features(x.to(self.domain.weight)))))
+        return torch.cat([self.classes(z), self.domain(self.reverse(z))], 1)
 
 
 def plain(model, x, y):
@@ -175,9 +175,41 @@ def test_a_detached_part_is_named_by_what_takes_it_for_constant():
         assert error(train(loss=focal, feedback="double"), places, credit) > 0.05
 
 
-def test_credit_takes_a_derivative_for_symmetric_that_a_reversed_gradient_has_not():
-    """As docs/limits.md says."""
-    assert error(train(loss=reversed_domain, feedback="auto"), *retrained(loss=reversed_domain)) > 0.2
+@adam_ghost.keeps_samples_apart
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+@pytest.mark.parametrize("reverse", [lambda z: 2 * z.detach() - z, _Reversed.apply], ids=["detach", "function"])
+def test_a_gradient_that_is_no_functions_is_named(reverse):
+    """No feedback follows it, as docs/limits.md says."""
+    how = {"loss": reversed_domain, "build": lambda: Net(reverse=reverse)}
+    with pytest.warns(UserWarning, match="the training loss' gradient is no function's"):
+        scores = train(feedback="auto", **how)
+    assert error(scores, *retrained(**how)) > 0.2
+
+
+@pytest.mark.parametrize("bend", [lambda x: torch.where(x > 0, x, 0.1 * x), lambda x: x * (x > 0)], ids=["where", "mask"])
+def test_kinks_that_no_name_tells_are_told_by_the_gradients(bend):
+    build = lambda: Net(bend, width=64)  # noqa: E731
+    auto, double = (train(build=build, feedback=way) for way in ("auto", "double"))
+    assert torch.equal(auto, double) and error(auto, *retrained(build=build)) < 1e-7
+    with pytest.warns(UserWarning, match="the training loss has kinks, and differences"):
+        train(build=build, feedback="differences")
+
+
+def test_weights_of_half_precision_are_not_moved_by_small_steps():
+    build = lambda: Net(half=True)  # noqa: E731
+    auto, double = (train(build=build, feedback=way) for way in ("auto", "double"))
+    assert torch.equal(auto, double)
+    with pytest.warns(UserWarning, match="weights of half precision move by a small step as rounding has it"):
+        assert not torch.equal(train(build=build, feedback="differences"), double)
 
 
 def test_a_small_part_that_train_loss_forgets_is_refused():

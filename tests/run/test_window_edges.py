@@ -223,6 +223,7 @@ def test_differences_of_weights_near_zero():
     assert (scores("differences") - exact).norm() < 0.05 * (scores("none") - exact).norm()
 
 
+@pytest.mark.filterwarnings("ignore:adam_ghost. weights of half precision")
 def test_differences_of_bfloat16_weights():
     def scores(feedback):
         model = small_network().bfloat16()

@@ -1,0 +1,145 @@
+"""How far weights are moved along a vector for a difference: until what is looked at has changed by a small part of its size.
+
+A difference leaves out about that part of itself, and holds what rounding leaves, divided by that part. Neither depends on the
+model's size, the norm of its weights or the vector, as it would for steps of a given length (docs/measured.md).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from adam_ghost.processes.world import World
+from adam_ghost.run.rerun import KeptBatch, Rerun
+
+# that part: where both errors are small, in float32 and where operands are rounded to fewer bits
+_PART, _PART_ROUNDED = 1e-3, 0.1
+# lengths, as parts of the weights' norm: where nothing is known yet, and at most
+_START, _FURTHEST = 1e-3, 0.1
+# what weights are at least taken to measure, each: a model that starts from zeros would take no step
+_LEAST_WEIGHT = 0.01
+# as factors, how near the part has to come, in how many tries; and how much more a step of the run may bend than the one after it
+_NEAR, _TRIES, _STEADY = 2, 8, 4
+
+
+def is_exact(rerun: Rerun, batches: Sequence[KeptBatch]) -> bool:
+    """Whether gradients are of float32 throughout, or wider."""
+    wide = all(batch.autocast is None for batch in batches) and not is_half(rerun)
+    return wide and not rerun.world.rounds and not _rounds_products(rerun)
+
+
+def is_half(rerun: Rerun) -> bool:
+    """Whether there are weights of half precision."""
+    return any(p.element_size() <= 2 for p in rerun.params)
+
+
+def _rounds_products(rerun: Rerun) -> bool:
+    """Whether operands of float32 products are rounded: to TF32 on a GPU, as PyTorch's convolutions do unless told otherwise."""
+    if all(p.dtype == torch.float64 for p in rerun.params):
+        return False
+    backends: Any = torch.backends
+    on_gpu = rerun.device.type == "cuda"
+    settings = {
+        nn.Module: backends.cuda.matmul if on_gpu else backends.mkldnn.matmul,
+        _ConvNd: backends.cudnn.conv if on_gpu else backends.mkldnn.conv,
+        nn.RNNBase: backends.cudnn.rnn if on_gpu else backends.mkldnn.rnn,
+    }
+    rounded = tuple(kind for kind, setting in settings.items() if setting.fp32_precision in ("tf32", "bf16"))
+    return any(isinstance(m, rounded) for m in rerun.model.modules())
+
+
+class SmallSteps:
+    """The small steps of a walk back through a run's steps, by vectors that change little from one to the next."""
+
+    def __init__(self, rerun: Rerun):
+        self.rerun = rerun
+        # [], float64: the factor of the vector in the last difference, and the largest that it might have been
+        self.last = self.most = torch.zeros(())
+        self._rate: Tensor | None = None  # [], float64: change per length; None: not known
+        self._first: Tensor | None = None  # that of a walk's first vector
+        self._side = 1
+
+    def begin(self) -> None:
+        """Another walk begins, by a vector like the last walk's first."""
+        self._rate, self._first = self._first, None
+
+    def difference(
+        self,
+        batches: Sequence[KeptBatch],
+        vector: list[Tensor],
+        size: Tensor,
+        look: Callable[[], list[Tensor]],
+        rows: bool = False,
+    ) -> list[Tensor]:
+        """``look() / c`` with the weights moved by ``c vector``; ``look`` returns the changes of something of norm ``size``.
+
+        ``rows``: whether that something is of this process's rows, and not as large as the parameters. Steps go to either side in
+        turn: what differences leave out has the same sign as the step, and cancels from one to the next.
+        """
+        world = self.rerun.world
+        data = world.parts(p.data for p in self.rerun.params)
+        length, weights, size = whole_norms(torch.stack([norm(vector), norm(data), size]), world).unbind()
+        weights = weights.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in self.rerun.params) ** 0.5)
+        joint = rows and not world.sharded
+        change = (_PART if is_exact(self.rerun, batches) else _PART_ROUNDED) * (_joint(size, world) if joint else size)
+        start, nearest, furthest = (x * weights for x in (_START, max(torch.finfo(x.dtype).eps for x in data), _FURTHEST))
+
+        self.most = torch.where(length > 0, furthest / length, 0.0)
+
+        def reach(rate: Tensor | None) -> Tensor:
+            wanted = start if rate is None else torch.where((change > 0) & (rate > 0), change / rate, start)
+            return wanted.clamp(nearest, furthest)
+
+        distance, known = reach(self._rate), self._rate
+        for _ in range(_TRIES if known is None else 1):
+            self.last = torch.where(length > 0, self._side * distance / length, 0.0)
+            with moved(self.rerun, vector, self.last):
+                found = look()
+            changed = _joint(norm(found), world) if joint else whole_norms(norm(found), world)
+            if known is not None:
+                rate = torch.where(changed > 0, changed / distance, known)
+                self._rate = torch.minimum(torch.maximum(rate, known / _STEADY), known * _STEADY)
+                break
+            if not bool((length > 0) & (change > 0)):
+                break
+            self._rate = changed / distance if bool(changed > 0) else None
+            closer = furthest if self._rate is None else reach(self._rate)
+            if bool((closer / distance).log2().abs() <= torch.tensor(_NEAR).log2()):
+                break
+            distance = closer
+        self._first = self._rate if self._first is None else self._first
+        self._side = -self._side
+        per = torch.where(self.last != 0, 1 / self.last, 0.0)
+        return [x.mul_(per.to(x.dtype)) for x in found]
+
+
+@contextmanager
+def moved(rerun: Rerun, vector: list[Tensor], c: Tensor) -> Iterator[None]:
+    """The weights at ``c vector`` from where they are."""
+    rerun.world.settle()
+    data = list(rerun.world.parts(p.data for p in rerun.params))
+    before = [x.clone() for x in data]
+    torch._foreach_add_(data, [v * c.to(v.dtype) for v in vector])
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(data, before)
+        rerun.world.settle()
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """``[]``, float64: of all tensors together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64)))
+
+
+def whole_norms(norms: Tensor, world: World) -> Tensor:
+    """The norms of whole tensors, from those of this process's parts."""
+    return world.sum_parts(norms.square()).sqrt() if world.sharded else norms
+
+
+def _joint(x: Tensor, world: World) -> Tensor:
+    """The norm over the rows of all processes, from that over this one's."""
+    return world.sum(x.square()).sqrt()
