@@ -94,15 +94,10 @@ def top(
     """The most helpful, or most harmful, samples."""
 
     def ask(ledger: Any) -> Any:
-        from adam_ghost.ledger.gap import find_gap
-
         found = ledger.top(k, harmful=harmful, target=target, steps=_steps(first, last), value=value, bootstrap=bootstrap)
-        return found.to_pylist(), find_gap(ledger, target).line
+        return found.to_pylist(), _checks(ledger, target)
 
-    found, line = _read(folder, ask)
-    _print(found, as_json)
-    if not as_json:
-        _console().print(Text(line))
+    _print_checked(_read(folder, ask), as_json)
 
 
 @app.command()
@@ -119,8 +114,14 @@ def groups(
     """Scores by group: domain, label, source, or whatever samples were described with."""
     mapping = _groups(by)
     steps = _steps(first, last)
-    found = _read(folder, lambda ledger: ledger.groups(mapping, target=target, steps=steps, value=value, bootstrap=bootstrap))
-    _print(found.to_pylist(), as_json)
+
+    def ask(ledger: Any) -> Any:
+        found = ledger.groups(mapping, target=target, steps=steps, value=value, bootstrap=bootstrap).to_pylist()
+        if mapping and {row["group"] for row in found} == {"(none)"}:
+            _fail(f"{by} names none of the ledger's samples, whose ids are such as {ledger.samples()['sample'][0].as_py()!r}", 2)
+        return found, _checks(ledger, target)
+
+    _print_checked(_read(folder, ask), as_json)
 
 
 @app.command()
@@ -183,34 +184,36 @@ def audit(
 
     Two samples of each audited step are computed alone as well, to see whether the recorded gradients are theirs. Where the
     model computes in half precision, --max-alone has to be larger.
+
+    Columns: r and relative_l2, of the scores to the truth; loss_drop, what the batch took off the loss, and off, by what part
+    of it score_sum misses it; alone, how far gradients of samples computed alone are from the recorded ones.
     """
-    query = """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS loss_drop,
-               audit_alone AS alone, abs(score_sum - audit_loss_drop) / nullif(abs(audit_loss_drop), 0) AS off FROM steps
-               WHERE audit_r IS NOT NULL AND target = ? ORDER BY step"""
     books = "SELECT count(DISTINCT step) AS steps, count(DISTINCT step) FILTER (skipped) AS skipped FROM steps WHERE target = ?"
 
     def ask(ledger: Any) -> Any:
+        from adam_ghost.ledger.audits import find_audits, listed
         from adam_ghost.ledger.gap import find_gap
 
         found = find_gap(ledger, target)  # which refuses a target that is not there
-        return ledger.sql(query, [target]).to_pylist(), ledger.sql(books, [target]).to_pylist()[0], found
+        return find_audits(ledger, target, minimum), ledger.sql(books, [target]).to_pylist()[0], found, listed
 
-    audited, summary, (gap, coverage, line) = _read(folder, ask)
+    (audited, bad, verdict), summary, (gap, coverage, line), listed = _read(folder, ask)
     summary |= {"least_coverage": coverage, "largest_gap": gap}
     if as_json:
         _print({"audited": audited, **summary}, True)
     else:
         _print(audited, False, empty="No step was audited: InRun(..., audit_every=N) does.")
         _print([summary], False)
-        _console().print(Text(line))
+        for text in (line, verdict):
+            _console().print(Text(text))
     reasons = []
-    bad = [row["step"] for row in audited if not row["r"] >= minimum]
     if bad:
-        reasons.append(f"the correlation is below {minimum:g} in steps {', '.join(map(str, bad[:6]))}")
+        reasons.append(f"the correlation is below {minimum:g} in {listed(bad)}")
     mixed = [row["step"] for row in audited if row["alone"] is not None and not row["alone"] <= apart]
     if mixed:
-        shown = ", ".join(map(str, mixed[:6]))
-        reasons.append(f"gradients of samples computed alone differ from the recorded ones by more than {apart:g} in steps {shown}")
+        reasons.append(
+            f"gradients of samples computed alone differ from the recorded ones by more than {apart:g} in {listed(mixed)}"
+        )
     if gap is not None and not gap <= largest:
         reasons.append(f"a step's scores miss {gap:.1%} of its gradient, more than {largest:.1%}")
     if coverage is not None and not coverage >= least:
@@ -368,6 +371,21 @@ def _fail(text: str, code: int) -> NoReturn:
     text = "".join(c if c.isprintable() else " " for c in text.removeprefix("adam_ghost: "))
     Console(stderr=True).print(Text(f"adam-ghost: {text}"), soft_wrap=True)
     raise typer.Exit(code)
+
+
+def _checks(ledger: Any, target: int) -> list[str]:
+    """What the run's own checks say of its scores, a line each."""
+    from adam_ghost.ledger.audits import find_audits
+    from adam_ghost.ledger.gap import find_gap
+
+    return [line for line in (find_gap(ledger, target).line, find_audits(ledger, target).line) if line]
+
+
+def _print_checked(found: tuple[Any, list[str]], as_json: bool) -> None:
+    rows, checks = found
+    _print(rows, as_json)
+    for line in [] if as_json else checks:
+        _console().print(Text(line))
 
 
 def _steps(first: int, last: int | None) -> tuple[int, int] | None:

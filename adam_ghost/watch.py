@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from adam_ghost.ledger.audits import find_audits
 from adam_ghost.ledger.gap import find_gap
 from adam_ghost.ledger.reader import LedgerReader
 
@@ -60,6 +61,8 @@ def _view(
         f"{counts['samples']} samples, {counts['scores']} scores",
         found.line,
     ]
+    if verdict := find_audits(ledger, target).line:
+        lines.append(verdict)
     if books["first"] is not None and books["last"] is not None:
         lines.insert(2, f"validation loss {books['first']:.4g} at first, {books['last']:.4g} now")
     ends = [ledger.top(k, harmful=harmful, target=target).to_pylist() for harmful in (False, True)]

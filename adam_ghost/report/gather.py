@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from adam_ghost.ledger.audits import find_audits
 from adam_ghost.ledger.gap import find_gap
 from adam_ghost.ledger.reader import BLOCKS, LedgerReader
 from adam_ghost.ledger.resampling import middle, resample
@@ -70,17 +71,19 @@ def _target(ledger: LedgerReader, target: int, value: str, count: int, against: 
     bottom = how_many(len(order), count)
     harm = float(columns["total"][chosen[len(chosen) - bottom :]].sum())
     low, high = middle(draws["total"][:, len(chosen) - bottom :].sum(1, keepdims=True))
+    audits = find_audits(ledger, target)
     loss = f"validation loss {target}" if len(ledger.targets) > 1 else "the validation loss"
     return {
         "target": target,
         "ids": ids,
         "rows": rows,
         "curves": _curves(scores, len(ids)),
-        "headline": headline(len(order), bottom, harm, (low.item(), high.item()), value, booked, loss),
+        "headline": headline(len(order), bottom, harm, (low.item(), high.item()), value, booked, loss, audits),
         "explained": _explained(booked),
         "balance": in_words(booked, *(ledger.run.get("settings", {}).get(k) or 1 for k in ("every", "refresh"))),
         "gap": find_gap(ledger, target).line,
         "groups": groups,
+        "audited": audits.line,
         "audits": [{k: s[k] for k in ("step", "r", "l2", "score_sum", "loss_drop")} for s in steps if s["r"] is not None],
         "windows": any(s["horizon"] is not None for s in booked),
         "charts": charts.draw(booked, groups, binned, columns["total"]),

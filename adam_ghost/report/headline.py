@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adam_ghost.ledger.audits import Audits
 from adam_ghost.report.balance import balance
 
 _SHARE = 0.03  # of the samples, who are the most harmful
@@ -14,7 +15,14 @@ def how_many(samples: int, most: int) -> int:
 
 
 def headline(
-    samples: int, bottom: int, harm: float, noise: tuple[float, float], by: str, steps: Sequence[Mapping[str, Any]], name: str
+    samples: int,
+    bottom: int,
+    harm: float,
+    noise: tuple[float, float],
+    by: str,
+    steps: Sequence[Mapping[str, Any]],
+    name: str,
+    audits: Audits,
 ) -> dict[str, str]:
     """``sentence`` and ``note``.
 
@@ -25,6 +33,7 @@ def headline(
         noise: the middle 95% of ``harm`` over resamplings of the steps.
         steps: those that were booked, as ``balance`` reads them.
         name: of the validation loss.
+        audits: the run's own.
     """
     who = f"The {bottom:,} most harmful of {samples:,} samples" if bottom > 1 else f"The most harmful of {samples:,} samples"
     did = f"raised {name} by {-harm:.3g}" if harm < 0 else f"still lowered {name}, by {harm:.3g}"
@@ -36,6 +45,8 @@ def headline(
     )
     if noise[0] * noise[1] <= 0:
         note = f"The interval holds zero: whether they harmed is not known. {note}"
+    if audits.failed:
+        note = f"{audits.line} {note}"
     if any(s["horizon"] is not None for s in steps):
         return {"sentence": f"{who} {did}, as far as their steps' windows look.", "note": note}
     found = balance(steps)

@@ -281,8 +281,8 @@ function show(part) {
   samples();
   const audits = part.audits.length;
   at("audited").textContent = !audits ? "No step was audited; InRun(..., audit_every=N) does."
-    : part.windows ? "Steps of which samples were left out, to train on to their window's end: what that did, against their credit."
-      : "Steps whose scores were held against their exact Shapley values. The batch's own drop is what its gradient took off the validation loss, against the step that momentum and weight decay would have taken without it.";
+    : part.audited + " " + (part.windows ? "Steps of which samples were left out, to train on to their window's end: what that did, against their credit."
+      : "Steps whose scores were held against their exact Shapley values. The batch's own drop is what its gradient took off the validation loss, against the step that momentum and weight decay would have taken without it.");
   at("audit-table").hidden = !audits;
   at("audit-table").replaceChildren(table([
     { key: "step", title: "Step", name: "number" }, { key: "r", title: "Pearson R", name: "number" }, { key: "l2", title: "Relative L2", name: "number" },

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adam_ghost.inrun import InRun
 from adam_ghost.run.totals import SampleScores
+from adam_ghost.warn import warn
 
 if TYPE_CHECKING:
     from adam_ghost.ledger.reader import LedgerReader
@@ -45,6 +46,8 @@ def opened(of: "Source") -> Iterator["LedgerReader"]:
 def ranked(of: "Source", value: str, target: int, steps: tuple[int, int] | None) -> list[tuple[Hashable, float]]:
     """Every sample that was scored, with its ``value`` for ``target``, the most helpful first; arguments as ``InRun.top``'s.
 
+    Warns where audits in the ledger do not bear its scores out.
+
     Raises:
         TypeError: ``of`` is nothing that has scores.
         ValueError: ``value`` or ``target`` is not there, or ``steps`` is asked of scores without a ledger.
@@ -56,6 +59,11 @@ def ranked(of: "Source", value: str, target: int, steps: tuple[int, int] | None)
             raise ValueError(f"steps={steps} needs a ledger: scores that were summed up do not remember single steps")
         return of.top(len(of.ids), False, target, value)
     with opened(of) as ledger:
+        from adam_ghost.ledger.audits import find_audits
+
         table: Any = ledger.totals(target=target, steps=steps, value=value)
+        audits = find_audits(ledger, target)
+    if audits.failed:
+        warn(audits.line)
     table = table.sort_by([("value", "descending"), ("sample", "ascending")])
     return list(zip(table["sample"].to_pylist(), table["value"].to_pylist(), strict=True))

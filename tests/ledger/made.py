@@ -8,7 +8,7 @@ from adam_ghost.ledger.writer import LedgerWriter
 BATCH = 4
 
 
-def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r=None, alone=None, seed=0, tokens=False):
+def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r=None, alone=None, drop=None, seed=0, tokens=False):
     random = np.random.default_rng((seed, number))
     scores = random.normal(0, 1, (BATCH, targets))
     total = scores.sum(0)
@@ -23,7 +23,7 @@ def step(number, *, name=int, ids=range(20), targets=1, gap=0.0, coverage=1.0, r
         found.tokens = [(i, np.outer([0.5, 0.25, 0.25], s).astype(np.float32)) for i, s in zip(found.ids, scores, strict=True)]
         found.record.tokens = BATCH
     if r is not None:
-        found.record.audit = Audit(r, 0.1, total.tolist(), alone)
+        found.record.audit = Audit(r, 0.1, total.tolist() if drop is None else [drop] * targets, alone)
     return found
 
 
