@@ -118,7 +118,8 @@ def groups(
     def ask(ledger: Any) -> Any:
         found = ledger.groups(mapping, target=target, steps=steps, value=value, bootstrap=bootstrap).to_pylist()
         if mapping and {row["group"] for row in found} == {"(none)"}:
-            _fail(f"{by} names none of the ledger's samples, whose ids are such as {ledger.samples()['sample'][0].as_py()!r}", 2)
+            known = ledger.sql("SELECT min(sample) AS sample FROM scores")["sample"][0].as_py()
+            _fail(f"{by} names none of the ledger's samples, whose ids are such as {known!r}", 2)
         return found, _checks(ledger, target)
 
     _print_checked(_read(folder, ask), as_json)

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,10 +159,8 @@ class InRun:
         tokens: int | Sequence[Hashable] | None = None,
     ):
         rule = check_arguments(model, optimizer, val_loss, schedule, rule, audit_every)
-        if schedule == "window":
-            windows = window_options(
-                train_loss, window, ahead, bounded, feedback, memory, audit_every, audit_samples, refresh, model
-            )
+        given = {"window": window, "ahead": ahead, "bounded": bounded, "feedback": feedback, "memory": memory}
+        windows = window_options(schedule, train_loss, given | {"audit_samples": audit_samples}, audit_every, refresh, model)
         for name, value in (("every", every), ("refresh", refresh), ("audit_every", 1 if audit_every is None else audit_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -184,7 +183,7 @@ class InRun:
         validation, watch = Validation(val_loss, model, world, val_split), GradientWatch(params, world)
         self._loop = Loop(model, optimizer, params, validation, watch, rule, every, refresh, half, world, fallback)
         self._schedule_name = schedule
-        if schedule == "window":
+        if windows is not None:
             self._schedule: Schedule = Window(self._loop, windows, self.coverage)
         else:
             self._schedule = _step_schedule(schedule, self._loop)
@@ -668,6 +667,7 @@ class InRun:
         self.flush()  # a run that resumes from here finds the ledger complete up to this step
         positions = self._world.gather(None if self.ledger is None else self.ledger.checkpoint())
         state = {
+            "of": self._of(),
             "ledger": _join_positions([p for p in positions if p is not None]),
             "step": self.step,
             "attributed": self._loop.attributed,
@@ -682,18 +682,23 @@ class InRun:
         torch.save(state, packed)
         return {"run": packed.getvalue()}
 
+    def _of(self) -> str:
+        return f"a model of {sum(p.numel() for p in self._named.values()):,} parameters in {len(self._named)} tensors"
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from ``state_dict()`` of a run over the same model; cuts off what its ledger holds of later steps.
 
         Of several processes the first goes on with the totals of all.
 
         Raises:
-            ValueError: ``state`` is something else, or the ledger is another run's.
+            ValueError: ``state`` is something else, or another model's, or the ledger is another run's.
         """
         if not isinstance(state, dict) or set(state) != {"run"} or not isinstance(state["run"], bytes):
             what = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state must be what InRun.state_dict() returned, the bytes of a run; got {what}")
         state = torch.load(io.BytesIO(state["run"]), map_location="cpu", weights_only=True)
+        if state.get("of", self._of()) != self._of():
+            raise ValueError(f"state is of a run over {state['of']}, and this model is {self._of()}: build a new run for it")
         if self.ledger is not None:
             self.ledger.resume(state["ledger"], self._settings())
         self._loop.step, self._loop.attributed, self._squeeze = state["step"], state["attributed"], state["squeeze"]
@@ -712,7 +717,9 @@ def _open_writer(ledger: Any) -> "LedgerWriter | None":
         return None
     from adam_ghost.ledger.writer import LedgerWriter
 
-    return ledger if isinstance(ledger, LedgerWriter) else LedgerWriter(ledger)
+    if not isinstance(ledger, (str, os.PathLike, LedgerWriter)):
+        raise TypeError(f"ledger must be the folder to write to, or a LedgerWriter, got {type(ledger).__name__}")
+    return ledger if isinstance(ledger, LedgerWriter) else LedgerWriter(Path(ledger))
 
 
 def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,7 +18,7 @@ from adam_ghost.step.coverage import Coverage, refuse_mixed_samples
 from adam_ghost.step.fingerprint import EDITED, Fingerprint, gradients, versions
 from adam_ghost.step.step import Step, gather_step
 from adam_ghost.step.supported import refuse_unsupported
-from adam_ghost.step.validation import Validation
+from adam_ghost.step.validation import Validation, check_callable
 from adam_ghost.step.whole_pass import WholePass, may_pass
 
 
@@ -62,8 +62,8 @@ class LayerCache:
         refuse_unfollowed(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if val_loss is not None and not callable(val_loss):
-            raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
+        if val_loss is not None:
+            check_callable(val_loss)
         refuse_unsupported(model)
         self.model, world = find_world(model)
         self.coverage, self.fallback = Coverage(strict), may_pass(fallback, world)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     **{verb: STAGES | VERBS | {"ledger"} for verb in VERBS},
     "report": {"ledger"},
     "use": VERBS | {"ledger", "optim", "run", "step"},
-    "integrations": VERBS | {"capture", "ledger", "run", "use"},
+    "integrations": VERBS | {"capture", "ledger", "run", "step", "use"},
     "demo": VERBS | {"ledger", "run"},
     "doctor": set(),
     "estimate": set(),

@@ -21,6 +21,7 @@ from adam_ghost.integrations.collated import lay_out
 from adam_ghost.integrations.ids import ID, logged
 from adam_ghost.integrations.indices import Numbered, lacks_ids
 from adam_ghost.integrations.packed import pack_ids
+from adam_ghost.step.validation import check_callable
 
 _STATE = "adam_ghost.pt"
 _COUNTED = ("_metrics", "_total_train_tokens")  # in which TRL's trainers count what their compute_loss sees
@@ -53,6 +54,7 @@ class AttributionCallback(TrainerCallback):
     """
 
     def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, column: str | None = None, **options: Any):
+        check_callable(val_loss, None)
         self.val_loss, self.column, self.options = val_loss, column or ID, options
         self._may_number = column is None
         self.run: InRun | None = None

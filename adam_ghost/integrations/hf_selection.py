@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from adam_ghost.layer_cache import LayerCache
+from adam_ghost.step.validation import check_callable
 from adam_ghost.use.selecting import Selection, select
 
 
@@ -32,6 +33,7 @@ class SelectionCallback(TrainerCallback):
     """
 
     def __init__(self, val_loss: Callable[[nn.Module], Tensor], *, fraction: float | None = 0.5, redundancy: bool = True):
+        check_callable(val_loss, None)
         self.val_loss, self.fraction, self.redundancy = val_loss, fraction, redundancy
         self.last: Selection | None = None  # of the newest step
         self._trainer: Any = None

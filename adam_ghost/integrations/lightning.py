@@ -16,6 +16,7 @@ from torch import Tensor
 from adam_ghost.inrun import InRun
 from adam_ghost.integrations.ids import ID, has_ids, logged, take_ids
 from adam_ghost.integrations.indices import Remembered, forget, remember
+from adam_ghost.step.validation import check_callable
 
 
 class AttributionCallback(Callback):
@@ -53,6 +54,7 @@ class AttributionCallback(Callback):
         ids: Callable[[Any], Any] | None = None,
         **options: Any,
     ):
+        check_callable(val_loss, None)
         self.val_loss, self.net, self.options = val_loss, net, options
         self.column, self.ids = column or ID, ids
         self._may_number = column is None and ids is None

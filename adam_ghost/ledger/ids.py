@@ -10,6 +10,12 @@ Id = int | str | tuple
 _LOW, _HIGH = -(2**63), 2**63
 
 
+def check_count(k: Any) -> None:
+    """Raises ValueError where ``k`` is not how many samples are asked for."""
+    if not isinstance(k, (int, np.integer)) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k must be a positive integer, got {k!r}")
+
+
 def normalise(ids: Any) -> list[Id]:
     """The ids of a batch as Python's integers, strings or tuples of these, one per sample.
 

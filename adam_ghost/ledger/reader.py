@@ -10,6 +10,7 @@ import numpy as np
 from adam_ghost.extras import how_to_install
 from adam_ghost.ledger import layout
 from adam_ghost.ledger.check import Checker, read_settings
+from adam_ghost.ledger.ids import check_count
 from adam_ghost.ledger.layout import pa, pq
 from adam_ghost.ledger.resampling import middle, resample
 
@@ -214,6 +215,7 @@ class LedgerReader:
 
         ``low`` and ``high``, for ``bootstrap > 0``, as in ``groups``.
         """
+        check_count(k)
         order = "ASC" if harmful else "DESC"
         query = self._aggregate(_SAMPLE, "sample", target, steps, value, also="sum(s.score) AS total")
         found = self.sql(

@@ -17,6 +17,10 @@ from adam_ghost.run.schedules import SCHEDULES
 from adam_ghost.run.store import parse_bytes
 from adam_ghost.run.window import WindowOptions
 from adam_ghost.step.supported import refuse_unsupported
+from adam_ghost.step.validation import check_callable
+
+# what windows alone read, and how InRun has it where it is not given
+_WINDOWS = {"window": 32, "ahead": 32, "bounded": True, "feedback": "auto", "memory": None, "audit_samples": 4}
 
 
 def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, rule: str | None, audit_every: Any) -> str:
@@ -31,8 +35,7 @@ def check_arguments(model: Any, optimizer: Any, val_loss: Any, schedule: str, ru
     for each in listed(optimizer):
         if not isinstance(each, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a list of them, got {type(each).__name__}")
-    if not callable(val_loss):
-        raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
+    check_callable(val_loss)
     rule = opt_state.linearizations[0] if rule is None else rule
     for name, value, allowed in (("schedule", schedule, SCHEDULES), ("rule", rule, opt_state.linearizations)):
         if value not in allowed:
@@ -81,17 +84,15 @@ def check_held(params: Mapping[str, Tensor], opt_state: OptState) -> None:
 
 
 def window_options(
-    train_loss: Any,
-    window: Any,
-    ahead: Any,
-    bounded: Any,
-    feedback: Any,
-    memory: Any,
-    audit_every: int | None,
-    audit_samples: Any,
-    refresh: int,
-    model: nn.Module,
-) -> WindowOptions:
+    schedule: str, train_loss: Any, given: Mapping[str, Any], audit_every: int | None, refresh: int, model: nn.Module
+) -> WindowOptions | None:
+    """Of ``schedule="window"``; None of others, which ``given`` options of windows would not reach."""
+    if schedule != "window":
+        lost = [name for name, value in given.items() if value != _WINDOWS[name]]
+        if lost:
+            raise ValueError(f"schedule={schedule!r} scores single steps, and knows no {', '.join(lost)}: that is of 'window'")
+        return None
+    window, ahead, bounded, feedback = (given[name] for name in ("window", "ahead", "bounded", "feedback"))
     if not callable(train_loss):
         raise TypeError(
             "schedule='window' runs batches again: train_loss must be a callable of what run.batch(ids, inputs=...) is given,"
@@ -99,11 +100,7 @@ def window_options(
         )
     auto = window == "auto"
     window = 32 if auto else window
-    for name, value, least in (
-        ("window", window, 1),
-        ("ahead", ahead, 0),
-        ("audit_samples", audit_samples, 2),
-    ):
+    for name, value, least in (("window", window, 1), ("ahead", ahead, 0), ("audit_samples", given["audit_samples"], 2)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     if auto and audit_every is None:
@@ -116,4 +113,5 @@ def window_options(
         raise ValueError(f"refresh is of schedules that score single steps; with schedule='window' it must be 1, got {refresh}")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model.compile() hides the model's calls from schedule='window': use model = torch.compile(model)")
-    return WindowOptions(train_loss, window, ahead, bounded, auto, feedback, parse_bytes(memory), audit_every, audit_samples)
+    memory, audit_samples = parse_bytes(given["memory"]), given["audit_samples"]
+    return WindowOptions(train_loss, window, ahead, bounded, auto, feedback, memory, audit_every, audit_samples)

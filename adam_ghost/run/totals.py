@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from adam_ghost.ledger.ids import check_count
+
 if TYPE_CHECKING:
     import pandas
 
@@ -30,7 +32,7 @@ class SampleScores(NamedTuple):
     def top(self, k: int, harmful: bool, target: int, value: str) -> list[tuple[Hashable, float]]:
         """The ``k`` ids with the largest (or smallest) ``value``, ``total`` or ``standardized``, of one target.
 
-        Raises ValueError where ``value`` or ``target`` is not there.
+        Raises ValueError where ``value`` or ``target`` is not there, or ``k`` is no positive integer.
         """
         if value not in ("standardized", "total"):
             raise ValueError(f"value must be standardized or total, got {value!r}")
@@ -40,6 +42,7 @@ class SampleScores(NamedTuple):
         values = values if values.ndim == 2 else values[:, None]
         if not 0 <= target < values.shape[1]:
             raise ValueError(f"target must be below {values.shape[1]}, the number of validation losses, got {target}")
+        check_count(k)
         order = np.argsort(values[:, target] if harmful else -values[:, target], kind="stable")[:k]
         return [(self.ids[i], float(values[i, target])) for i in order]
 

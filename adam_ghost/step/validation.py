@@ -1,6 +1,7 @@
 """The validation gradient at weights of choice, with everything of the user's put back afterwards, to the bit."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, methodcaller
@@ -18,6 +19,19 @@ _DATA, _KIND = attrgetter("data"), attrgetter("shape", "dtype", "device")
 _PLAIN, _CDATA, _STORAGE = {Tensor, nn.Parameter}, attrgetter("_cdata"), methodcaller("untyped_storage")
 _USERS = torch._C._storage_Use_Count
 _TRAINING, _BUFFERS = attrgetter("training"), attrgetter("_buffers")
+
+
+def check_callable(val_loss: Any, *given: Any) -> None:
+    """Raises TypeError for what cannot be called with what it will be ``given``."""
+    if not callable(val_loss):
+        raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
+    try:
+        inspect.signature(val_loss).bind(*given)
+    except ValueError:  # of no known signature
+        return
+    except TypeError as error:
+        what = "with the model alone" if given else "without arguments"
+        raise TypeError(f"val_loss is called {what}, and this one cannot be: {error}") from None
 
 
 class Validation:

@@ -293,6 +293,7 @@ FILES = [
     ("sample,group\n0,caf\xe9\n".encode("latin-1"), 2, "must be a CSV in UTF-8"),
     (b"sample,group\n0,a\n0,b\n", 2, "line 3: sample '0' has two groups, 'a' and 'b'"),
     (b"sample,group\n0\n", 2, "line 2: sample '0' has no group"),
+    (b"sample,group\n900,a\n", 2, "names none of the ledger's samples, whose ids are such as"),
     (b"id,name\n0,a\n", 2, "must have the columns sample and group, it has id, name"),
 ]
 

@@ -609,20 +609,3 @@ def test_exceptions_leave_the_model_as_it_was():
         assert run.scores().steps.tolist() == [1] * N
     with pytest.raises(RuntimeError, match="closed"):
         run.batch(range(N))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (lambda m: (m, [torch.optim.AdamW(m.parameters())] * 2, id), ValueError, "hold the same parameter"),
-        (lambda m: (m, torch.optim.ASGD(m.parameters()), id), TypeError, "ASGD"),
-        (lambda m: (m, torch.optim.AdamW(m.norm.parameters()), id), ValueError, "does not hold tokens.weight"),
-        (lambda m: (m, torch.optim.AdamW(m.parameters()), 3), TypeError, "val_loss must be callable"),
-        (lambda m: (m, torch.optim.AdamW(m.parameters()), id, "soon"), ValueError, "schedule must be one of"),
-        (lambda m: (id, torch.optim.AdamW(m.parameters()), id), TypeError, "model must be"),
-        (lambda m: (m.requires_grad_(False), torch.optim.AdamW(m.parameters()), id), ValueError, "no trainable parameters"),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        ag.InRun(*arguments(gpt()))
