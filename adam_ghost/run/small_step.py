@@ -4,6 +4,7 @@ A difference leaves out about that part of itself, and holds what rounding leave
 model's size, the norm of its weights or the vector, as it would for steps of a given length (docs/measured.md).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,7 +87,6 @@ class SmallSteps:
         joint = rows and not world.sharded
         change = (_PART if is_exact(self.rerun, batches) else _PART_ROUNDED) * (_joint(size, world) if joint else size)
         start, nearest, furthest = (x * weights for x in (_START, max(torch.finfo(x.dtype).eps for x in data), _FURTHEST))
-
         self.most = torch.where(length > 0, furthest / length, 0.0)
 
         def reach(rate: Tensor | None) -> Tensor:
@@ -100,14 +100,14 @@ class SmallSteps:
                 found = look()
             changed = _joint(norm(found), world) if joint else whole_norms(norm(found), world)
             if known is not None:
-                rate = torch.where(changed > 0, changed / distance, known)
+                rate = torch.where((changed > 0) & changed.isfinite(), changed / distance, known)
                 self._rate = torch.minimum(torch.maximum(rate, known / _STEADY), known * _STEADY)
                 break
             if not bool((length > 0) & (change > 0)):
                 break
-            self._rate = changed / distance if bool(changed > 0) else None
+            self._rate = changed / distance if 0 < float(changed) < math.inf else None
             closer = furthest if self._rate is None else reach(self._rate)
-            if bool((closer / distance).log2().abs() <= torch.tensor(_NEAR).log2()):
+            if 1 / _NEAR <= float(closer / distance) <= _NEAR:
                 break
             distance = closer
         self._first = self._rate if self._first is None else self._first

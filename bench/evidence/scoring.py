@@ -25,13 +25,13 @@ ONE_STEP = (*RULES, LOOKAHEAD, STANDARDISED, LATER)
 DEFAULT = "windows of 32, 32 ahead"
 # window, steps ahead, feedback
 WINDOWS = {
-    "windows of 8": (8, 0, "differences"),
-    "windows of 32": (32, 0, "differences"),
-    DEFAULT: (32, 32, "differences"),
+    "windows of 8": (8, 0, "auto"),
+    "windows of 32": (32, 0, "auto"),
+    DEFAULT: (32, 32, "auto"),
     f"{DEFAULT}, Gauss-Newton": (32, 32, "gauss-newton"),
     f"{DEFAULT}, no feedback": (32, 32, "none"),
-    "windows of 128": (128, 0, "differences"),
-    "the whole run": (10**6, 0, "differences"),
+    "windows of 128": (128, 0, "auto"),
+    "the whole run": (10**6, 0, "auto"),
 }
 SUMMED_LOSS, NORMS, TRACIN = "minus the summed loss", "minus the gradient norms", "TracIn, 10 checkpoints"
 AFTERWARDS = (TRACIN, *peers.PEERS)  # at checkpoints or of the trained model, whatever the training's length
