@@ -85,7 +85,8 @@ class SuitedFeedback:
             self.coverage.tell(
                 "half",
                 "weights of half precision move by a small step as rounding has it, if at all: the credit of windows by"
-                " feedback='differences' is off by tenths of its size; use 'double', or keep weights in float32 under autocast",
+                " feedback='differences' is off by tenths of its size; use 'double' where a process has them whole, or keep weights"
+                " in float32, under autocast or a mixed-precision policy",
             )
         elif not bent and self.rerun.world.size == 1 and is_exact(self.rerun, given.batches):
             product = self._held(step, given, product, custom)
@@ -108,7 +109,7 @@ class SuitedFeedback:
 
     def _rather_double(self, given: Given) -> tuple[list[Tensor] | None, str]:
         """The product by double backward, which is from now on chosen, if that is left to us; or why there is none."""
-        if self.asked != "auto":
+        if self.asked != "auto" or self.rerun.world.sharded:  # where gradients come to .grad alone
             return None, ""
         try:
             product = self._by("double", given)

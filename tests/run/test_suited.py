@@ -8,10 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import adam_ghost
+from adam_ghost.capture.calls import rng_state
 from adam_ghost.processes.world import World
+from adam_ghost.run.feedback import FEEDBACKS
 from adam_ghost.run.rerun import Rerun
 from adam_ghost.run.small_step import is_exact
-from adam_ghost.run.suited import bends
+from adam_ghost.run.suited import SuitedFeedback, bends
+from adam_ghost.step.coverage import Coverage
 
 N, D, C, BATCH, WINDOW, AHEAD = 60, 8, 3, 10, 4, 6
 data = torch.Generator().manual_seed(5)
@@ -130,6 +133,27 @@ def test_smooth_functions_have_none(bend):
     x = torch.randn(3, 8, requires_grad=True)
     mixed = F.scaled_dot_product_attention(x[None], bend(x)[None], x[None])
     assert bends(F.cross_entropy(mixed[0], torch.tensor([0, 1, 2]))) == ([], [])
+
+
+class _Sharded(World):
+    sharded = True
+
+
+def test_shards_are_never_differentiated_twice(monkeypatch):
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setitem(FEEDBACKS, "double", refuse)
+    model = Net(F.relu, half=True)
+    rerun = Rerun(model, dict(model.named_parameters()), lambda batch: plain(model, *batch).mean(), _Sharded())
+    batch = rerun.keep(range(N), (X, Y), None, rng_state(rerun.device))
+    batch.scale = torch.ones(())
+    feedback = SuitedFeedback(rerun, "auto", Coverage(strict=False))
+    feedback.begin()
+    ones = [torch.ones_like(p) for p in model.parameters()]
+    with pytest.warns(UserWarning, match="weights of half precision"):
+        product = feedback(1, [batch], rerun.gradient([batch]), ones)
+    assert all(x.isfinite().all() for x in product)
 
 
 def test_a_loss_with_kinks_is_differentiated_twice():
