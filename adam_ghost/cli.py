@@ -125,7 +125,7 @@ def groups(
     _print_checked(_read(folder, ask), as_json)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # an id may be a negative number
 def show(
     folder: Folder,
     sample: Annotated[str, typer.Argument(help="The sample's id.", metavar="ID")],
@@ -384,7 +384,7 @@ def _checks(ledger: Any, target: int) -> list[str]:
 
 def _print_checked(found: tuple[Any, list[str]], as_json: bool) -> None:
     rows, checks = found
-    _print(rows, as_json)
+    _print(rows, as_json, empty="No sample was scored in these steps.")
     for line in [] if as_json else checks:
         _console().print(Text(line))
 

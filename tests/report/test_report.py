@@ -274,6 +274,8 @@ COMMANDS = [
     (["doctor", "--json"], 0, '"torch"'),
     (["export", "{}", "--csv", "{}/x.csv"], 0, ""),
     (["report", "{}"], 0, "report.html"),
+    (["show", "{}", "-5"], 1, "no score of sample -5"),
+    (["top", "{}", "--from", "500"], 0, "No sample was scored in these steps."),
     (["show", "{}", "12345"], 1, "no score of sample 12345"),
     (["top", "/nowhere"], 1, "no ledger"),
     (["top", "{}", "--value", "mean"], 2, "value must be one of"),
