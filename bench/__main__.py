@@ -203,7 +203,7 @@ def predictions(json: Json = None) -> None:
 def feedback(json: Json = None) -> None:
     """What windows' feedback is worth by differences of gradients, against double backward, in language models."""
     table = Table(caption="errors of products, then R / relative L2 of a window's credit")
-    for name in ("width, autocast", "step of fixed length", "differences", *feedback_bench.WAYS):
+    for name in ("width, autocast, steps before", "step of fixed length", "differences", *feedback_bench.WAYS):
         table.add_column(name, justify="right")
     with Progress(console=console) as progress:
         task = progress.add_task("settings", total=len(feedback_bench.SETTINGS))
@@ -211,7 +211,7 @@ def feedback(json: Json = None) -> None:
     for row in rows:
         errors = (f"{row['products'][k]:.4f}" for k in ("fixed", "differences"))
         cells = (f"{row[way]['r']:.4f} / {row[way]['relative_l2']:.3f}" for way in feedback_bench.WAYS)
-        table.add_row(f"{row['width']}, {row['precision']}", *errors, *cells)
+        table.add_row(f"{row['width']}, {row['precision']}, {row['start']}", *errors, *cells)
     console.print(table)
     _write(json, {"rows": rows})
 

@@ -32,7 +32,7 @@ class Setting(NamedTuple):
     start: int  # steps of plain training before
 
 
-SETTINGS = [Setting(*s) for s in ((64, "float32", 60), (256, "float32", 60), (64, "bfloat16", 60), (256, "bfloat16", 60))]
+SETTINGS = [Setting(width, precision, start) for precision in FIXED for width, start in ((64, 60), (256, 60), (64, 0))]
 
 
 class Training:
@@ -74,7 +74,7 @@ class Training:
 
 
 def products(setting: Setting) -> dict[str, float]:
-    """Relative errors of ``H v``, ``v`` the validation gradient over Adam's root: by differences, and by a step of fixed length."""
+    """Relative errors of ``H v``, ``v`` the validation gradient over Adam's root, if any: by differences, by a fixed length."""
     t = Training(setting)
     rerun = Rerun(t.model, dict(t.model.named_parameters()), t.loss, World())
     x = t.batch()
@@ -82,7 +82,7 @@ def products(setting: Setting) -> dict[str, float]:
         batch: KeptBatch = rerun.keep(range(BATCH), x, None, rng_state(rerun.device))
     batch.scale = torch.ones(())
     grads = rerun.gradient([batch])
-    root = [t.optimizer.state[p]["exp_avg_sq"].sqrt() + 1e-8 for p in rerun.params]
+    root = [t.optimizer.state[p]["exp_avg_sq"].sqrt() + 1e-8 if setting.start else 1.0 for p in rerun.params]
     vector = [g / r for g, r in zip(torch.autograd.grad(t.loss(t.held_out), rerun.params), root, strict=True)]
     exact = double(rerun, [batch], grads, vector, SmallSteps(rerun))
     c = FIXED[setting.precision] * norm([p.detach() for p in rerun.params]) / norm(vector)

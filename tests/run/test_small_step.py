@@ -100,6 +100,24 @@ def test_a_vector_that_bends_unlike_the_last_is_followed_by_some_more():
     assert errors[0] > 0.01 and errors[-1] < 5e-3
 
 
+def test_one_vector_that_hardly_bends_does_not_lead_astray():
+    setting, along = language_model()
+    for _ in range(2):
+        setting.product(along["sgd"])
+    setting.product([torch.randn_like(x) for x in along["sgd"]])
+    assert setting.error(along["sgd"]) < 0.012
+
+
+def test_steps_to_either_side_cancel_what_they_leave_out(monkeypatch):
+    monkeypatch.setattr("adam_ghost.run.small_step._PART", 1e-2)
+    setting, along = language_model()
+    exact = setting.exact(along["adam"])
+    setting.product(along["adam"])
+    off = [[x - y for x, y in zip(setting.product(along["adam"]), exact, strict=True)] for _ in range(2)]
+    one, both = norm(off[0]), norm([(x + y) / 2 for x, y in zip(*off, strict=True)])
+    assert 2e-3 * norm(exact) < one and both < 0.1 * one
+
+
 def quadratic(at):
     """``w`` from ``at`` times ones, under ``|w|^2 / 2``, whose second derivative is 1."""
     model = nn.Linear(3, 1, bias=False)

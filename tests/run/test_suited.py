@@ -135,6 +135,24 @@ def test_smooth_functions_have_none(bend):
     assert bends(F.cross_entropy(mixed[0], torch.tensor([0, 1, 2]))) == ([], [])
 
 
+def test_what_suits_is_looked_at_ever_more_rarely(monkeypatch):
+    looked = []
+    monkeypatch.setattr("adam_ghost.run.suited.bends", lambda loss: looked.append(loss) or ([], []))
+    model = Net()
+    rerun = Rerun(model, dict(model.named_parameters()), lambda batch: plain(model, *batch).mean(), World())
+    batch = rerun.keep(range(N), (X, Y), None, rng_state(rerun.device))
+    batch.scale = torch.ones(())
+    feedback, grads = SuitedFeedback(rerun, "auto", Coverage(strict=True)), rerun.gradient([batch])
+    at = []
+    for sweep in range(1, 10):
+        feedback.begin()
+        before = len(looked)
+        for k in (0, 1, 0, 1):
+            feedback(sweep, [batch], grads, [torch.ones_like(p) for p in model.parameters()], k)
+        at += [sweep] * (len(looked) - before)
+    assert at == [1, 2, 4, 8]
+
+
 class _Sharded(World):
     sharded = True
 
