@@ -86,7 +86,9 @@ class SmallSteps:
         weights = weights.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in self.rerun.params) ** 0.5)
         joint = rows and not world.sharded
         change = (_PART if is_exact(self.rerun, batches) else _PART_ROUNDED) * (_joint(size, world) if joint else size)
-        start, nearest, furthest = (x * weights for x in (_START, max(torch.finfo(x.dtype).eps for x in data), _FURTHEST))
+        # weights of half precision would stay where they are; those of others that the vector hardly moves do not matter
+        rounding = max(torch.finfo(x.dtype).eps for x in data) * (1 if is_half(self.rerun) else 1e-3)
+        start, nearest, furthest = (x * weights for x in (_START, rounding, _FURTHEST))
         self.most = torch.where(length > 0, furthest / length, 0.0)
 
         def reach(rate: Tensor | None) -> Tensor:
@@ -106,7 +108,10 @@ class SmallSteps:
             if not bool((length > 0) & (change > 0)):
                 break
             self._rate = changed / distance if 0 < float(changed) < math.inf else None
-            closer = furthest if self._rate is None else reach(self._rate)
+            if self._rate is not None:
+                closer = reach(self._rate)
+            else:
+                closer = furthest if float(changed) == 0 else (1e-3 * distance).clamp(min=nearest)
             if 1 / _NEAR <= float(closer / distance) <= _NEAR:
                 break
             distance = closer
