@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from adam_ghost.processes.world import World
 from adam_ghost.run.rerun import KeptBatch, Rerun
 
-# that part: where both errors are small, in float32 and where operands are rounded to fewer bits
-_PART, _PART_ROUNDED = 1e-3, 0.1
+# that part, by the bits that operands of products keep (float32, float16 or TF32, bfloat16): where both errors are small
+_PARTS = {23: 1e-3, 10: 0.03, 7: 0.1}
 # lengths, as parts of the weights' norm: where nothing is known yet, and at most
 _START, _FURTHEST = 1e-3, 0.1
 # what weights are at least taken to measure, each: a model that starts from zeros would take no step
@@ -28,8 +28,7 @@ _NEAR, _TRIES, _STEADY = 2, 8, 4
 
 def is_exact(rerun: Rerun, batches: Sequence[KeptBatch]) -> bool:
     """Whether gradients are of float32 throughout, or wider."""
-    wide = all(batch.autocast is None for batch in batches) and not is_half(rerun)
-    return wide and not rerun.world.rounds and not _rounds_products(rerun)
+    return _bits(rerun, batches) == max(_PARTS)
 
 
 def is_half(rerun: Rerun) -> bool:
@@ -37,10 +36,19 @@ def is_half(rerun: Rerun) -> bool:
     return any(p.element_size() <= 2 for p in rerun.params)
 
 
-def _rounds_products(rerun: Rerun) -> bool:
-    """Whether operands of float32 products are rounded: to TF32 on a GPU, as PyTorch's convolutions do unless told otherwise."""
+def _bits(rerun: Rerun, batches: Sequence[KeptBatch]) -> int:
+    """Of the significand, that the operands of the gradient's products keep at least."""
+    dtypes = {*(batch.autocast for batch in batches), *(p.dtype for p in rerun.params)}
+    rounded = _rounded_products(rerun)
+    if torch.bfloat16 in dtypes or "bf16" in rounded or rerun.world.rounds:
+        return 7
+    return 10 if torch.float16 in dtypes or "tf32" in rounded else 23
+
+
+def _rounded_products(rerun: Rerun) -> set[str]:
+    """To what operands of float32 products are rounded: TF32 on a GPU, as PyTorch's convolutions do unless told otherwise."""
     if all(p.dtype == torch.float64 for p in rerun.params):
-        return False
+        return set()
     backends: Any = torch.backends
     on_gpu = rerun.device.type == "cuda"
     settings = {
@@ -48,8 +56,8 @@ def _rounds_products(rerun: Rerun) -> bool:
         _ConvNd: backends.cudnn.conv if on_gpu else backends.mkldnn.conv,
         nn.RNNBase: backends.cudnn.rnn if on_gpu else backends.mkldnn.rnn,
     }
-    rounded = tuple(kind for kind, setting in settings.items() if setting.fp32_precision in ("tf32", "bf16"))
-    return any(isinstance(m, rounded) for m in rerun.model.modules())
+    modules = list(rerun.model.modules())
+    return {setting.fp32_precision for kind, setting in settings.items() if any(isinstance(m, kind) for m in modules)}
 
 
 class SmallSteps:
@@ -85,7 +93,7 @@ class SmallSteps:
         length, weights, size = whole_norms(torch.stack([norm(vector), norm(data), size]), world).unbind()
         weights = weights.clamp(min=_LEAST_WEIGHT * sum(p.numel() for p in self.rerun.params) ** 0.5)
         joint = rows and not world.sharded
-        change = (_PART if is_exact(self.rerun, batches) else _PART_ROUNDED) * (_joint(size, world) if joint else size)
+        change = _PARTS[_bits(self.rerun, batches)] * (_joint(size, world) if joint else size)
         # weights of half precision would stay where they are; those of others that the vector hardly moves do not matter
         rounding = max(torch.finfo(x.dtype).eps for x in data) * (1 if is_half(self.rerun) else 1e-3)
         start, nearest, furthest = (x * weights for x in (_START, rounding, _FURTHEST))

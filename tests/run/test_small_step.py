@@ -12,7 +12,7 @@ from adam_ghost.demo.model import GPT
 from adam_ghost.processes.world import World
 from adam_ghost.run.feedback import differences, double
 from adam_ghost.run.rerun import Rerun
-from adam_ghost.run.small_step import SmallSteps, norm
+from adam_ghost.run.small_step import _PARTS, SmallSteps, norm
 
 VOCABULARY, CONTEXT, N = 50, 16, 4
 
@@ -66,7 +66,9 @@ def vectors(model, val_loss):
 
 @pytest.mark.parametrize("vector", ["sgd", "adam"])
 @pytest.mark.parametrize("idle", [0.0, 1e6])
-@pytest.mark.parametrize("autocast, least", [(None, 5e-3), (torch.bfloat16, 0.3)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "autocast, least", [(None, 5e-3), (torch.float16, 0.08), (torch.bfloat16, 0.3)], ids=["float32", "float16", "bfloat16"]
+)
 def test_differences_hold_in_a_model_that_bends_strongly(vector, idle, autocast, least):
     """At the weights of its initialization a language model's gradients turn round within a thousandth of the weights' norm."""
     setting, along = language_model(autocast, idle)
@@ -74,7 +76,7 @@ def test_differences_hold_in_a_model_that_bends_strongly(vector, idle, autocast,
 
 
 def test_float64_may_come_as_near_as_it_likes(monkeypatch):
-    monkeypatch.setattr("adam_ghost.run.small_step._PART", 1e-7)
+    monkeypatch.setitem(_PARTS, 23, 1e-7)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     setting = Setting(model, lambda x: model(x).square().mean(), torch.randn(N, 5, dtype=torch.float64))
@@ -109,7 +111,7 @@ def test_one_vector_that_hardly_bends_does_not_lead_astray():
 
 
 def test_steps_to_either_side_cancel_what_they_leave_out(monkeypatch):
-    monkeypatch.setattr("adam_ghost.run.small_step._PART", 1e-2)
+    monkeypatch.setitem(_PARTS, 23, 1e-2)
     setting, along = language_model()
     exact = setting.exact(along["adam"])
     setting.product(along["adam"])

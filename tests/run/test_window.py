@@ -16,6 +16,7 @@ from torch import nn
 from trainings import Sometimes, Training, apart, conv, gpt, mlp, pictures, points, sample_losses, texts
 
 import adam_ghost as ag
+from adam_ghost.run.small_step import _PARTS
 from adam_ghost.run.store import parse_bytes
 
 EXACT = 1e-9  # float64, a few dozen steps of arithmetic, differences of large numbers among them
@@ -74,7 +75,7 @@ def test_differences_of_gradients(monkeypatch):
     assert apart(training.scores(), want) <= 1e-3
     assert apart(training.credit(1, 4, 6, "none"), want) > 0.02  # there is something to be told
     # the error is of first order in the step, until rounding in float64 takes over
-    monkeypatch.setattr("adam_ghost.run.small_step._PART", 1e-6)
+    monkeypatch.setitem(_PARTS, 23, 1e-6)
     nearer = Training(gpt(), adam(), data=texts).attach(feedback="differences").train(6)
     assert apart(nearer.scores(), want) <= 1e-6
 
@@ -84,7 +85,7 @@ def test_differences_of_gradients(monkeypatch):
 def test_gauss_newton_on_all_rows(monkeypatch, model, data, parts):
     for module in ("rerun", "feedback"):
         monkeypatch.setattr(f"adam_ghost.run.{module}.EVERY", 1)
-    monkeypatch.setattr("adam_ghost.run.small_step._PART", 1e-6)  # the model's derivative is a difference
+    monkeypatch.setitem(_PARTS, 23, 1e-6)  # the model's derivative is a difference
     training = Training(model(), adam(), parts=parts, **{"data": data} if data else {}).attach(feedback="gauss-newton").train(6)
     want = training.credit(1, 4, 6, "gauss-newton")
     assert apart(training.scores(), want) <= 1e-6
@@ -97,7 +98,7 @@ def test_gauss_newton_on_some_rows_is_in_proportion(monkeypatch):
     def fourfold(seed, n=8):
         return tuple(x.repeat_interleave(4, 0) for x in points(seed, n // 4))
 
-    monkeypatch.setattr("adam_ghost.run.small_step._PART", 1e-6)
+    monkeypatch.setitem(_PARTS, 23, 1e-6)
     training = Training(mlp(), adam(), fourfold, parts=(8, 12)).attach(feedback="gauss-newton").train(6)
     assert apart(training.scores(), training.credit(1, 4, 6, "gauss-newton")) <= 1e-6
 
