@@ -14,6 +14,7 @@ from rich.text import Text
 
 from adam_ghost import __version__
 from adam_ghost.extras import how_to_install
+from adam_ghost.ledger.audits import MIN_R, find_audits, listed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,7 +169,7 @@ def report(
 def audit(
     folder: Folder,
     target: Target = 0,
-    minimum: Annotated[float, typer.Option("--min-r", help="Fail if an audited step's correlation is below this.")] = 0.9,
+    minimum: Annotated[float, typer.Option("--min-r", help="Fail if an audited step's correlation is below this.")] = MIN_R,
     largest: Annotated[
         float,
         typer.Option("--max-gap", help="Fail if a step's scores miss more of its gradient than this share."),
@@ -192,13 +193,12 @@ def audit(
     books = "SELECT count(DISTINCT step) AS steps, count(DISTINCT step) FILTER (skipped) AS skipped FROM steps WHERE target = ?"
 
     def ask(ledger: Any) -> Any:
-        from adam_ghost.ledger.audits import find_audits, listed
         from adam_ghost.ledger.gap import find_gap
 
         found = find_gap(ledger, target)  # which refuses a target that is not there
-        return find_audits(ledger, target, minimum), ledger.sql(books, [target]).to_pylist()[0], found, listed
+        return find_audits(ledger, target, minimum), ledger.sql(books, [target]).to_pylist()[0], found
 
-    (audited, bad, verdict), summary, (gap, coverage, line), listed = _read(folder, ask)
+    (audited, bad, verdict), summary, (gap, coverage, line) = _read(folder, ask)
     summary |= {"least_coverage": coverage, "largest_gap": gap}
     if as_json:
         _print({"audited": audited, **summary}, True)
@@ -376,7 +376,6 @@ def _fail(text: str, code: int) -> NoReturn:
 
 def _checks(ledger: Any, target: int) -> list[str]:
     """What the run's own checks say of its scores, a line each."""
-    from adam_ghost.ledger.audits import find_audits
     from adam_ghost.ledger.gap import find_gap
 
     return [line for line in (find_gap(ledger, target).line, find_audits(ledger, target).line) if line]

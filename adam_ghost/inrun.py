@@ -697,7 +697,7 @@ class InRun:
             what = f"the keys {sorted(map(str, state))}" if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state must be what InRun.state_dict() returned, the bytes of a run; got {what}")
         state = torch.load(io.BytesIO(state["run"]), map_location="cpu", weights_only=True)
-        if state.get("of", self._of()) != self._of():
+        if state["of"] != self._of():
             raise ValueError(f"state is of a run over {state['of']}, and this model is {self._of()}: build a new run for it")
         if self.ledger is not None:
             self.ledger.resume(state["ledger"], self._settings())

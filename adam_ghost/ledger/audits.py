@@ -1,8 +1,9 @@
 """What a run's own audits say of its scores: the one line that tables and the report put beside them."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from adam_ghost.ledger.reader import LedgerReader
+if TYPE_CHECKING:
+    from adam_ghost.ledger.reader import LedgerReader
 
 MIN_R = 0.9
 # of the validation loss, what rounding in float32 leaves of the difference of two: an audit of a drop that small tells nothing
@@ -15,7 +16,7 @@ class Audits(NamedTuple):
     line: str  # empty where no step was audited
 
 
-def find_audits(ledger: LedgerReader, target: int = 0, minimum: float = MIN_R) -> Audits:
+def find_audits(ledger: "LedgerReader", target: int = 0, minimum: float = MIN_R) -> Audits:
     """The audited steps; those that ``failed`` have an ``r`` below ``minimum``, and lowered the loss by what it can tell."""
     rows = ledger.sql(
         """SELECT step, audit_r AS r, audit_relative_l2 AS relative_l2, score_sum, audit_loss_drop AS loss_drop,

@@ -7,7 +7,7 @@ model's size, the norm of its weights or the vector, as it would for steps of a 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,37 +96,61 @@ class SmallSteps:
         change = _PARTS[_bits(self.rerun, batches)] * (_joint(size, world) if joint else size)
         # weights of half precision would stay where they are; those of others that the vector hardly moves do not matter
         rounding = max(torch.finfo(x.dtype).eps for x in data) * (1 if is_half(self.rerun) else 1e-3)
-        start, nearest, furthest = (x * weights for x in (_START, rounding, _FURTHEST))
-        self.most = torch.where(length > 0, furthest / length, 0.0)
+        to = _Distances(torch.where(length > 0, change, 0.0), *(x * weights for x in (_START, rounding, _FURTHEST)))
+        self.most = torch.where(length > 0, to.furthest / length, 0.0)
 
-        def reach(rate: Tensor | None) -> Tensor:
-            wanted = start if rate is None else torch.where((change > 0) & (rate > 0), change / rate, start)
-            return wanted.clamp(nearest, furthest)
-
-        distance, known = reach(self._rate), self._rate
-        for _ in range(_TRIES if known is None else 1):
+        def look_at(distance: Tensor) -> tuple[list[Tensor], Tensor]:
             self.last = torch.where(length > 0, self._side * distance / length, 0.0)
             with moved(self.rerun, vector, self.last):
                 found = look()
-            changed = _joint(norm(found), world) if joint else whole_norms(norm(found), world)
-            if known is not None:
-                rate = torch.where((changed > 0) & changed.isfinite(), changed / distance, known)
-                self._rate = torch.minimum(torch.maximum(rate, known / _STEADY), known * _STEADY)
-                break
-            if not bool((length > 0) & (change > 0)):
-                break
-            self._rate = changed / distance if 0 < float(changed) < math.inf else None
-            if self._rate is not None:
-                closer = reach(self._rate)
-            else:
-                closer = furthest if float(changed) == 0 else (1e-3 * distance).clamp(min=nearest)
-            if 1 / _NEAR <= float(closer / distance) <= _NEAR:
-                break
-            distance = closer
+            return found, _joint(norm(found), world) if joint else whole_norms(norm(found), world)
+
+        found = self._search(to, look_at) if self._rate is None else self._follow(self._rate, to, look_at)
         self._first = self._rate if self._first is None else self._first
         self._side = -self._side
         per = torch.where(self.last != 0, 1 / self.last, 0.0)
         return [x.mul_(per.to(x.dtype)) for x in found]
+
+    def _follow(self, rate: Tensor, to: "_Distances", look_at: "_Look") -> list[Tensor]:
+        """The changes at the distance that the last vector's rate gives, without waiting for the device."""
+        distance = to.reach(rate)
+        found, changed = look_at(distance)
+        new = torch.where((changed > 0) & changed.isfinite(), changed / distance, rate)
+        self._rate = torch.minimum(torch.maximum(new, rate / _STEADY), rate * _STEADY)
+        return found
+
+    def _search(self, to: "_Distances", look_at: "_Look") -> list[Tensor]:
+        """The changes at a distance found by a few looks, the next as far as the last one's rate gives."""
+        distance = to.start.clamp(to.nearest, to.furthest)
+        for _ in range(_TRIES):
+            found, changed = look_at(distance)
+            if not bool(to.change > 0):
+                break
+            self._rate = changed / distance if 0 < float(changed) < math.inf else None
+            if self._rate is not None:
+                closer = to.reach(self._rate)
+            else:
+                closer = to.furthest if float(changed) == 0 else (1e-3 * distance).clamp(min=to.nearest)
+            if 1 / _NEAR <= float(closer / distance) <= _NEAR:
+                break
+            distance = closer
+        return found
+
+
+class _Distances(NamedTuple):
+    """``[]`` each, float64: the change that is wanted, 0 where there can be none, and how far to go for it."""
+
+    change: Tensor
+    start: Tensor
+    nearest: Tensor
+    furthest: Tensor
+
+    def reach(self, rate: Tensor) -> Tensor:
+        """How far the change is, if things change at this ``rate``."""
+        return torch.where((self.change > 0) & (rate > 0), self.change / rate, self.start).clamp(self.nearest, self.furthest)
+
+
+_Look = Callable[[Tensor], tuple[list[Tensor], Tensor]]  # of a distance: the changes there, and their norm
 
 
 @contextmanager

@@ -26,7 +26,8 @@ def check_callable(val_loss: Any, *given: Any) -> None:
     if not callable(val_loss):
         raise TypeError(f"val_loss must be callable and return the validation loss, got {type(val_loss).__name__}")
     try:
-        inspect.signature(val_loss).bind(*given)
+        # a decorator may give what the function inside of it takes
+        inspect.signature(val_loss, follow_wrapped=False).bind(*given)
     except ValueError:  # of no known signature
         return
     except TypeError as error:

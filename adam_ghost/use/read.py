@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from adam_ghost.inrun import InRun
+from adam_ghost.ledger.audits import find_audits
 from adam_ghost.run.totals import SampleScores
 from adam_ghost.warn import warn
 
@@ -59,8 +60,6 @@ def ranked(of: "Source", value: str, target: int, steps: tuple[int, int] | None)
             raise ValueError(f"steps={steps} needs a ledger: scores that were summed up do not remember single steps")
         return of.top(len(of.ids), False, target, value)
     with opened(of) as ledger:
-        from adam_ghost.ledger.audits import find_audits
-
         table: Any = ledger.totals(target=target, steps=steps, value=value)
         audits = find_audits(ledger, target)
     if audits.failed:

@@ -1,5 +1,7 @@
 """What a run refuses to be built with, asked for and resumed from; each error names what was wrong."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,15 @@ def scored():
 def test_options_that_would_be_lost_or_are_none(options, error, message):
     with pytest.raises(error, match=message):
         small(**options)
+
+
+def test_a_decorator_may_give_val_loss_its_arguments():
+    model = nn.Linear(3, 2)
+
+    def loss(model):
+        return model(torch.randn(2, 3)).sum()
+
+    ag.InRun(model, torch.optim.AdamW(model.parameters()), functools.wraps(loss)(lambda: loss(model))).close()
 
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, True])

@@ -135,20 +135,25 @@ def test_smooth_functions_have_none(bend):
     assert bends(F.cross_entropy(mixed[0], torch.tensor([0, 1, 2]))) == ([], [])
 
 
+def auto_on_everything(model, world):
+    """A feedback, and what it is called with after the step's number: kept batches, their gradient, a vector of ones."""
+    rerun = Rerun(model, dict(model.named_parameters()), lambda batch: plain(model, *batch).mean(), world)
+    batch = rerun.keep(range(N), (X, Y), None, rng_state(rerun.device))
+    batch.scale = torch.ones(())
+    ones = [torch.ones_like(p) for p in model.parameters()]
+    return SuitedFeedback(rerun, "auto", Coverage(strict=False)), [batch], rerun.gradient([batch]), ones
+
+
 def test_what_suits_is_looked_at_ever_more_rarely(monkeypatch):
     looked = []
     monkeypatch.setattr("adam_ghost.run.suited.bends", lambda loss: looked.append(loss) or ([], []))
-    model = Net()
-    rerun = Rerun(model, dict(model.named_parameters()), lambda batch: plain(model, *batch).mean(), World())
-    batch = rerun.keep(range(N), (X, Y), None, rng_state(rerun.device))
-    batch.scale = torch.ones(())
-    feedback, grads = SuitedFeedback(rerun, "auto", Coverage(strict=True)), rerun.gradient([batch])
+    feedback, *given = auto_on_everything(Net(), World())
     at = []
     for sweep in range(1, 10):
         feedback.begin()
         before = len(looked)
         for k in (0, 1, 0, 1):
-            feedback(sweep, [batch], grads, [torch.ones_like(p) for p in model.parameters()], k)
+            feedback(sweep, *given, k)
         at += [sweep] * (len(looked) - before)
     assert at == [1, 2, 4, 8]
 
@@ -162,15 +167,10 @@ def test_shards_are_never_differentiated_twice(monkeypatch):
         raise AssertionError
 
     monkeypatch.setitem(FEEDBACKS, "double", refuse)
-    model = Net(F.relu, half=True)
-    rerun = Rerun(model, dict(model.named_parameters()), lambda batch: plain(model, *batch).mean(), _Sharded())
-    batch = rerun.keep(range(N), (X, Y), None, rng_state(rerun.device))
-    batch.scale = torch.ones(())
-    feedback = SuitedFeedback(rerun, "auto", Coverage(strict=False))
+    feedback, *given = auto_on_everything(Net(F.relu, half=True), _Sharded())
     feedback.begin()
-    ones = [torch.ones_like(p) for p in model.parameters()]
     with pytest.warns(UserWarning, match="weights of half precision"):
-        product = feedback(1, [batch], rerun.gradient([batch]), ones)
+        product = feedback(1, *given)
     assert all(x.isfinite().all() for x in product)
 
 
