@@ -144,8 +144,8 @@ def test_a_vector_of_zeros_and_one_after_it():
 def test_a_first_step_that_goes_where_the_loss_is_no_number():
     model = nn.Linear(3, 1, bias=False)
     nn.init.constant_(model.weight, 1e-5)
-    setting = Setting(model, lambda x: -torch.log(1 - 1e9 * model.weight.square().sum()) + 0 * model(x).sum(), torch.zeros(N, 3))
-    assert setting.error([torch.ones(1, 3)]) < 5e-3 and setting.gradients > 2
+    setting = Setting(model, lambda x: -(1 - 1e9 * model.weight.square().sum()).sqrt() + 0 * model(x).sum(), torch.zeros(N, 3))
+    assert setting.error([torch.ones(1, 3)]) < 5e-3 and setting.gradients > 1
     assert setting.error([torch.ones(1, 3)]) < 5e-3
 
 
