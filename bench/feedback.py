@@ -32,7 +32,7 @@ class Setting(NamedTuple):
     start: int  # steps of plain training before
 
 
-SETTINGS = [Setting(width, precision, start) for precision in FIXED for width, start in ((64, 60), (256, 60), (64, 0))]
+SETTINGS = [Setting(width, precision, start) for precision in FIXED for width, start in ((64, 60), (256, 60), (128, 0))]
 
 
 class Training:
