@@ -20,7 +20,7 @@ except ImportError as error:
     not_built = f"the extension was not built ({how} builds it where there is a C++ compiler)"
     missing = not_built if absent else f"the extension does not load: {error}"
 
-built = C.built() if C else {"cpu": "", "cuda": ""}
+built = C.built() if C else {"cpu": "", "cuda": "", "cpu_bfloat16": ""}
 
 
 def reason(device: str) -> str:

@@ -385,7 +385,7 @@ struct Held {
 };
 
 // A call as together.py tells it: (kind, input, output gradient, P of the weight or None, P of the bias or None, eps, padding).
-LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, Held& held) {
+LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, int64_t products, int64_t half_from, Held& held) {
   require(PyTuple_Check(told) && PyTuple_Size(told) == 7, SHAPE);
   const auto item = [&](Py_ssize_t i) { return PyTuple_GetItem(told, i); };
   LayerCall c;
@@ -410,7 +410,7 @@ LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, Held&
     if (embedding) require(P.shape[2] == c.d_out, SHAPE);
     if (norm) require(P.shape[1] == c.d_out && c.d_in == c.d_out, SHAPE);
     if (c.kind == LINEAR) require(P.shape[1] == c.d_out && P.shape[2] == c.d_in && c.d_in > 0, SHAPE);
-    require(c.kind != LINEAR || c.rows * c.d_out * c.d_in <= largest / K, SHAPE);
+    require(c.kind != LINEAR || (c.d_out * c.d_in <= largest && c.rows * c.d_out * c.d_in <= products / K), SHAPE);
     c.weight = held.floats(P);
   }
   if (item(4) != Py_None) {
@@ -418,6 +418,7 @@ LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, Held&
     require(P.ndim == 2 && P.shape[0] == K && P.shape[1] == c.d_out, SHAPE);
     c.bias = held.floats(P);
   }
+  c.half = c.weight && c.kind == LINEAR && contracts_half() && c.rows * c.d_in * c.d_out >= half_from;
   c.b = held.floats(b);
   if (!embedding) return c.a = held.floats(a), c;
   c.indices = held.indices(a);
@@ -425,11 +426,12 @@ LayerCall read_call(PyObject* told, int64_t n, int64_t K, int64_t largest, Held&
   return c;
 }
 
-// The numbers of those calls that are left: of other dtypes, shapes or devices, or of more than `largest` multiplications.
+// The numbers of those calls that are left: of other dtypes, shapes or devices, of a linear layer's weight of more than `largest`
+// elements, or of more than `products` multiplications. From `half_from` multiplications on operands are rounded to bfloat16.
 PyObject* contract_calls(PyObject*, PyObject* args) {
   PyObject *told, *scores;
-  long long largest;
-  if (!PyArg_ParseTuple(args, "O!OL", &PyList_Type, &told, &scores, &largest)) return nullptr;
+  long long largest, products, half_from;
+  if (!PyArg_ParseTuple(args, "O!OLLL", &PyList_Type, &told, &scores, &largest, &products, &half_from)) return nullptr;
   PyObject* left = PyList_New(0);
   if (!left) return nullptr;
   PyObject* status = answer([&] {
@@ -440,7 +442,7 @@ PyObject* contract_calls(PyObject*, PyObject* args) {
     std::vector<LayerCall> calls;
     for (Py_ssize_t i = 0; i < PyList_Size(told); ++i) {
       try {
-        calls.push_back(read_call(PyList_GetItem(told, i), s.shape[0], s.shape[1], largest, held));
+        calls.push_back(read_call(PyList_GetItem(told, i), s.shape[0], s.shape[1], largest, products, half_from, held));
       } catch (const Refused&) {
         PyObject* number = PyLong_FromSsize_t(i);
         if (number) PyList_Append(left, number);
@@ -464,7 +466,7 @@ PyObject* built(PyObject*, PyObject*) {
 #else
   const char* cuda = "";
 #endif
-  return Py_BuildValue("{s:s,s:s}", "cpu", cpu_capability(), "cuda", cuda);
+  return Py_BuildValue("{s:s,s:s,s:s}", "cpu", cpu_capability(), "cuda", cuda, "cpu_bfloat16", contracts_half() ? "avx512_bf16" : "");
 }
 
 PyMethodDef methods[] = {{"variance_correction", variance_correction, METH_VARARGS, nullptr},

@@ -18,10 +18,12 @@ struct LayerCall {
   const float* weight = nullptr;          // P [K, d_out, d_in], a norm's [K, d_out], an embedding's [K, d_in, d_out]; null: none
   const float* bias = nullptr;            // P [K, d_out]; null: none
   double eps = 0;
+  bool half = false;                      // b and P are rounded to bfloat16
   int64_t padding = -1;                   // the index without a gradient; -1: none
 };
 
 // Adds every sample's scores to `scores` [n, K]; sample i has the rows i * rows / n to (i + 1) * rows / n.
 void contract_calls_cpu(const std::vector<LayerCall>&, int64_t n, int64_t K, double* scores);
+bool contracts_half();  // whether this processor takes calls that are `half`
 
 }  // namespace adam_ghost

@@ -8,10 +8,16 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 #include "calls.h"
 #include "job.h"
 
 namespace adam_ghost {
+
+constexpr int64_t CHUNK_ROWS = 128;  // of a layer's call, at most
 
 #define AG_ROWS 6
 namespace baseline {
@@ -53,6 +59,15 @@ namespace avx512 {
 #include "cpu_calls.h"
 }
 #pragma GCC pop_options
+#if __GNUC__ >= 10
+#define AG_HALF 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,prefer-vector-width=512")
+namespace avx512_bf16 {
+#include "cpu_half.h"
+}
+#pragma GCC pop_options
+#endif
 #endif
 #endif
 
@@ -72,6 +87,7 @@ struct Kernels {
   decltype(&baseline::gradient_sums_range) gradient_sums;
   decltype(&baseline::contract_call) contract_call;
   const char* name;
+  decltype(&baseline::contract_linear) contract_half = nullptr;  // where the processor multiplies pairs of bfloat16
 
   const StepKernels<Step>& of(const Step*) const { return adam; }
   const StepKernels<Fraction>& of(const Fraction*) const { return fraction; }
@@ -90,8 +106,13 @@ Kernels choose() {
   const bool any = cap == nullptr;
   const auto asked = [&](const char* name) { return any || std::strcmp(cap, name) == 0; };
   if (asked("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return AG_KERNELS(avx512);
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    Kernels chosen = AG_KERNELS(avx512);
+#ifdef AG_HALF
+    if (__builtin_cpu_supports("avx512bf16")) chosen.contract_half = avx512_bf16::contract_linear_half;
+#endif
+    return chosen;
+  }
   if ((asked("avx512") || asked("avx2")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return AG_KERNELS(avx2);
 #endif
@@ -105,6 +126,7 @@ const Kernels& kernels() {
 
 constexpr int64_t CHUNK = 16384;      // elements: all its arrays fit the second-level cache
 constexpr int64_t CHUNK_COST = 64;    // what starting a chunk costs, in elements
+constexpr int64_t PRODUCTS = 32;      // that take as long as an element of the above
 constexpr int64_t SERIAL_COST = 32768;  // less work than this is done before other threads have woken
 
 struct Chunk {
@@ -178,6 +200,7 @@ void in_chunks(const std::vector<Param>& params, const Row* rows, const Work& wo
 }  // namespace
 
 const char* cpu_capability() { return kernels().name; }
+bool contracts_half() { return kernels().contract_half; }
 
 template <class Row>
 void variance_correction_cpu(const std::vector<Param>& params, const Row* rows, int rule, int64_t K, double* sums) {
@@ -238,7 +261,41 @@ void adjoint_cpu(const std::vector<Param>& params, const StepRow* rows, int64_t 
 }
 
 void contract_calls_cpu(const std::vector<LayerCall>& calls, int64_t n, int64_t K, double* scores) {
-  for (const LayerCall& call : calls) kernels().contract_call(call, n, K, scores);
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  // a row's sums depend on no other row: chunks need not be the same whatever the threads
+  const auto per_chunk = [&](const LayerCall& c) { return std::clamp<int64_t>((c.rows / threads + 15) / 16 * 16, 16, CHUNK_ROWS); };
+  int64_t cost = 0, rows = 0;
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> before;  // of each call: the rows of those before it
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const LayerCall& c = calls[i];
+    const int64_t products = K * c.d_out * (c.weight && c.kind == LINEAR ? c.d_in : 1);
+    for (int64_t begin = 0; begin < c.rows; begin += per_chunk(c)) {
+      chunks.push_back({int64_t(i), begin, cost});
+      cost += std::min(per_chunk(c), c.rows - begin) * products / PRODUCTS + CHUNK_COST;
+    }
+    before.push_back(rows);
+    rows += c.rows;
+  }
+  std::vector<float> found(rows * K);
+  share_out(chunks, cost, [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i) {
+      LayerCall c = calls[chunks[i].param];
+      const int64_t begin = chunks[i].begin, end = std::min(begin + per_chunk(c), c.rows);
+      float* sums = &found[(before[chunks[i].param] + begin) * K];
+      if (c.half) {
+        for (int64_t k = 0; k < K; ++k) kernels().contract_half(c, c.weight + k * c.d_out * c.d_in, begin, end, K, sums + k);
+        c.weight = nullptr;  // the bias is left
+      }
+      kernels().contract_call(c, begin, end, K, sums);
+    }
+  });
+  const float* x = found.data();
+  for (const LayerCall& c : calls)
+    for (int64_t sample = 0; sample < n; ++sample)
+      for (int64_t row = 0; row < c.rows / n; ++row)
+        for (int64_t k = 0; k < K; ++k) scores[sample * K + k] += double(*x++);
 }
 
 }  // namespace adam_ghost

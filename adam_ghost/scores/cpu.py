@@ -15,7 +15,7 @@ from torch.nn import functional as F
 _BLOCK = 2**19  # elements of the product held at once: 2 MB of float32
 _SMALL = 2**20  # multiplications below which calling oneDNN takes longer than it saves
 # multiplications below which a product is not worth casting for
-_LARGE = 2**26
+LARGE = 2**26
 BLOCK_BYTES = 4 << 20  # of per-sample gradients held at once: larger blocks leave the cache and measured slower
 # elements of a weight from which on samples go one by one: one gradient is added up and multiplied at the memory's speed, which the
 # rows of a block are not (5 to 7% of a GPT's whole step, 6 layers of width 384)
@@ -53,7 +53,7 @@ def contract(a: Tensor, b: Tensor, P: Tensor, P_bias: Tensor | None = None, half
     n, T, d_out = b.shape
     if b.numel() == 0 or a.numel() == 0:
         return a.new_zeros(n, len(P))
-    if half and a.dtype == torch.float32 and a.numel() * d_out >= _LARGE:
+    if half and a.dtype == torch.float32 and a.numel() * d_out >= LARGE:
         a, P, P_bias = a.bfloat16(), P.bfloat16(), None if P_bias is None else P_bias.bfloat16()
     together = max(1, _BLOCK // (T * d_out))  # samples
     rows, flat = a.reshape(n * T, -1), b.reshape(n, -1)

@@ -1,4 +1,4 @@
-"""Small calls of known layers, contracted by one call of the extension: a call each would take longer than its arithmetic."""
+"""Calls of known layers, contracted by one call of the extension, whose product is never in memory."""
 
 from typing import Any
 
@@ -10,13 +10,15 @@ from adam_ghost import extension
 from adam_ghost.capture.calls import Call
 from adam_ghost.capture.kinds import is_transposed
 from adam_ghost.capture.rows import Rows
-from adam_ghost.scores import ops
+from adam_ghost.scores import cpu, ops
 from adam_ghost.scores.forms import Asked, Directions
 
 TOGETHER = ("linear", "norm", "embedding")  # kinds of layers
 _LINEAR, _LAYER_NORM, _RMS_NORM, _EMBEDDING = range(4)  # in the order of csrc/calls.h
 SMALL = 2**14  # elements of a linear layer's weight up to which its calls are contracted so, whatever their tokens
-LARGEST = 2**22  # multiplications of a layer from which on the threads of the library's product pay
+LARGEST = 2**20  # elements of a linear layer's weight from which on the library's product is as fast
+EVERY = 2**62  # multiplications: more than any call has
+PLAIN = 2**22  # multiplications from which on it is faster where the extension knows no vector instructions of the processor's
 
 Told = tuple[int, Tensor, Tensor, Tensor | None, Tensor | None, float, int]
 
@@ -55,10 +57,18 @@ def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tens
     if some is None or some.dtype != torch.float32 or some.device.type != "cpu":
         return None, calls
     sums = torch.zeros(asked.n, len(some), dtype=torch.float64)
-    refused = extension.C.contract_calls(found, sums, LARGEST)
+    refused = extension.C.contract_calls(found, sums, LARGEST, *_products(asked.half))
     if len(refused) == len(found):
         return None, calls
     return sums.float(), [*left, *(taken[i] for i in refused)]
+
+
+def _products(half: bool) -> tuple[int, int]:
+    """Multiplications above which a linear call is left to the library, and from which on the extension rounds operands."""
+    if extension.built["cpu"] == "baseline":
+        return PLAIN, EVERY
+    rounds = extension.built["cpu_bfloat16"] and not torch.cpu.get_capabilities().get("amx_bf16")  # the library's tiles are faster
+    return (EVERY, cpu.LARGE if half else EVERY) if rounds or not half else (cpu.LARGE, EVERY)
 
 
 def _told(call: Call, P: Directions) -> Told | None:

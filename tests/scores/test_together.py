@@ -1,5 +1,7 @@
 """Small calls contracted by one call of the extension: the definitions' sums, whatever the layout, and what it leaves is left."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +11,20 @@ from adam_ghost import extension
 from adam_ghost.scores import contract, definition, together
 
 pytestmark = pytest.mark.skipif(bool(extension.reason("cpu")), reason=extension.reason("cpu") or "built")
+needs_pairs = pytest.mark.skipif(not extension.built["cpu_bfloat16"], reason="this processor does not multiply pairs of bfloat16")
 LINEAR, LAYER, RMS, EMBEDDING = range(4)
 N, K = 3, 2
 EPS = 1e-5
 # [T, d_in, d_out]: blocks of six rows and of sixteen columns, and what is left of them
 SHAPES = {"one token": (1, 16, 8), "blocks": (4, 32, 24), "odd": (7, 17, 5), "narrow": (5, 1, 1), "no token": (0, 4, 4)}
+
+
+@contextmanager
+def threads_of(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
 
 
 def normal(*shape):
@@ -28,9 +39,9 @@ def expanded(*shape):
     return torch.randn(*shape[:-1], 1).expand(shape)
 
 
-def contracted(*calls, largest=1 << 30):
+def contracted(*calls, largest=1 << 30, products=1 << 30, half=1 << 30):
     sums = torch.zeros(N, K, dtype=torch.float64)
-    left = extension.C.contract_calls([(*call, EPS, -1)[:7] for call in calls], sums, largest)
+    left = extension.C.contract_calls([(*call, EPS, -1)[:7] for call in calls], sums, largest, products, half)
     return sums, left
 
 
@@ -78,7 +89,7 @@ def test_embedding(padding, lie):
     b, P = normal(N, 7, 6), normal(K, 5, 6)
     sums = torch.zeros(N, K, dtype=torch.float64)
     call = EMBEDDING, indices, b, P, None, 0.0, -1 if padding is None else padding
-    assert extension.C.contract_calls([call], sums, 1) == []
+    assert extension.C.contract_calls([call], sums, 1, 1, 1) == []
     close(sums, definition.embedding_score(indices, wide(b), wide(P), padding).sum(1), 7 * 6)
 
 
@@ -86,6 +97,46 @@ def test_calls_add_up():
     calls = [(LINEAR, normal(N, 4, 8), normal(N, 4, 8), normal(K, 8, 8), None) for _ in range(3)]
     together, _ = contracted(*calls)
     assert torch.equal(together, sum(contracted(call)[0] for call in calls))
+
+
+# [T, d_in, d_out]: tiles of 256 by 128 and what is left of them, an odd number of outputs, rows of more than a chunk
+LARGE = {"tiles": (50, 150, 300), "odd": (7, 130, 257), "narrow": (3, 5, 1), "one token": (1, 128, 256), "wide": (60, 17, 513)}
+
+
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=needs_pairs)])
+@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+def test_large(shape, half):
+    T, d_in, d_out = shape
+    a, b, P, P_bias = normal(N, T, d_in), normal(N, T, d_out), normal(K, d_out, d_in), normal(K, d_out)
+    found, left = contracted((LINEAR, a, b, P, P_bias), half=0 if half else 1 << 30)
+    of = lambda x: x.bfloat16().double() if half else x.double()  # noqa: E731
+    exact = definition.contract(a.double(), of(b), of(P)) + definition.contract(a.double(), b.double(), 0 * of(P), P_bias.double())
+    close(found, exact.sum(1), T * d_in * d_out + 1)
+    assert left == []
+
+
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=needs_pairs)])
+def test_a_row_is_scored_the_same_in_any_company(half):
+    """Its bits depend on neither the threads, nor the rows beside it, nor whether these are enough to copy P for."""
+    a, b, P = normal(200, 3, 130), normal(200, 3, 300), normal(K, 300, 130)
+    found = []
+    for threads in (1, 2, 3):
+        with threads_of(threads):
+            sums = torch.zeros(200, K, dtype=torch.float64)
+            extension.C.contract_calls([(LINEAR, a, b, P, None, 0.0, -1)] * 2, sums, 1 << 30, 1 << 30, 0 if half else 1 << 30)
+            found.append(sums)
+    alone = torch.zeros(1, K, dtype=torch.float64)
+    extension.C.contract_calls([(LINEAR, a[7:8], b[7:8], P, None, 0.0, -1)] * 2, alone, 1 << 30, 1 << 30, 0 if half else 1 << 30)
+    assert all(torch.equal(x, found[0]) for x in found)
+    assert torch.equal(alone[0], found[0][7])
+
+
+@needs_pairs
+def test_half_keeps_what_is_no_number():
+    a, b, P = normal(N, 4, 20), normal(N, 4, 20), normal(K, 20, 20)
+    b[1, 2, 3] = float("nan")
+    found, _ = contracted((LINEAR, a, b, P, None), half=0)
+    assert found.isnan().all(1).tolist() == [False, True, False]
 
 
 LEFT = {
@@ -101,7 +152,8 @@ LEFT = {
     "on no device": lambda: (LINEAR, normal(N, 4, 8), normal(N, 4, 8).to("meta"), normal(K, 8, 8), None),
     "an index out of range": lambda: (EMBEDDING, torch.full((N, 4), 5), normal(N, 4, 8), normal(K, 5, 8), None),
     "a negative index": lambda: (EMBEDDING, torch.full((N, 4), -1), normal(N, 4, 8), normal(K, 5, 8), None),
-    "large": lambda: (LINEAR, normal(N, 400, 8), normal(N, 400, 8), normal(K, 8, 8), None),
+    "large": lambda: (LINEAR, normal(N, 1, 8), normal(N, 1, 9), normal(K, 9, 8), None),
+    "long": lambda: (LINEAR, normal(N, 5, 8), normal(N, 5, 8), normal(K, 8, 8), None),
 }
 
 
@@ -112,14 +164,14 @@ class Subclass(torch.Tensor):
 @pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
 def test_what_it_does_not_take_is_left(make):
     good = LINEAR, normal(N, 4, 8), normal(N, 4, 8), normal(K, 8, 8), None
-    found, left = contracted(good, make(), good, largest=N * 4 * 8 * 8 * K)
+    found, left = contracted(good, make(), good, largest=64, products=N * 4 * 8 * 8 * K)
     assert left == [1]
     assert torch.equal(found, 2 * contracted(good)[0])
 
 
 def test_scores_must_be_float64():
     with pytest.raises(ValueError, match="scores: expected float64"):
-        extension.C.contract_calls([], torch.zeros(N, K), 1)
+        extension.C.contract_calls([], torch.zeros(N, K), 1, 1, 1)
 
 
 class Model(nn.Module):
