@@ -17,7 +17,8 @@
 
 namespace adam_ghost {
 
-constexpr int64_t CHUNK_ROWS = 128;  // of a layer's call, at most
+// What a layer's call is contracted by: rows of it, at most, and a tile of P, which stays in the second-level cache while they pass.
+constexpr int64_t CHUNK_ROWS = 128, TILE_OUT = 256, TILE_IN = 128;
 
 #define AG_ROWS 6
 namespace baseline {
@@ -63,9 +64,12 @@ namespace avx512 {
 #define AG_HALF 1
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16,prefer-vector-width=512")
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own intrinsics
 namespace avx512_bf16 {
 #include "cpu_half.h"
 }
+#pragma GCC diagnostic pop
 #pragma GCC pop_options
 #endif
 #endif
@@ -130,7 +134,7 @@ constexpr int64_t PRODUCTS = 32;      // that take as long as an element of the 
 constexpr int64_t SERIAL_COST = 32768;  // less work than this is done before other threads have woken
 
 struct Chunk {
-  int64_t param, begin, cost_before;
+  int64_t of, begin, cost_before;  // of: the number of a parameter, or of a call
 };
 
 std::vector<Chunk> split(const std::vector<Param>& params, int64_t& cost) {
@@ -168,7 +172,7 @@ void share_out(const std::vector<Chunk>& chunks, int64_t cost, const Work& work)
 void add_up(const std::vector<Chunk>& chunks, const std::vector<double>& partial, size_t params, int64_t width, double* sums) {
   std::fill_n(sums, params * width, 0.0);
   for (size_t i = 0; i < chunks.size(); ++i)
-    for (int64_t j = 0; j < width; ++j) sums[chunks[i].param * width + j] += partial[i * width + j];
+    for (int64_t j = 0; j < width; ++j) sums[chunks[i].of * width + j] += partial[i * width + j];
 }
 
 template <class Row>
@@ -191,7 +195,7 @@ void in_chunks(const std::vector<Param>& params, const Row* rows, const Work& wo
   const std::vector<Chunk> chunks = split(params, cost);
   share_out(chunks, cost, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
-      const Param& p = params[chunks[i].param];
+      const Param& p = params[chunks[i].of];
       work(p, steps[p.row], chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel));
     }
   });
@@ -212,18 +216,18 @@ void variance_correction_cpu(const std::vector<Param>& params, const Row* rows, 
   if (std::any_of(params.begin(), params.end(), [](const Param& p) { return p.foreseen; })) {
     share_out(chunks, cost, [&](size_t first, size_t last) {
       for (size_t i = first; i < last; ++i) {
-        const Param& p = params[chunks[i].param];
+        const Param& p = params[chunks[i].of];
         of_chunk[i] = kernels().sum_v(p, chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel));
       }
     });
-    for (size_t i = 0; i < chunks.size(); ++i) mean_v[chunks[i].param] += of_chunk[i] / double(params[chunks[i].param].numel);
+    for (size_t i = 0; i < chunks.size(); ++i) mean_v[chunks[i].of] += of_chunk[i] / double(params[chunks[i].of].numel);
   }
   share_out(chunks, cost, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
-      const Param& p = params[chunks[i].param];
+      const Param& p = params[chunks[i].of];
       const int64_t begin = chunks[i].begin, end = std::min(begin + CHUNK, p.numel);
       float least = 0;
-      if constexpr (std::is_same_v<Row, StepRow>) least = least_foreseen(steps[p.row], mean_v[chunks[i].param]);
+      if constexpr (std::is_same_v<Row, StepRow>) least = least_foreseen(steps[p.row], mean_v[chunks[i].of]);
       kernels().of(steps.data()).correct(p, steps[p.row], K, begin, end, least, &partial[i * width]);
     }
   });
@@ -237,7 +241,7 @@ void gradient_sums_cpu(const std::vector<Param>& params, int64_t K, double* sums
   std::vector<double> partial(chunks.size() * width, 0.0);
   share_out(chunks, cost, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
-      const Param& p = params[chunks[i].param];
+      const Param& p = params[chunks[i].of];
       kernels().gradient_sums(p, K, chunks[i].begin, std::min(chunks[i].begin + CHUNK, p.numel), &partial[i * width]);
     }
   });
@@ -281,9 +285,9 @@ void contract_calls_cpu(const std::vector<LayerCall>& calls, int64_t n, int64_t 
   std::vector<float> found(rows * K);
   share_out(chunks, cost, [&](size_t first, size_t last) {
     for (size_t i = first; i < last; ++i) {
-      LayerCall c = calls[chunks[i].param];
+      LayerCall c = calls[chunks[i].of];
       const int64_t begin = chunks[i].begin, end = std::min(begin + per_chunk(c), c.rows);
-      float* sums = &found[(before[chunks[i].param] + begin) * K];
+      float* sums = &found[(before[chunks[i].of] + begin) * K];
       if (c.half) {
         for (int64_t k = 0; k < K; ++k) kernels().contract_half(c, c.weight + k * c.d_out * c.d_in, begin, end, K, sums + k);
         c.weight = nullptr;  // the bias is left

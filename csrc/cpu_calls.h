@@ -9,8 +9,6 @@ inline float dot(const float* __restrict x, const float* __restrict y, int64_t n
 }
 
 constexpr int LANES = 16, TOGETHER = AG_ROWS;  // of a block of the product: its columns and its rows, which fit the registers
-// A tile of P: stays in the second-level cache while all rows of a chunk pass.
-constexpr int64_t TILE_OUT = 256, TILE_IN = 128;
 constexpr int64_t PACKS = 32;  // rows from which on a tile is copied for them, so that it lies in the order in which it is read
 
 // A tile of P: rows `out` to `out_end`, columns `in` to `in_end`, of which block j of LANES has its row o at of(j) + (o - out) * stride.

@@ -1,5 +1,6 @@
 """Calls of known layers, contracted by one call of the extension, whose product is never in memory."""
 
+import functools
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ TOGETHER = ("linear", "norm", "embedding")  # kinds of layers
 _LINEAR, _LAYER_NORM, _RMS_NORM, _EMBEDDING = range(4)  # in the order of csrc/calls.h
 SMALL = 2**14  # elements of a linear layer's weight up to which its calls are contracted so, whatever their tokens
 LARGEST = 2**20  # elements of a linear layer's weight from which on the library's product is as fast
-EVERY = 2**62  # multiplications: more than any call has
 PLAIN = 2**22  # multiplications from which on it is faster where the extension knows no vector instructions of the processor's
+EVERY = 2**62  # multiplications: more than any call has
 
 Told = tuple[int, Tensor, Tensor, Tensor | None, Tensor | None, float, int]
 
@@ -34,7 +35,7 @@ def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tens
     """The scores ``[n, K]`` of those of the calls that the extension takes, summed, and the calls that are left.
 
     It takes float32 on the CPU, samples along dimension 0. Products and sums over features are float32, over tokens and layers
-    float64, in a fixed order.
+    float64, in a fixed order. Where ``asked.half`` allows it, ``P`` and output gradient of large products are rounded to bfloat16.
     """
     if asked.packing is not None or asked.per_token or asked.n == 0:
         return None, calls
@@ -63,6 +64,7 @@ def score_together(calls: list[Call], P: Directions, asked: Asked) -> tuple[Tens
     return sums.float(), [*left, *(taken[i] for i in refused)]
 
 
+@functools.cache
 def _products(half: bool) -> tuple[int, int]:
     """Multiplications above which a linear call is left to the library, and from which on the extension rounds operands."""
     if extension.built["cpu"] == "baseline":

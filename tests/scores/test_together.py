@@ -169,6 +169,19 @@ def test_what_it_does_not_take_is_left(make):
     assert torch.equal(found, 2 * contracted(good)[0])
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "vectors, pairs, tiles", [(False, "", False), (True, "", False), (True, "avx512_bf16", False), (True, "avx512_bf16", True)]
+)
+def test_what_is_left_to_the_library_by_its_size(monkeypatch, vectors, pairs, tiles, half):
+    monkeypatch.setitem(extension.built, "cpu", "avx512" if vectors else "baseline")
+    monkeypatch.setitem(extension.built, "cpu_bfloat16", pairs)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
+    left, rounded = together._products.__wrapped__(half)
+    assert (left < together.EVERY) == (not vectors or (half and (tiles or not pairs)))
+    assert (rounded < together.EVERY) == bool(half and pairs and not tiles)
+
+
 def test_scores_must_be_float64():
     with pytest.raises(ValueError, match="scores: expected float64"):
         extension.C.contract_calls([], torch.zeros(N, K), 1, 1, 1)
