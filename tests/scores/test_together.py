@@ -131,12 +131,15 @@ def test_a_row_is_scored_the_same_in_any_company(half):
     assert torch.equal(alone[0], found[0][7])
 
 
-@needs_pairs
-def test_half_keeps_what_is_no_number():
-    a, b, P = normal(N, 4, 20), normal(N, 4, 20), normal(K, 20, 20)
-    b[1, 2, 3] = float("nan")
-    found, _ = contracted((LINEAR, a, b, P, None), half=0)
-    assert found.isnan().all(1).tolist() == [False, True, False]
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=needs_pairs)])
+@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("where", ["input", "output gradient", "direction"])
+def test_what_is_no_number_stays_with_its_sample_and_target(where, rows, half):
+    a, b, P = normal(N, rows, 21), normal(N, rows, 19), normal(K, 19, 21)
+    {"input": a, "output gradient": b, "direction": P}[where][1] = float("nan")
+    found, _ = contracted((LINEAR, a, b, P, None), half=0 if half else 1 << 30)
+    exact = definition.contract(a, b, P).sum(1)
+    assert torch.equal(found.isnan(), exact.isnan())
 
 
 LEFT = {
