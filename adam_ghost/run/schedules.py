@@ -306,9 +306,13 @@ class After(Collecting):
             micro.whole.ended(output)
         self._micro.append(micro)
 
-    def collect(self) -> list[MicroBatch] | None:
+    def _abandon(self) -> None:
+        """Awaits no forward pass any more: one that was announced and did not come, that broke off, or whose step was skipped."""
         self.recorder.end()
         self.recorder.recording, self._armed = None, None
+
+    def collect(self) -> list[MicroBatch] | None:
+        self._abandon()
         return super().collect()
 
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
@@ -399,8 +403,7 @@ class Ahead(After):
 
     def open(self, micro: MicroBatch, first: bool) -> None:
         if first:
-            # a step that was skipped left it; the validation pass is not to be recorded
-            self.recorder.recording = None
+            self._abandon()  # the validation pass is not to be recorded
             self.loop.world.meet("a step's first run.batch")
             self._opened = self.loop.step + 1
             self._direction = self._foresee()

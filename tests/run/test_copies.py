@@ -150,10 +150,11 @@ class Interrupted(nn.Module):
         return x * self.scale
 
 
+@pytest.mark.parametrize("taken", [0, 13], ids=["in the first step", "when the model is known"])
 @pytest.mark.parametrize("after", ["batch", "step", "close"])
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "under another mode"])
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
-def test_interrupted_in_the_forward_pass(schedule, others, after):
+def test_interrupted_in_the_forward_pass(schedule, others, after, taken):
     torch.manual_seed(0)
     layer = Interrupted()
     model = nn.Sequential(nn.Linear(3, 16), layer, nn.Linear(16, 2)).double()
@@ -161,6 +162,15 @@ def test_interrupted_in_the_forward_pass(schedule, others, after):
     x = torch.randn(N, 3).double()
     run = ag.InRun(model, optimizer, lambda: model(x).square().sum(), schedule, strict=True)
     before = torch.overrides._get_current_function_mode_stack()
+
+    def take():
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(taken):
+        run.batch(range(N))
+        take()
     run.batch(range(N))
     layer.pressed = True
     with pytest.raises(KeyboardInterrupt):
@@ -176,6 +186,5 @@ def test_interrupted_in_the_forward_pass(schedule, others, after):
             run.batch(range(N))
         assert torch.overrides._get_current_function_mode_stack() == [*before, other][: len(before) + others]
     if after == "batch":
-        model(x).square().sum().backward()
-        optimizer.step()
-        assert len(run.steps) == 1 and run.scores().total.shape == (N,)
+        take()
+        assert len(run.steps) == taken + 1 and run.scores().steps.tolist() == [taken + 1] * N
