@@ -1,5 +1,7 @@
 """Bad input: an error that names the thing, before anything is changed."""
 
+from functools import partial
+
 import pytest
 import torch
 from models import SEQUENCES, VOCABULARY, D, Embed, Fn, problem
@@ -29,6 +31,12 @@ def val(loss):
     return change
 
 
+def backward(case, **options):
+    loss = case.val_loss()
+    loss.backward(**options)
+    return loss
+
+
 def outside(case):
     case.model.extra = nn.Parameter(torch.zeros(2).double())
     case.model.extra.grad = torch.ones(2).double()
@@ -52,6 +60,8 @@ BAD = {
     "not-held": (outside, ValueError, "'extra' has a gradient but is not among the optimizer's parameters"),
     "no-val-loss": (lambda c: setattr(c.cache.validation, "val_loss", None), ValueError, "a validation loss is needed"),
     "val-detached": (val(lambda c: c.val_loss().detach()), ValueError, "val_loss returned a tensor without a graph"),
+    "val-backward": (val(backward), RuntimeError, "val_loss called backward"),
+    "val-backward-kept": (val(partial(backward, retain_graph=True)), RuntimeError, "val_loss called backward"),
     "val-float": (val(lambda c: float(c.val_loss().detach())), TypeError, "val_loss must return a tensor.*got float"),
     "val-matrix": (val(lambda c: c.val_loss() * torch.ones(2, 2)), ValueError, r"val_loss must return .*\[2, 2\]"),
     "val-empty": (val(lambda c: c.val_loss() * torch.ones(0)), ValueError, r"val_loss must return .*\[0\]"),
@@ -76,7 +86,7 @@ def test_bad_input(name, call):
     optimizer, model = case.optimizer, case.model
     change(case)
     before = everything(model, optimizer)
-    if call == "exact_shapley" and name == "val-detached":
+    if call == "exact_shapley" and name in ("val-detached", "val-backward", "val-backward-kept"):
         pytest.skip("the game looks at losses alone")
     with pytest.raises(error, match=message):
         getattr(ag, call)(case.cache, case.optimizer)

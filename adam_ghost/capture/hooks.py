@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 
@@ -64,9 +65,24 @@ class Told(StandIn):
         self._before, self._forward = None, _nothing
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_compiling()
         output = self._forward(*args, **kwargs)
         self._tell(self.layer, args, kwargs, output)
         return output
+
+
+def refuse_compiling() -> None:
+    """Raises RuntimeError where torch.compile takes up code in which layers are recorded: compiled, they tell nothing."""
+    if torch.compiler.is_compiling():
+        _refuse_compiled()
+
+
+@_disable_dynamo  # traced, the error would send the code to run uncompiled; torch.compiler.disable loads the compiler on import
+def _refuse_compiled() -> None:
+    raise RuntimeError(
+        "the model, a part of it or a function that calls it is compiled, unlike when it was given: its layer calls cannot be"
+        " recorded; compile the model first and give InRun what torch.compile(model) returns, or compile nothing"
+    )
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from adam_ghost.capture.batch import Batch, Blocks, Followed, Tag
 from adam_ghost.capture.calls import Call, Ref, RngState, rng_state
 from adam_ghost.capture.declared import DECLARED, PASSING, custom_function, declare_known
 from adam_ghost.capture.heads import HEADS, declare_heads
-from adam_ghost.capture.hooks import FunctionMode, Hook
+from adam_ghost.capture.hooks import FunctionMode, Hook, refuse_compiling
 from adam_ghost.capture.kinds import batch_axis, is_known, layer_kind, output_axis, token_axis
 from adam_ghost.capture.leaves import leaves_of, leaves_of_call
 from adam_ghost.capture.pointwise import FACTORIES
@@ -229,9 +229,10 @@ class Recorder:
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.in_forward:
             return
+        self.inside_model += 1
+        refuse_compiling()
         self._name(module)
         self._pass_on(leaves_of_call(args, kwargs))
-        self.inside_model += 1
         if self.inside_model == 1:
             new = self._untagged(leaves_of_call(args, kwargs))
             if new and module is self.model and self.batch.n not in (-1, new[0].shape[0]):
@@ -311,8 +312,9 @@ class Recorder:
     def _enter_layer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.active:
             return
-        self._name(module)
         self.inside_layer += 1
+        refuse_compiling()
+        self._name(module)
         leaves = leaves_of_call(args, kwargs)
         self._pass_on(leaves)
         new = self._untagged(leaves)

@@ -52,7 +52,7 @@ class Validation:
         self.world, self.split = world or World(), split
         self._stream: dict[str, Any] | None = None
         self._spare: list[Tensor] = []
-        self._looked = False  # whether any trained parameter has a part in the loss
+        self._looked = False  # whether a first gradient was taken, and looked at
         self.running = False  # whether a pass of the model is the validation's
         self._kinds: list[Any] = []  # shapes, types and devices of these
         # a CUDA graph reads the weights where they were when it was captured
@@ -151,7 +151,7 @@ class Validation:
         # others while the model runs, where they are sharded
         leaves = list(self.model.parameters()) if self._reentrant or self.world.sharded else []
         with self.undisturbed(advance), self.world.passing(), torch.enable_grad():
-            loss = self._checked(self._evaluate())
+            loss = self._checked(self._evaluate() if self._looked else self._first(params))
             if not loss.requires_grad:
                 raise ValueError("val_loss returned a tensor without a graph: do not detach it or compute it under no_grad")
             losses = loss.reshape(-1)
@@ -189,6 +189,16 @@ class Validation:
         if self.val_loss is None:
             raise ValueError("a validation loss is needed: LayerCache(model, val_loss=...)")
         return self.val_loss()
+
+    def _first(self, params: Sequence[Tensor]) -> Tensor:
+        """A first ``val_loss()``: one that calls ``backward()`` would add to the gradients that the model is trained by."""
+        with gradients_aside(params):
+            loss = self._evaluate()
+            if any(p.grad is not None for p in params):
+                raise RuntimeError(
+                    "val_loss called backward(), which adds to the gradients of the training: it must only return its loss"
+                )
+        return loss
 
     @staticmethod
     def _checked(loss: Tensor) -> Tensor:

@@ -175,3 +175,77 @@ def test_other_code_within_a_kind_is_noticed(decided, in_place):
     assert [s.step for s in run.steps if s.skipped] == [4]
     assert led[2:] == [[True, True], [True, True], [True, True], [True, False]]
     assert sum("step 4: the compiled model ran other code" in str(w.message) for w in caught) == 1
+
+
+def compiled_in_place(module):
+    module.compile(backend="eager")
+
+
+LATER = {
+    "a copy": lambda model: torch.compile(model, backend="eager"),
+    "in place": lambda model: (compiled_in_place(model), model)[1],
+    "a part": lambda model: (compiled_in_place(model[1]), model)[1],
+    "a layer": lambda model: (compiled_in_place(model[1][0]), model)[1],
+    "a function that calls it": lambda model: torch.compile(lambda x: model(x) * 2, backend="eager"),
+}
+COMPILED = "the model, a part of it or a function that calls it is compiled"
+
+
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, D), nn.Sequential(nn.Linear(D, D), nn.Tanh()), nn.Linear(D, 2)).double()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("taken", [0, 12], ids=["in the first step", "when the model is known"])
+@pytest.mark.parametrize("schedule", ["midpoint", "lookahead"])
+@pytest.mark.parametrize("how", LATER)
+def test_compiled_after_the_run_was_built(how, schedule, taken):
+    """An error says so before anything is scored, and takes nothing from the steps around it."""
+    torch._dynamo.reset()
+    x, val = inputs("x", N, N, 0), inputs("x", N, N, 9)
+
+    def train(meddle):
+        model, optimizer = small()
+        run = ag.InRun(model, optimizer, lambda: losses(model(val)).sum(), schedule)
+        for step in range(taken + 2):
+            if meddle and step == taken:
+                called = LATER[how](model)
+                run.batch(f"meddled-{i}" for i in range(N))
+                with pytest.raises(RuntimeError, match=COMPILED):
+                    called(x)
+                for module in model.modules():
+                    module._compiled_call_impl = None
+            run.batch(f"{step}-{i}" for i in range(N))
+            losses(model(x)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        run.close()
+        return run.scores()
+
+    left, alone = train(True), train(False)
+    assert list(left.ids) == list(alone.ids) and list(left.total) == list(alone.total)
+
+
+@pytest.mark.parametrize("how", LATER)
+def test_compiled_after_the_cache_was_built(how):
+    torch._dynamo.reset()
+    model, _ = small()
+    cache = ag.LayerCache(model, lambda: losses(model(inputs("x", N, N, 9))).sum())
+    called = LATER[how](model)
+    with pytest.raises(RuntimeError, match=COMPILED), cache:
+        called(inputs("x", N, N, 0))
+
+
+def test_a_compiled_copy_may_be_evaluated():
+    torch._dynamo.reset()
+    model, optimizer = small()
+    x = inputs("x", N, N, 0)
+    compiled = torch.compile(model, backend="eager")
+    with ag.InRun(model, optimizer, lambda: losses(model(x)).sum()) as run:
+        run.batch(range(N))
+        losses(model(x)).sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+        optimizer.step()
+        assert list(run.scores().ids) == list(range(N))
