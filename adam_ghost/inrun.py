@@ -4,8 +4,8 @@ import io
 import os
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,12 +236,11 @@ class InRun:
         if self._closed:
             return
         self._closed = True
-        try:
+        with ExitStack() as last:  # each, whatever becomes of those before it
+            last.callback(self._finalizer)
+            last.callback(self._books.drain, self._book, wait=True)
+            last.callback(self._take, self._schedule.finish)
             self._end_step()
-            self._take(self._schedule.finish)
-            self._books.drain(self._book, wait=True)
-        finally:
-            self._finalizer()
 
     def flush(self) -> None:
         """Waits until every step so far is booked, and on the disk where there is a ledger."""
@@ -461,11 +460,11 @@ class InRun:
     def _sweep(self) -> None:
         self._take(self._schedule.swept)
 
-    def _take(self, scored: Callable[[], list[tuple[Entry, Scored | None]]]) -> None:
+    def _take(self, scored: Callable[[], Iterable[tuple[Entry, Scored | None]]]) -> None:
         """Enters what is ``scored`` of earlier steps: all processes sweep a window, or none."""
         if self._schedule.per_step or not self._world.apart:
             with nullcontext() if self._schedule.per_step else self._world.together(), plain_precision(self.model):
-                self._finish(scored())
+                self._finish(scored() if self._world.size == 1 else list(scored()))  # an error is known in all before they join
         elif self._closed and (waiting := self._schedule.waiting()) is not None:
             warn(f"steps {waiting} to {self.step} have no scores: a process failed before their window was swept")
 
@@ -548,16 +547,18 @@ class InRun:
                 )
         return play(step, validation, self.audit_permutations, self.step), apart
 
-    def _finish(self, found: list[tuple[Entry, Scored | None]]) -> None:
-        for entry, scored in found:
-            self._book_skipped(entry.record.step)
-            if scored is None:
-                entry.record.skipped = True
-                self._books.add(Arrived(entry.record))
-            else:
-                self._enter(entry, scored, torch.zeros((), device=scored.total.device))
-        self._book_skipped(self._schedule.waiting())
-        self._books.drain(self._book)
+    def _finish(self, found: Iterable[tuple[Entry, Scored | None]]) -> None:
+        try:
+            for entry, scored in found:
+                self._book_skipped(entry.record.step)
+                if scored is None:
+                    entry.record.skipped = True
+                    self._books.add(Arrived(entry.record))
+                else:
+                    self._enter(entry, scored, torch.zeros((), device=scored.total.device))
+        finally:
+            self._book_skipped(self._schedule.waiting())
+            self._books.drain(self._book)
 
     def _enter(self, entry: Entry, found: Scored, void: Tensor, tokens: Sequence[PendingTokens] = ()) -> None:
         self._squeeze = found.val_loss.ndim == 0

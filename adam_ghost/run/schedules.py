@@ -3,7 +3,7 @@
 A schedule owns its hooks on the model, what it keeps from one step to the next, and its part of ``batch``, ``step`` and ``close``.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -148,10 +148,10 @@ class Schedule(Protocol):
     def score(self, step: Step, micro: list[MicroBatch], edited: Tensor, entry: Entry, void: Tensor) -> Scored | None:
         """The scores of a step about to be taken; None where they come later, by ``swept`` or ``finish``."""
 
-    def swept(self) -> "list[tuple[Entry, Scored | None]]":
+    def swept(self) -> "Iterable[tuple[Entry, Scored | None]]":
         """Called when the optimizer has stepped: earlier steps that can be scored now; None: it turns out to have skipped one."""
 
-    def finish(self) -> "list[tuple[Entry, Scored | None]]":
+    def finish(self) -> "Iterable[tuple[Entry, Scored | None]]":
         """Called when the run ends: earlier steps that have not been scored."""
 
     def waiting(self) -> int | None:

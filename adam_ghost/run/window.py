@@ -6,7 +6,7 @@ validation gradient at the end, step by step. Mathematics: docs/method.md, 6.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -199,24 +199,31 @@ class Window(Collecting):
 
     # the sweeps
 
-    def swept(self) -> list[tuple[Entry, Scored | None]]:
+    def swept(self) -> Iterator[tuple[Entry, Scored | None]]:
         """Called after each step of the optimizer: the steps that can be scored now."""
-        found: list[tuple[Entry, Scored | None]] = []
         while self._plans and self._plans[0].end <= self.loop.step:
-            found += self._sweep(self._plans.popleft())
-        return found
+            yield from self._sweep(self._plans.popleft())
 
-    def finish(self) -> list[tuple[Entry, Scored | None]]:
-        """Scores what is left with the steps there are."""
-        found: list[tuple[Entry, Scored | None]] = []
+    def finish(self) -> Iterator[tuple[Entry, Scored | None]]:
+        """Scores what is left with the steps there are. Where a window cannot be, the others are, and its error comes last."""
+        failed: Exception | None = None
         while self._plans:
             plan = self._plans.popleft()
-            scored = self._sweep(plan)
+            try:
+                scored = self._sweep(plan)
+            except (RuntimeError, ValueError) as error:
+                if self.loop.world.size > 1:  # the others stop here as well
+                    raise
+                if failed is not None:
+                    failed.args = (f"{failed}. Nor have steps {plan.first} to {min(plan.last, self.loop.step)}",)
+                failed = failed or error
+                continue
             missing = plan.end - self.loop.step
             if scored and missing > 0:
                 warn(f"the run ended {missing} steps before the window from step {plan.first} did: its scores look less far ahead")
-            found += scored
-        return found
+            yield from scored
+        if failed is not None:
+            raise failed
 
     def _sweep(self, plan: WindowPlan) -> list[tuple[Entry, Scored | None]]:
         steps = [s for s in self._kept if plan.first <= s.number <= plan.end]

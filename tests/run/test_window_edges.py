@@ -1,6 +1,7 @@
 """Windows in loops that do what a window cannot follow, or nearly cannot: refused or named, never silently wrong."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -415,3 +416,34 @@ def test_a_parameter_that_left_the_model_is_named():
 
     with pytest.raises((ValueError, RuntimeError), match=r"'2\.bias' is not the model's any more"):
         run_window(small_network(), after_step=leave)
+
+
+def test_windows_that_fail_at_the_end_leave_the_others_scored():
+    def scores(failing):
+        model = small_network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        *data, val = batches(10)
+        sweeps = 0
+
+        def val_loss():
+            nonlocal sweeps
+            sweeps += 1
+            if sweeps <= failing:
+                raise RuntimeError("out of memory")
+            return mean_loss(model, val)
+
+        options = {"window": 3, "ahead": 20, "feedback": "double", "train_loss": lambda batch: mean_loss(model, batch)}
+        run = adam_ghost.InRun(model, optimizer, val_loss, "window", **options)
+        for step, batch in enumerate(data):
+            run.batch([f"{step}.{i}" for i in range(SAMPLES)], inputs=batch)
+            mean_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        lost = {0: "", 2: "steps 1 to 3 have no scores: out of memory.* Nor have steps 4 to 6$"}[failing]
+        with pytest.raises(RuntimeError, match=lost) if lost else nullcontext():
+            run.close()
+        return dict(zip(run.scores().ids, run.scores().total, strict=True))
+
+    with pytest.warns(UserWarning, match="the run ended"):
+        left, all_of_them = scores(2), scores(0)
+    assert left == {i: x for i, x in all_of_them.items() if int(i[0]) >= 6} and len(left) == 3 * SAMPLES
