@@ -133,7 +133,7 @@ BREAKS = st.one_of(
 @pytest.mark.filterwarnings("ignore:adam_ghost. the run ended")
 @pytest.mark.parametrize("schedule", ["midpoint", "lookahead", "window"])
 @settings(
-    max_examples=20,
+    max_examples=12,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
