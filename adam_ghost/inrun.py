@@ -236,11 +236,11 @@ class InRun:
         if self._closed:
             return
         self._closed = True
-        with ExitStack() as last:  # each, whatever becomes of those before it
+        with ExitStack() as last:
             last.callback(self._finalizer)
             last.callback(self._books.drain, self._book, wait=True)
-            last.callback(self._take, self._schedule.finish)
             self._end_step()
+            self._take(self._schedule.finish)
 
     def flush(self) -> None:
         """Waits until every step so far is booked, and on the disk where there is a ledger."""

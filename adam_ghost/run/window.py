@@ -214,9 +214,10 @@ class Window(Collecting):
             except (RuntimeError, ValueError) as error:
                 if self.loop.world.size > 1:  # the others stop here as well
                     raise
-                if failed is not None:
+                if failed is None:
+                    failed = error
+                else:
                     failed.args = (f"{failed}. Nor have steps {plan.first} to {min(plan.last, self.loop.step)}",)
-                failed = failed or error
                 continue
             missing = plan.end - self.loop.step
             if scored and missing > 0:

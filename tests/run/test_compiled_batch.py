@@ -177,15 +177,11 @@ def test_other_code_within_a_kind_is_noticed(decided, in_place):
     assert sum("step 4: the compiled model ran other code" in str(w.message) for w in caught) == 1
 
 
-def compiled_in_place(module):
-    module.compile(backend="eager")
-
-
 LATER = {
     "a copy": lambda model: torch.compile(model, backend="eager"),
-    "in place": lambda model: (compiled_in_place(model), model)[1],
-    "a part": lambda model: (compiled_in_place(model[1]), model)[1],
-    "a layer": lambda model: (compiled_in_place(model[1][0]), model)[1],
+    "in place": lambda model: model.compile(backend="eager") or model,
+    "a part": lambda model: model[1].compile(backend="eager") or model,
+    "a layer": lambda model: model[1][0].compile(backend="eager") or model,
     "a function that calls it": lambda model: torch.compile(lambda x: model(x) * 2, backend="eager"),
 }
 COMPILED = "the model, a part of it or a function that calls it is compiled"
