@@ -245,3 +245,11 @@ def test_a_compiled_copy_may_be_evaluated():
             torch.testing.assert_close(compiled(x), model(x))
         optimizer.step()
         assert list(run.scores().ids) == list(range(N))
+
+
+def test_compiled_without_any_layer():
+    torch._dynamo.reset()
+    model = Fn(lambda s, x: s.tanh(x @ s.w), tanh=nn.Tanh(), w=normal(D, D)).double()
+    cache = ag.LayerCache(model, lambda: losses(model(inputs("x", N, N, 9))).sum())
+    with pytest.raises(RuntimeError, match=COMPILED), cache:
+        torch.compile(model, backend="eager")(inputs("x", N, N, 0))
